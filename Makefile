@@ -1,0 +1,64 @@
+# chatd: `make` lists what there is. PYTHON names the interpreter for .venv, ARGS goes to pytest and the benchmarks.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format bench clean
+
+# A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
+$(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/run  ## the demo, on this machine alone: installs into .venv and serves
+	@exec $(BIN)/chatd serve --demo
+
+test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL and Chromium where they are missing
+	@sh tests/install.sh
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/dev  ## lint, format, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict chatd
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev  ## put the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev  ## the benchmarks
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove .venv and all caches; databases stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two stamps: installed with what `run` needs, and with what the checks need on top. The package itself is
+# editable, so that only pyproject.toml asks for another installation, never a change of the code.
+$(VENV)/run: pyproject.toml
+	$(call install,.)
+
+$(VENV)/dev: pyproject.toml
+	$(call install,.[dev])
+	@touch $(VENV)/run
+
+define install
+@set -e; \
+if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "chatd needs Python 3.11 or newer, which $(PYTHON) is not. Name another: make PYTHON=python3.12 …" >&2; \
+		exit 1; \
+	}; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh tests/install.sh python3-venv; \
+	echo "Making $(VENV) with $$($(PYTHON) --version) …"; \
+	$(PYTHON) -m venv --clear $(VENV); \
+fi; \
+echo "Installing chatd and its libraries into $(VENV), about a minute the first time …"; \
+$(BIN)/python -m pip install --disable-pip-version-check --no-input --editable '$(1)'; \
+touch $@
+endef

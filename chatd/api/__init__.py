@@ -1,0 +1,6 @@
+"""HTTP for backends, and the demo's page: the only import of Quart and Hypercorn."""
+
+from chatd.api.health import Health
+from chatd.api.server import serve
+
+__all__ = ["Health", "serve"]

@@ -1,0 +1,72 @@
+"""Is it alive, should it get traffic, and its numbers. Never behind the token, never heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from quart import Blueprint, Response
+from quart_schema import hide
+
+from chatd.api.bodies import answer
+from chatd.bus import Bus
+from chatd.errors import Unavailable
+from chatd.store import reads
+from chatd.store.reads import Reader
+
+REMEMBER = 1.0  # seconds that a look at the database serves all who ask
+DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
+
+
+class Health:
+    def __init__(self, read: Reader, bus: Bus, stopping: trio.Event) -> None:
+        self._read, self._bus, self._stopping = read, bus, stopping
+        self._database = True
+        self._looked = -REMEMBER
+
+    async def report(self) -> tuple[int, dict[str, Any]]:
+        """Without Redis posts succeed and this node's clients are served: degraded, but ready."""
+        database = await self._database_answers()
+        checks = {"database": "ok" if database else "down", "redis": "ok" if self._bus.up else "down"}
+        if self._stopping.is_set():
+            return 503, {"status": "stopping", "checks": checks}
+        if not database:
+            return 503, {"status": "unavailable", "checks": checks}
+        return 200, {"status": "ok" if self._bus.up else "degraded", "checks": checks}
+
+    async def _database_answers(self) -> bool:
+        if trio.current_time() - self._looked < REMEMBER:
+            return self._database
+        self._looked = trio.current_time()
+        answered = False
+        with trio.move_on_after(DATABASE_DEADLINE):
+            try:
+                await self._read(reads.ping)
+                answered = True
+            except Unavailable:
+                pass
+        self._database = answered
+        return answered
+
+
+def blueprint(health: Health) -> Blueprint:
+    routes = Blueprint("health", __name__)
+
+    @routes.get("/healthz")
+    async def alive() -> Response:
+        """The loop answers. Restart the process when this does not; nothing else cures it."""
+        return answer({"status": "ok"})
+
+    @routes.get("/readyz")
+    async def ready() -> Response:
+        """Whether to send traffic here: ok, degraded (200), unavailable or stopping (503)."""
+        status, body = await health.report()
+        return answer(body, status)
+
+    @routes.get("/metrics")
+    @hide
+    async def metrics() -> Response:
+        return Response(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+
+    return routes

@@ -1,0 +1,113 @@
+"""`/api/ws/messages`: post, post many, edit, delete."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET
+from quart import Blueprint, Response, request
+from quart_schema import document_request, document_response
+
+from chatd.api.bodies import (
+    Alteration,
+    Altered,
+    Batch,
+    BatchResult,
+    BatchResults,
+    NewMessage,
+    Stored,
+    answer,
+    check_id,
+    decode,
+    posted,
+)
+from chatd.api.errors import body_of
+from chatd.chat import Chat
+from chatd.errors import BadRequest, ChatError
+from chatd.limits import BATCH_MESSAGES, CLIENT_ID_CHARS
+from chatd.store.commands import Create, Created
+
+BATCH_BYTES = 4 * 1024 * 1024  # decoding more would keep the loop busy for over 10 ms
+
+
+def blueprint(chat: Chat) -> Blueprint:
+    routes = Blueprint("messages", __name__, url_prefix="/api/ws/messages")
+
+    @routes.post("")
+    @document_request(NewMessage)
+    @document_response(Stored)
+    async def post() -> Response:
+        """Store a message and deliver it to everybody in its conversation.
+
+        The conversation is created if need be, and the sender becomes a member. A retry with the same
+        `client_id`, or `Idempotency-Key` header, never makes a second message.
+        """
+        command = _create(await posted(NewMessage), _idempotency_key())
+        return answer(_stored(await chat.messages.post(command)))
+
+    @routes.post("/batch")
+    @document_request(Batch)
+    @document_response(BatchResults)
+    async def post_batch() -> Response:
+        """Store up to 1000 messages, usually in one commit. Each is accepted or refused on its own."""
+        request.max_content_length = BATCH_BYTES
+        batch = await posted(Batch)
+        if len(batch.messages) > BATCH_MESSAGES:
+            raise BadRequest(f"At most {BATCH_MESSAGES} messages in a batch.", field="messages")
+        outcomes = await chat.messages.post_all([_checked(chat, raw) for raw in batch.messages])
+        return answer(BatchResults([_result(outcome) for outcome in outcomes]))
+
+    @routes.patch("/<int:message_id>")
+    @document_request(Alteration)
+    @document_response(Altered)
+    async def edit(message_id: int) -> Response:
+        """Change the content or the meta of a message, whoever wrote it."""
+        body = await posted(Alteration)
+        changed = await chat.messages.edit(check_id("id", message_id), body.content, body.meta)
+        return answer(Altered(id=changed.id, seq=changed.seq))
+
+    @routes.delete("/<int:message_id>")
+    @document_response(Altered)
+    async def delete(message_id: int) -> Response:
+        """Delete a message: its content goes, its place in the conversation stays."""
+        changed = await chat.messages.delete(check_id("id", message_id))
+        return answer(Altered(id=changed.id, seq=changed.seq))
+
+    return routes
+
+
+def _idempotency_key() -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= CLIENT_ID_CHARS:
+        raise BadRequest(f"The key has 1 to {CLIENT_ID_CHARS} characters.", field="Idempotency-Key")
+    return key
+
+
+def _create(message: NewMessage, key: str | None = None) -> Create:
+    return Create(
+        conversation_id=message.conversation_id,
+        user_id=message.sender_id,
+        content=message.content,
+        type=message.type or "text",
+        meta=message.meta,
+        client_id=message.client_id or key,
+        reply_to=message.reply_to,
+    )
+
+
+def _checked(chat: Chat, raw: msgspec.Raw) -> Create | ChatError:
+    try:
+        command = _create(decode(NewMessage, raw))
+        chat.messages.check(command)
+    except ChatError as refusal:
+        return refusal
+    return command
+
+
+def _stored(created: Created) -> Stored:
+    duplicate = True if created.duplicate else UNSET
+    return Stored(id=created.id, seq=created.seq, created_at=created.created_at, duplicate=duplicate)
+
+
+def _result(outcome: Created | ChatError) -> BatchResult:
+    body = body_of(outcome) if isinstance(outcome, ChatError) else msgspec.to_builtins(_stored(outcome))
+    return msgspec.convert(body, BatchResult)

@@ -1,0 +1,24 @@
+"""`/api/ws/tokens`: a token for a user whom the backend has recognised."""
+
+from __future__ import annotations
+
+from quart import Blueprint, Response
+from quart_schema import document_request, document_response
+
+from chatd.api.bodies import Token, TokenRequest, answer, posted
+from chatd.chat import Chat
+
+
+def blueprint(chat: Chat, default_ttl: int) -> Blueprint:
+    routes = Blueprint("tokens", __name__, url_prefix="/api/ws/tokens")
+
+    @routes.post("")
+    @document_request(TokenRequest)
+    @document_response(Token)
+    async def issue() -> Response:
+        """A token for a user to connect with."""
+        body = await posted(TokenRequest)
+        ttl = body.ttl or default_ttl
+        return answer(Token(chat.tokens.issue(body.user_id, ttl, body.conversations), ttl))
+
+    return routes

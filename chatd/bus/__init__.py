@@ -1,0 +1,39 @@
+"""The bus: gives a committed group to this node's fanout first, and to Redis after, if there is one.
+
+Receiver   what the fanout offers: changes, signals, foreign payloads, and whether the links are up
+Bus        what the daemon holds: `publish` for the writer, `run` for the nursery
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from chatd.model import Change, Group, MemberChange
+
+
+class Receiver(Protocol):
+    """All synchronous and bounded: a receiver that is overrun repairs itself from the database."""
+
+    def changes(self, changes: Sequence[Change]) -> None: ...
+    def member(self, change: MemberChange) -> None: ...
+    def foreign(self, conversation_id: int, name: str, payload: bytes) -> None: ...
+
+    def links(self, up: bool) -> None:
+        """Whether other nodes' changes come by themselves just now."""
+
+    def lost(self) -> None:
+        """Something may have been missed: look into the database at once."""
+
+
+class Bus(Protocol):
+    @property
+    def up(self) -> bool:
+        """False while something that other nodes or services need does not get through."""
+
+    def publish(self, group: Group) -> None:
+        """Never waits: called by the writer after each commit."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...

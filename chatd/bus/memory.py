@@ -1,0 +1,29 @@
+"""The embedded default: one process, so a committed group goes to its own fanout and that is all."""
+
+from __future__ import annotations
+
+import trio
+
+from chatd.bus import Receiver
+from chatd.model import Group
+
+
+class MemoryBus:
+    up = True
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def publish(self, group: Group) -> None:
+        give_to(self._receiver, group)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+
+
+def give_to(receiver: Receiver, group: Group) -> None:
+    """Members first: a message of the same group shall not reach who was removed by it."""
+    for member in group.members:
+        receiver.member(member)
+    if group.changes:
+        receiver.changes(group.changes)

@@ -1,0 +1,385 @@
+"""Redis: publish committed groups, receive what other nodes committed.
+
+Three links, each a thread with a client of its own and a reconnect loop of ours:
+
+    publish   one pipeline for all groups that wait: XADD chat.stream, PUBLISH chat.messages, signals
+    stream    XREAD in batches: other nodes' changes
+    pubsub    chat.signals, and chat.messages where foreign payloads are accepted
+
+Redis is never on the way to an acknowledgement. What it loses is repaired from the database by the fanout;
+what it did not take stays in the outbox until it does.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import redis
+import structlog
+import trio
+from msgspec import Struct
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from chatd import metrics
+from chatd.bus import Receiver
+from chatd.bus.memory import give_to
+from chatd.config import Redis
+from chatd.errors import ChatError
+from chatd.limits import MAX_ID
+from chatd.model import Change, Group, Kind, MemberChange
+from chatd.protocol import RESERVED_EVENTS
+
+STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
+
+QUEUE = 20_000  # changes and signals that may wait for Redis; the outbox has the changes that do not fit
+PIPELINE = 1000  # changes and signals in one round trip
+READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
+BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
+SOCKET_TIMEOUT = 2.0  # seconds
+BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
+RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect, doubled each time, with jitter
+RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
+FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
+
+log = structlog.get_logger()
+
+
+class Left(Protocol):
+    """A group from the outbox."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def payloads(self) -> list[bytes]: ...
+
+
+class Outbox(Protocol):
+    """What the store offers for groups that Redis has not taken."""
+
+    async def relay(
+        self, publish: Callable[[Sequence[Any]], None], *, node: str, above: int = 0
+    ) -> tuple[int, int]: ...
+    async def expire(self) -> int: ...
+
+
+class _Head(Struct):
+    """The three keys of an entry that the fanout needs; the rest stays bytes."""
+
+    event: str
+    conversation_id: int
+    seq: int
+
+
+class _MemberSignal(Struct, tag_field="signal", tag="member"):
+    node: str
+    change: MemberChange
+
+
+_KINDS = {"message": Kind.CREATED, "message.updated": Kind.EDITED, "message.deleted": Kind.DELETED}
+_OF_A_NODE = re.compile(rb'\{"event":"message(?:\.\w+)?","node":"')
+_head = msgspec.json.Decoder(_Head)
+_signal = msgspec.json.Decoder(_MemberSignal)
+
+
+class RedisBus:
+    def __init__(
+        self,
+        config: Redis,
+        receiver: Receiver,
+        *,
+        node: str,
+        outbox: Outbox,
+        settle: Callable[[list[int]], None],
+    ) -> None:
+        """`settle` is told which outbox rows are published, so that they are removed with a later commit."""
+        self._config, self._receiver, self._node = config, receiver, node
+        self._outbox, self._settle = outbox, settle
+        self._waiting: deque[Group] = deque()
+        self._weight = 0
+        # True until everything committed before has been read from the outbox: then order is kept by its ids.
+        self._behind = True
+        self._relayed = 0  # own outbox rows up to here are published
+        self._wake = trio.Event()
+        self._links: dict[str, bool | None] = {"publish": None, "stream": None, "pubsub": None}
+        self.up = False
+        self._position = ""
+
+    # Publishing.
+
+    def publish(self, group: Group) -> None:
+        give_to(self._receiver, group)
+        self._waiting.append(group)
+        self._weight += _weight(group)
+        if self._weight > QUEUE:
+            self._fall_behind()
+        self._wake.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep, "publish", self._publish_link)
+            nursery.start_soon(self._keep, "stream", self._stream_link)
+            nursery.start_soon(self._keep, "pubsub", self._pubsub_link)
+            nursery.start_soon(self._relay_foreign)
+            task_status.started()
+
+    async def _keep(self, name: str, link: Callable[[redis.Redis], Awaitable[None]]) -> None:
+        """Connect, serve, and when Redis fails do it again: the one thing restarted inside the process."""
+        delay = RETRY_FIRST
+        while True:
+            started = trio.current_time()
+            client = self._client()
+            try:
+                await link(client)
+            except redis.RedisError as error:
+                self._set_link(name, False, str(error))
+            except ChatError as error:  # the outbox could not be read: the database's trouble, not Redis's
+                log.warning("outbox_unavailable", error=str(error))
+            finally:
+                client.close()
+            if trio.current_time() - started > RETRY_MOST:
+                delay = RETRY_FIRST
+            await trio.sleep(delay * random.uniform(0.5, 1.0))
+            delay = min(delay * 2, RETRY_MOST)
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis.from_url(
+            self._config.url,
+            protocol=2,  # RESP3 builds a log line for every pub/sub message
+            retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
+            socket_timeout=SOCKET_TIMEOUT,
+            socket_connect_timeout=SOCKET_TIMEOUT,
+            health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
+        )
+
+    def _set_link(self, name: str, up: bool, reason: str = "") -> None:
+        if self._links[name] is up:
+            return
+        self._links[name] = up
+        log.log(20 if up else 30, "redis_link", link=name, up=up, **({"error": reason} if reason else {}))
+        before, self.up = self.up, all(self._links.values())
+        metrics.REDIS_UP.set(self.up)
+        if before is not self.up or not up:
+            self._receiver.links(self.up)
+
+    async def _publish_link(self, client: redis.Redis) -> None:
+        self._fall_behind()
+        while True:
+            if self._behind:
+                await self._catch_up(client)
+            elif self._waiting:
+                await self._publish_waiting(client)
+            else:
+                self._wake = trio.Event()
+                with trio.move_on_after(RELAY_EVERY):
+                    await self._wake.wait()
+                if not self._waiting:
+                    await self._in_thread(client.ping)
+            self._set_link("publish", True)
+
+    def _fall_behind(self) -> None:
+        """Let go of what waits: changes are in the outbox and read from there; lost signals the sweep finds."""
+        self._behind = True
+        self._waiting.clear()
+        self._weight = 0
+
+    async def _catch_up(self, client: redis.Redis) -> None:
+        await self._in_thread(client.ping)
+        self._behind = False  # set again by an overflow while we read
+
+        def publish(rows: Sequence[Left]) -> None:
+            self._send(client, [(row.node, row.payloads) for row in rows], [])
+
+        while True:
+            count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)
+            if not count:
+                return
+            metrics.OUTBOX_RELAYED.inc(count)
+
+    async def _publish_waiting(self, client: redis.Redis) -> None:
+        taken = self._take()
+        fresh = [group for group in taken if group.outbox_id is not None and group.outbox_id > self._relayed]
+        groups = [(self._node, [change.payload for change in group.changes]) for group in fresh]
+        signals = [member for group in taken for member in group.members]
+        await self._in_thread(self._send, client, groups, signals)
+        if ids := [group.outbox_id for group in fresh if group.outbox_id is not None]:
+            self._relayed = ids[-1]
+            self._settle(ids)
+
+    def _take(self) -> list[Group]:
+        taken: list[Group] = []
+        weight = 0
+        while self._waiting and (not taken or weight + _weight(self._waiting[0]) <= PIPELINE):
+            taken.append(self._waiting.popleft())
+            weight += _weight(taken[-1])
+        self._weight -= weight
+        return taken
+
+    def _send(
+        self,
+        client: redis.Redis,
+        groups: Sequence[tuple[str, Sequence[bytes]]],
+        signals: Sequence[MemberChange],
+    ) -> None:
+        with client.pipeline(transaction=False) as pipeline:
+            for node, payloads in groups:
+                for payload in payloads:
+                    entry: Any = {"m": payload, "n": node}
+                    pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
+                    pipeline.publish(MESSAGES, _with_node(payload, node))
+            for change in signals:
+                pipeline.publish(SIGNALS, msgspec.json.encode(_MemberSignal(self._node, change)))
+            pipeline.execute()
+
+    async def _relay_foreign(self) -> None:
+        """What dead nodes left: `_catch_up` relays it with our own."""
+        while True:
+            await trio.sleep(RELAY_EVERY * random.uniform(0.8, 1.2))
+            if self._links["publish"]:
+                try:
+                    expired = await self._outbox.expire()
+                except ChatError:
+                    continue  # the writer says loudly enough that the database is gone
+                metrics.OUTBOX_EXPIRED.inc(expired)
+                if expired:
+                    log.error("outbox_expired", groups=expired)
+                self._behind = True
+                self._wake.set()
+
+    # Receiving.
+
+    async def _stream_link(self, client: redis.Redis) -> None:
+        send, receive = trio.open_memory_channel[list[Any]](BATCHES)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_batches, receive)
+            try:
+                await self._in_thread(self._read_stream, client, send)
+            except redis.RedisError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        raise failure
+
+    def _read_stream(self, client: redis.Redis, send: trio.MemorySendChannel[list[Any]]) -> None:
+        last = _last_id(client)
+        if not self._position or _order(last) < _order(self._position):
+            self._position = last  # the first start, or a flush: what was missed is found by the sweep
+        trio.from_thread.run_sync(self._set_link, "stream", True)
+        while True:
+            trio.from_thread.check_cancelled()
+            reply: Any = client.xread({STREAM: self._position}, count=READ_COUNT, block=BLOCK)
+            if not reply:
+                last = _last_id(client)
+                if _order(last) < _order(self._position):
+                    self._position = last
+                    trio.from_thread.run_sync(self._receiver.lost)
+                continue
+            entries = reply[0][1]
+            self._position = entries[-1][0].decode()
+            trio.from_thread.run(send.send, entries)
+
+    async def _take_batches(self, receive: trio.MemoryReceiveChannel[list[Any]]) -> None:
+        own = self._node.encode()
+        async for entries in receive:
+            others = (_change(fields) for _, fields in entries if fields.get(b"n") != own)
+            self._receiver.changes([change for change in others if change is not None])
+
+    async def _pubsub_link(self, client: redis.Redis) -> None:
+        with client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
+            await self._in_thread(self._listen, pubsub)
+
+    def _listen(self, pubsub: Any) -> None:
+        pubsub.subscribe(*([SIGNALS, MESSAGES] if self._config.accept_foreign else [SIGNALS]))
+        trio.from_thread.run_sync(self._set_link, "pubsub", True)
+        while True:
+            trio.from_thread.check_cancelled()
+            got = pubsub.get_message(timeout=BLOCK / 1000)
+            batch: list[dict[str, Any]] = []
+            while got is not None and len(batch) < READ_COUNT:
+                batch.append(got)
+                got = pubsub.get_message(timeout=0)
+            if batch:
+                trio.from_thread.run_sync(self._take_published, batch)
+            else:
+                pubsub.check_health()
+
+    def _take_published(self, batch: list[dict[str, Any]]) -> None:
+        for item in batch:
+            if item["channel"] == SIGNALS.encode():
+                self._take_signal(item["data"])
+            else:
+                self._take_foreign(item["data"])
+
+    def _take_signal(self, data: bytes) -> None:
+        try:
+            signal = _signal.decode(data)
+        except msgspec.DecodeError:
+            return  # of a newer version, or not ours
+        if signal.node != self._node:
+            self._receiver.member(signal.change)
+
+    def _take_foreign(self, data: bytes) -> None:
+        """A payload of somebody else: an object with an integer conversation_id and no node."""
+        if _OF_A_NODE.match(data):
+            return  # told by its first bytes: most of what comes here is our own
+        if len(data) > FOREIGN_BYTES:
+            log.warning("foreign_payload_refused", reason="too large", size=len(data))
+            return
+        try:
+            payload = msgspec.json.decode(data)
+        except (msgspec.DecodeError, RecursionError):
+            payload = None
+        if isinstance(payload, dict) and "node" in payload:
+            return
+        conversation_id = payload.get("conversation_id") if isinstance(payload, dict) else None
+        if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
+            log.warning("foreign_payload_refused", reason="no object with an integer conversation_id")
+            return
+        name = _foreign_name(payload)
+        body = {key: value for key, value in payload.items() if key not in ("event", "seq")}
+        self._receiver.foreign(conversation_id, name, msgspec.json.encode({"event": name} | body))
+
+    @staticmethod
+    async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+        # A limiter of its own: a thread that waits in Redis shall not take a place from anybody.
+        return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
+
+
+def _weight(group: Group) -> int:
+    return len(group.changes) + len(group.members)
+
+
+def _with_node(payload: bytes, node: str) -> bytes:
+    """`{"event":"message","node":"…",` and the rest of the flat message."""
+    event, comma, rest = payload.partition(b",")
+    return b'%b,"node":"%b"%b%b' % (event, node.encode(), comma, rest)
+
+
+def _change(fields: dict[bytes, bytes]) -> Change | None:
+    payload = fields.get(b"m", b"")
+    try:
+        head = _head.decode(payload)
+        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload)
+    except (msgspec.DecodeError, KeyError):
+        return None  # of a newer version: the sweep finds what it was about
+
+
+def _foreign_name(payload: dict[str, Any]) -> str:
+    name = payload.get("event")
+    return name if isinstance(name, str) and name and name not in RESERVED_EVENTS else "message"
+
+
+def _last_id(client: redis.Redis) -> str:
+    newest: Any = client.xrevrange(STREAM, count=1)
+    return newest[0][0].decode() if newest else "0-0"
+
+
+def _order(stream_id: str) -> tuple[int, int]:
+    time, _, number = stream_id.partition("-")
+    return int(time), int(number)

@@ -1,0 +1,53 @@
+"""Enter a conversation: rights, head and what was missed, in one snapshot of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chatd.config import Limits, Rooms
+from chatd.errors import NotFound
+from chatd.model import Identity
+from chatd.store import reads
+from chatd.store.commands import Rights
+from chatd.store.reads import Reader, Snapshot
+
+
+class Conversations:
+    def __init__(self, read: Reader, epoch: str, rooms: Rooms, config: Limits) -> None:
+        self._read, self.epoch = read, epoch
+        self._open = rooms.access == "open"
+        self._members_detail = config.members_detail
+        self._rooms_per_connection = config.rooms_per_connection
+
+    def entitled(self, identity: Identity, conversation_id: int) -> bool:
+        """Whether the user may enter if no row of `chat_members` says otherwise."""
+        return self._open or conversation_id in identity.conversations
+
+    def rights(self, identity: Identity, conversation_id: int) -> Rights:
+        return Rights.ENTITLED if self.entitled(identity, conversation_id) else Rights.MEMBER
+
+    async def enter(
+        self, identity: Identity, conversation_id: int, after: int | None, epoch: str | None = None
+    ) -> Snapshot:
+        """Raises NotFound where the user may not look, Unavailable."""
+        return await self._read(
+            reads.snapshot,
+            identity.user_id,
+            self.entitled(identity, conversation_id),
+            conversation_id,
+            after,
+            epoch in (None, self.epoch),
+            self._members_detail,
+        )
+
+    async def enter_all(
+        self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None
+    ) -> dict[int, Snapshot | NotFound]:
+        """Several conversations as of one moment; those past the bound of a `ready` lose their messages."""
+        wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
+        same_epoch = epoch in (None, self.epoch)
+        return await self._read(reads.snapshots, identity.user_id, wanted, same_epoch, self._members_detail)
+
+    async def inbox(self, identity: Identity) -> list[int]:
+        """The user's conversations, the most recently active first, as many as one connection may be in."""
+        return await self._read(reads.conversations_of, identity.user_id, self._rooms_per_connection)

@@ -1,0 +1,35 @@
+"""Who is it, and does that still count: a token is verified, then held against what the database says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from chatd.auth import Authenticator
+from chatd.errors import Revoked
+from chatd.model import Identity, now
+from chatd.store import reads
+from chatd.store.reads import Reader, Standing
+
+
+class Logins:
+    def __init__(self, authenticator: Authenticator, read: Reader) -> None:
+        self._authenticator, self._read = authenticator, read
+
+    async def sign_in(self, token: str) -> Identity:
+        """Raises Unauthorized, TokenExpired, Revoked or Unavailable."""
+        identity = await self._authenticator.authenticate(token)
+        check_standing(identity, (await self.standings([identity.user_id])).get(identity.user_id))
+        return identity
+
+    async def standings(self, user_ids: Iterable[int]) -> dict[int, Standing]:
+        return await self._read(reads.standings, list(user_ids))
+
+
+def check_standing(identity: Identity, standing: Standing | None) -> None:
+    """Revocation outlives a restart. A token without `iat` counts as the oldest."""
+    if standing is None:
+        return
+    if identity.issued_at < standing.valid_after:
+        raise Revoked()
+    if standing.banned_until is not None and standing.banned_until > now():
+        raise Revoked("this user is banned", until=standing.banned_until)

@@ -1,0 +1,40 @@
+"""Members of a conversation: added and removed by the backend, effective on live connections at once."""
+
+from __future__ import annotations
+
+from msgspec import UNSET, UnsetType
+
+from chatd.model import State
+from chatd.store.commands import SetMember
+from chatd.store.writer import Writer
+
+
+class Members:
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    async def add(
+        self,
+        conversation_id: int,
+        user_id: int,
+        *,
+        role: str | UnsetType | None = UNSET,
+        muted_until: str | UnsetType | None = UNSET,
+    ) -> None:
+        """Also how a removed or banned user comes back, and how a role or a mute changes."""
+        await self._set(
+            SetMember(
+                conversation_id=conversation_id,
+                user_id=user_id,
+                state=State.ACTIVE,
+                role=role,
+                muted_until=muted_until,
+            )
+        )
+
+    async def remove(self, conversation_id: int, user_id: int) -> None:
+        """Leaves a row behind, which beats what a token lists."""
+        await self._set(SetMember(conversation_id=conversation_id, user_id=user_id, state=State.REMOVED))
+
+    async def _set(self, command: SetMember) -> None:
+        await self._writer.submit([command]).outcome()

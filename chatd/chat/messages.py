@@ -1,0 +1,88 @@
+"""Messages: post (a backend), send (a user), edit, delete, page through the history.
+
+What is wrong with a request is said before it is queued; what the database knows better, the transaction says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from chatd.config import Limits
+from chatd.errors import BadRequest, ChatError
+from chatd.protocol import check_content, check_label, check_meta
+from chatd.store import reads
+from chatd.store.commands import Changed, Create, Created, Delete, Edit, Rights
+from chatd.store.reads import Page, Reader
+from chatd.store.writer import Submission, Writer
+
+
+class Messages:
+    def __init__(self, writer: Writer, read: Reader, limits: Limits) -> None:
+        self._writer, self._read, self._limits = writer, read, limits
+
+    def check(self, command: Create | Edit) -> None:
+        """Raises BadRequest or TooLarge, with the field."""
+        if isinstance(command.content, str):
+            check_content(command.content, self._limits.content_chars)
+        if command.meta is not UNSET:
+            check_meta(command.meta, self._limits.meta_bytes)
+        if isinstance(command, Create):
+            check_label("type", command.type)
+            check_label("client_id", command.client_id)
+        elif command.content is UNSET and command.meta is UNSET:
+            raise BadRequest("Nothing to change: give content or meta.", field="content")
+
+    def submit(self, command: Create | Edit | Delete) -> Submission:
+        """Check and queue one command. Commands are committed in the order of these calls."""
+        if not isinstance(command, Delete):
+            self.check(command)
+        return self._writer.submit([command])
+
+    async def post(self, command: Create) -> Created:
+        outcome = await self.submit(command).outcome()
+        assert isinstance(outcome, Created)
+        return outcome
+
+    async def post_all(self, commands: list[Create | ChatError]) -> list[Created | ChatError]:
+        """Each is accepted or refused on its own; what is refused already is passed through."""
+        accepted = [command for command in commands if isinstance(command, Create)]
+        outcomes = iter(await self._writer.submit(accepted).outcomes() if accepted else [])
+        return [command if isinstance(command, ChatError) else next(outcomes) for command in commands]  # type: ignore[misc]
+
+    async def edit(self, message_id: int, content: str | UnsetType, meta: Any) -> Changed:
+        outcome = await self.submit(Edit(message_id=message_id, content=content, meta=meta)).outcome()
+        assert isinstance(outcome, Changed)
+        return outcome
+
+    async def delete(self, message_id: int) -> Changed:
+        outcome = await self.submit(Delete(message_id=message_id)).outcome()
+        assert isinstance(outcome, Changed)
+        return outcome
+
+    async def history(
+        self, conversation_id: int, before: int | None = None, after: int | None = None, limit: int = 50
+    ) -> Page:
+        """A page for a backend. A conversation that nobody has posted to yet has an empty history."""
+        _check_page(before, after)
+        return await self._read(reads.history, conversation_id, before, after, limit)
+
+    async def history_for(
+        self,
+        user_id: int,
+        rights: Rights,
+        conversation_id: int,
+        before: int | None,
+        after: int | None,
+        limit: int,
+    ) -> Page:
+        """A page for a user. Raises NotFound where the user may not look."""
+        _check_page(before, after)
+        entitled = rights is Rights.ENTITLED
+        return await self._read(reads.history_for, user_id, entitled, conversation_id, before, after, limit)
+
+
+def _check_page(before: int | None, after: int | None) -> None:
+    if before is not None and after is not None:
+        raise BadRequest("Give before or after, not both.", field="after")

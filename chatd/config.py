@@ -1,0 +1,284 @@
+"""The configuration: `chatd.toml`, credentials and the environment, decoded into frozen structs.
+
+Every option is described in `chatd.toml`. All mistakes are reported at once, each with its key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from chatd.errors import ConfigError
+from chatd.validation import mistakes, suggestion
+
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+
+DEMO_TOKEN = "secret"
+
+# The names of the original deployment, still understood: (variable, section, key).
+_ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
+_PREFIX = "CHATD_"
+
+_NO_TOKEN = (
+    "api.internal_token: is empty, so no backend could post. Set it here or in CHATD_API__INTERNAL_TOKEN"
+    " to a long random string (openssl rand -hex 32), or try `chatd serve --demo`."
+)
+
+
+class Server(Struct, frozen=True, forbid_unknown_fields=True):
+    drain_window: Annotated[float, Meta(ge=0, le=300)] = 5.0
+    workers: Literal[1] = 1
+
+
+class Api(Struct, frozen=True, forbid_unknown_fields=True):
+    bind: str = "127.0.0.1:8080"
+    internal_token: str = ""
+
+
+class Hub(Struct, frozen=True, forbid_unknown_fields=True):
+    bind: str = "127.0.0.1:6001"
+    allow_query_token: bool = False
+    origins: list[str] = []
+    handshake_timeout: Seconds = 5.0
+    auth_timeout: Seconds = 10.0
+    ping_interval: Seconds = 25.0
+    ping_timeout: Seconds = 10.0
+
+
+class Database(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str = "sqlite:///chatd.db"
+    readers: Annotated[int, Meta(ge=1, le=64)] = 4
+
+
+class Redis(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str = ""
+    accept_foreign: bool = False
+    stream_length: Positive = 100_000
+
+
+class Auth(Struct, frozen=True, forbid_unknown_fields=True):
+    secret: str = ""
+    previous_secret: str = ""
+    backend_url: str = ""
+    token_ttl: Positive = 3600
+
+
+class Rooms(Struct, frozen=True, forbid_unknown_fields=True):
+    access: Literal["members", "open"] = "members"
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    connections: Count = 0
+    connections_per_user: Count = 20
+    connections_per_address: Count = 0
+    handshakes_per_second: Count = 500
+    rooms_per_connection: Positive = 200
+    sends_per_second: Count = 10
+    frame_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 65536
+    content_chars: Annotated[int, Meta(ge=1, le=262_144)] = 8000
+    meta_bytes: Annotated[int, Meta(ge=0, le=262_144)] = 8192
+    members_detail: Count = 100
+    trusted_proxies: list[str] = []
+
+
+class Logs(Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = "auto"
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    server: Server = Server()
+    api: Api = Api()
+    hub: Hub = Hub()
+    database: Database = Database()
+    redis: Redis = Redis()
+    auth: Auth = Auth()
+    rooms: Rooms = Rooms()
+    limits: Limits = Limits()
+    logs: Logs = Logs()
+    demo: bool = False
+
+
+SECTIONS: dict[str, type[Struct]] = {
+    field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "demo"
+}
+
+Data = dict[str, dict[str, Any]]
+
+
+def load(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    demo: bool = False,
+    require_token: bool = True,
+) -> Config:
+    """The configuration of this process, or ConfigError with every mistake in it.
+
+    Later wins: defaults, the demo's defaults, the file, credentials (`$CREDENTIALS_DIRECTORY/<section>.<key>`),
+    the environment (`CHATD_SECTION__KEY`, `CHATD_SECTION__KEY_FILE`). Commands that serve no backend do not
+    require a token.
+    """
+    environ = os.environ if environ is None else environ
+    found: list[str] = []
+    data = _demo_defaults() if demo else {}
+    for source in (_file(path, found), _credentials(environ, found), _environment(environ, found)):
+        for section, values in source.items():
+            data.setdefault(section, {}).update(values)
+    sections = {name: _section(name, kind, data.pop(name, {}), found) for name, kind in SECTIONS.items()}
+    found += [f"[{name}]: there is no such section{suggestion(name, SECTIONS)}." for name in data]
+    if not found:
+        config = Config(**sections, demo=demo)  # type: ignore[arg-type]
+        found += _contradictions(config)
+        if require_token and not config.api.internal_token:
+            found.append(_NO_TOKEN)
+    if found:
+        raise ConfigError(*found)
+    return config
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """`"127.0.0.1:8080"` → `("127.0.0.1", 8080)`; `"[::1]:8080"` and `":8080"` (every address) work too."""
+    host, colon, port = bind.rpartition(":")
+    if not colon or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(bind)
+    return host.strip("[]"), int(port)
+
+
+def _demo_defaults() -> Data:
+    return {
+        "api": {"internal_token": DEMO_TOKEN},
+        "hub": {"allow_query_token": True},
+        "rooms": {"access": "open"},
+    }
+
+
+def _file(path: Path | None, found: list[str]) -> Data:
+    if path is None:
+        return {}
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        found.append(f"{path}: {error.strerror}. Name the file with --config.")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found.append(f"{path}: this is not TOML: {error}.")
+        return {}
+    loose = [key for key, value in data.items() if not isinstance(value, dict)]
+    found += [f"{key}: stands outside a section; put it under one, [api] say." for key in loose]
+    return {key: value for key, value in data.items() if key not in loose}
+
+
+def _credentials(environ: Mapping[str, str], found: list[str]) -> Data:
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    data: Data = {}
+    for path in sorted(Path(directory).glob("*.*")) if directory else []:
+        section, _, key = path.name.partition(".")
+        # Units may carry credentials for other programs; what is none of ours is left alone.
+        if section in SECTIONS and key in SECTIONS[section].__struct_fields__:
+            data.setdefault(section, {})[key] = _secret(path, str(path), found)
+    return data
+
+
+def _environment(environ: Mapping[str, str], found: list[str]) -> Data:
+    data: Data = {}
+    for name, (section, key) in _ORIGINAL_NAMES.items():
+        if environ.get(name):
+            data.setdefault(section, {})[key] = environ[name]
+    if environ.get("REDIS_HOST"):
+        url = f"redis://{environ['REDIS_HOST']}:{environ.get('REDIS_PORT') or 6379}/0"
+        data.setdefault("redis", {})["url"] = url
+    for name, section, key in _our_variables(environ):
+        if section not in SECTIONS:
+            found.append(f"{name}: there is no section {section}{suggestion(section, SECTIONS)}.")
+        elif key.endswith("_file") and key not in SECTIONS[section].__struct_fields__:
+            key = key.removesuffix("_file")
+            data.setdefault(section, {})[key] = _secret(Path(environ[name]), name, found)
+        else:
+            data.setdefault(section, {})[key] = _from_text(section, key, environ[name])
+    return data
+
+
+def _our_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    # Sorted, so that CHATD_X__Y_FILE wins over CHATD_X__Y on every machine alike.
+    for name in sorted(environ):
+        section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
+        if name.startswith(_PREFIX) and separator:
+            yield name, section, key
+
+
+def _secret(path: Path, origin: str, found: list[str]) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        found.append(f"{origin}: cannot read {path}: {error}.")
+        return ""
+
+
+def _from_text(section: str, key: str, text: str) -> Any:
+    field = next((f for f in msgspec.structs.fields(SECTIONS[section]) if f.name == key), None)
+    if field is not None and field.type == list[str]:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if field is not None and field.type is not str:
+        try:
+            return msgspec.convert(text, field.type, strict=False)
+        except msgspec.ValidationError:
+            pass  # the section's own check says it with the key
+    return text
+
+
+def _section(name: str, kind: type[Struct], values: dict[str, Any], found: list[str]) -> Struct | None:
+    wrong = mistakes(kind, values)
+    found += [f"{name}.{key}: {sentence}" for key, sentences in wrong.items() for sentence in sentences]
+    return None if wrong else msgspec.convert(values, kind)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong with values that are well formed."""
+    for key, bind in (("api.bind", config.api.bind), ("hub.bind", config.hub.bind)):
+        try:
+            host, _ = split_bind(bind)
+        except ValueError:
+            yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080."
+            continue
+        if config.demo and not _is_loopback(host):
+            yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
+    if config.auth.backend_url:
+        yield "auth.backend_url: this version verifies tokens by itself; leave it empty and set auth.secret."
+    for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
+        if secret and len(secret) < 32:
+            yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
+    if urlsplit(config.database.url).scheme not in ("sqlite", "postgresql"):
+        yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
+    elif config.database.url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
+    if config.redis.url and urlsplit(config.redis.url).scheme not in ("redis", "rediss", "unix"):
+        yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
+    if config.redis.accept_foreign and not config.redis.url:
+        yield "redis.accept_foreign: needs redis.url."
+    for origin in config.hub.origins:
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path:
+            yield f"hub.origins: {origin!r} is no origin; write https://chat.example.com, without a path."
+    for network in config.limits.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,142 @@
+"""The one nursery: what starts, in which order, and how it ends.
+
+Stopping is a protocol, not a cancel: stop accepting, say goodbye to the clients over the drain window, finish
+the HTTP requests, flush the writer, each under a deadline; then cancel what is left.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import structlog
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from chatd import api, metrics, systemd
+from chatd.bus import Bus
+from chatd.bus.memory import MemoryBus
+from chatd.bus.redis import RedisBus
+from chatd.chat import Chat
+from chatd.config import Config
+from chatd.hub.fanout import Fanout
+from chatd.hub.rooms import Rooms
+from chatd.hub.server import Hub
+from chatd.listen import open_socket
+from chatd.store.database import Store
+from chatd.store.writer import Writer
+
+API_GRACE = 5.0  # seconds for HTTP requests in progress
+FLUSH_GRACE = 10.0  # seconds for what waits at the writer
+SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
+CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
+# A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
+SWITCH_INTERVAL = 0.001
+GC_THRESHOLDS = (10_000, 20, 50)  # connections are long-lived: scanning them young is wasted
+
+log: FilteringBoundLogger = structlog.get_logger()
+
+
+async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    api_socket = open_socket("api.bind", config.api.bind)
+    hub_socket = open_socket("hub.bind", config.hub.bind)
+    node = secrets.token_hex(6)
+    stop, api_stop = trio.Event(), trio.Event()
+
+    rooms = Rooms()
+    fanout = Fanout(rooms, store.read)
+    writer, bus = _writer_and_bus(config, store, fanout, node)
+    chat = Chat(config, store, writer)
+    hub = Hub(config, chat, rooms, fanout)
+    fanout.also_sweep = hub.check_standings
+    health = api.Health(store.read, bus, stop)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals, stop)
+        await nursery.start(writer.run)
+        await nursery.start(bus.run)
+        await nursery.start(fanout.run)
+        await nursery.start(hub.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))])
+        api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
+        nursery.start_soon(_report_to_systemd, hub)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        log.info("ready", node=node, api=config.api.bind, hub=config.hub.bind, bus=type(bus).__name__)
+        systemd.ready("serving")
+        on_ready()
+
+        await stop.wait()
+        log.info("stopping", connections=len(hub.connections))
+        systemd.stopping("draining")
+        _end_anyhow_after(config.server.drain_window + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
+        api_stop.set()
+        await hub.drain(config.server.drain_window)
+        with trio.move_on_after(API_GRACE):
+            await api_served.wait()
+        await _flush(writer)
+        nursery.cancel_scope.cancel()
+    store.close()
+    log.info("stopped")
+
+
+def _writer_and_bus(config: Config, store: Store, fanout: Fanout, node: str) -> tuple[Writer, Bus]:
+    """The writer tells the bus of commits, the bus tells the writer what it has passed on."""
+    if not config.redis.url:
+        memory = MemoryBus(fanout)
+        metrics.REDIS_UP.set(1)
+        return store.writer(node=None, on_commit=memory.publish), memory
+    writer = store.writer(node=node, on_commit=lambda group: bus.publish(group))
+    bus = RedisBus(config.redis, fanout, node=node, outbox=store.outbox, settle=writer.settle)
+    return writer, bus
+
+
+async def _flush(writer: Writer) -> None:
+    writer.close()
+    with trio.move_on_after(FLUSH_GRACE):
+        await writer.finished.wait()
+
+
+async def _watch_signals(
+    stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The first signal asks to stop, the second ends the process at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        asked_at = math.inf
+        async for number in signals:
+            if trio.current_time() - asked_at > SAME_SIGNAL:
+                log.warning("ended_at_once", signal=signal.Signals(number).name)
+                os._exit(1)
+            asked_at = min(asked_at, trio.current_time())
+            stop.set()
+
+
+def _end_anyhow_after(seconds: float) -> None:
+    """A thread that is stuck in a driver cannot be cancelled, and would keep the nursery open for ever."""
+
+    def end() -> None:
+        log.error("stop_took_too_long", seconds=seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+async def _report_to_systemd(hub: Hub) -> None:
+    """The watchdog's ping proves that the loop turns, and nothing else: no restart cures a database."""
+    period = systemd.watchdog_period()
+    if period is None:
+        return
+    while True:
+        systemd.notify("WATCHDOG=1", f"STATUS=serving {len(hub.connections)} connections")
+        await trio.sleep(period)

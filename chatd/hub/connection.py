@@ -1,0 +1,233 @@
+"""One WebSocket connection from its first byte to its goodbye: the only import of trio_websocket.
+
+`serve` is the barrier: whatever a peer sends, its error ends here. The session above knows nothing of
+handshakes, and the outbox below nothing of WebSocket but that its own frames pass through it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+
+import structlog
+import trio
+from msgspec import Struct
+from trio_websocket import (
+    ConnectionClosed,
+    HandshakeError,
+    WebSocketConnection,
+    WebSocketRequest,
+    wrap_server_stream,
+)
+from wsproto.utilities import ProtocolError
+
+from chatd import metrics
+from chatd.errors import Close
+from chatd.hub.outbox import Outbox
+from chatd.hub.session import Session
+from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
+
+if TYPE_CHECKING:
+    from chatd.hub.server import Hub
+
+RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
+CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
+RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
+
+# What peers bring about: they vanish, dawdle, or send what is no WebSocket. The last is raised by the library's
+# reader for a non-ASCII byte in some headers.
+_EXPECTED = (
+    ConnectionClosed,
+    HandshakeError,
+    ProtocolError,
+    trio.TooSlowError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    OSError,
+    UnicodeDecodeError,
+)
+
+log = structlog.get_logger()
+
+
+class Handshake(Struct, frozen=True):
+    """What the upgrade request said."""
+
+    path: str
+    query: dict[str, str]
+    host: str
+    origin: str | None
+    bearer: str | None
+    forwarded_for: str
+    subprotocols: tuple[str, ...]
+
+
+class Refused(Exception):
+    """A handshake that gets an HTTP status instead of a WebSocket."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+async def serve(hub: Hub, stream: trio.SocketStream) -> None:
+    """Serve one peer. Only Cancelled leaves this; the caller closes the stream."""
+    try:
+        async with trio.open_nursery() as nursery:
+            # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
+            most = 4 * hub.config.limits.frame_bytes + RECEIVE_BYTES
+            outbox = Outbox(stream, nursery, unfinished_bytes=most)
+            try:
+                await _serve(hub, stream, outbox, nursery)
+            finally:
+                outbox.cut = True
+                nursery.cancel_scope.cancel()
+    except* _EXPECTED as group:
+        metrics.HOSTILE.inc()
+        log.debug("connection_failed", error=_innermost(group))
+    except* Exception as group:
+        # A mistake of ours, or of a library: still one connection's matter.
+        metrics.HOSTILE.inc()
+        log.warning("connection_error", error=_innermost(group), exc_info=group)
+
+
+async def _serve(hub: Hub, stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nursery) -> None:
+    with trio.fail_after(hub.config.hub.handshake_timeout):
+        request = await wrap_server_stream(
+            nursery,
+            outbox,
+            max_message_size=hub.config.limits.frame_bytes,
+            message_queue_size=1,
+            receive_buffer_size=RECEIVE_BYTES,
+        )
+        handshake = _read(request)
+        try:
+            admission = hub.admit(handshake, hub.address_of(stream, handshake.forwarded_for))
+        except Refused as refusal:
+            metrics.REFUSED.labels(refusal.reason).inc()
+            await _refuse(request, outbox, refusal)
+            return
+    with admission:
+        with trio.fail_after(hub.config.hub.handshake_timeout):
+            ws = await request.accept(subprotocol=_chosen(handshake))
+        outbox.message_finished()
+        connection = Connection(ws, outbox, nursery)
+        hub.connections[connection] = None
+        try:
+            await connection.run(Session(hub, connection, handshake))
+        finally:
+            del hub.connections[connection]
+
+
+async def _refuse(request: WebSocketRequest, outbox: Outbox, refusal: Refused) -> None:
+    headers = [(b"retry-after", RETRY_AFTER)] if refusal.status == 503 else []
+    await request.reject(refusal.status, extra_headers=headers, body=refusal.reason.encode())
+    # Closing with unread bytes of the peer would reset the connection and take the answer with it.
+    await outbox.finish()
+
+
+def _read(request: WebSocketRequest) -> Handshake:
+    headers = {name.lower(): value.decode("latin-1") for name, value in request.headers}
+    parts = urlsplit(request.path)
+    scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
+    return Handshake(
+        path=parts.path,
+        query={key: values[-1] for key, values in parse_qs(parts.query).items()},
+        host=request._event.host,  # the pinned version has no public name for it
+        origin=headers.get(b"origin"),
+        bearer=credentials.strip() if scheme.lower() == "bearer" else None,
+        forwarded_for=headers.get(b"x-forwarded-for", ""),
+        subprotocols=request.proposed_subprotocols,
+    )
+
+
+def _chosen(handshake: Handshake) -> str | None:
+    """Ours if it was offered; else what was, for a browser drops a connection that chose nothing."""
+    if SUBPROTOCOL in handshake.subprotocols:
+        return SUBPROTOCOL
+    return handshake.subprotocols[0] if handshake.subprotocols else None
+
+
+class Connection:
+    """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
+
+    def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery) -> None:
+        self._ws, self._outbox, self.nursery = ws, outbox, nursery
+        self._goodbye: tuple[Close, str] | None = None
+        self._at_deadline = (Close.NO_AUTH, "no auth in time")
+        self._reading = trio.CancelScope()
+        self._pinged_at = 0.0
+        self.name = secrets.token_hex(8)
+        self.session: Session | None = None
+
+    async def run(self, session: Session) -> None:
+        self.session = session
+        try:
+            with self._reading, session:
+                await session.run(self._messages())
+            if self._goodbye is None and self._reading.cancelled_caught:
+                self._goodbye = self._at_deadline
+        except ConnectionClosed:
+            pass
+        finally:
+            await self._say_goodbye()
+
+    async def _messages(self) -> AsyncIterator[str | bytes]:
+        while True:
+            await self._outbox.uncongested()
+            message = await self._ws.get_message()
+            self._outbox.message_finished()
+            yield message
+
+    async def _say_goodbye(self) -> None:
+        code: int
+        code, reason = self._goodbye or (Close.SERVER_ERROR, "")
+        if self._outbox.too_slow:
+            code = Close.TOO_SLOW
+        elif self._ws.closed is not None and self._goodbye is None:
+            code = self._ws.closed.code
+        metrics.CLOSED.labels(str(int(code))).inc()
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            await self._ws.aclose(int(code), reason)
+
+    # For the session and the hub: synchronous.
+
+    @property
+    def congested(self) -> bool:
+        return self._outbox.congested
+
+    def push(self, frames: bytes) -> None:
+        """Send frames, unless a goodbye is on its way: nothing follows that."""
+        if self._goodbye is None and self._ws.closed is None:
+            self._outbox.push(frames)
+
+    def close_soon(self, code: Close, reason: str) -> None:
+        if self._goodbye is None:
+            self._goodbye = (code, reason)
+            self._reading.cancel()
+
+    def close_at(self, deadline: float, code: Close, reason: str) -> None:
+        """Say this goodbye at a moment of trio's clock, unless told otherwise before."""
+        self._at_deadline = (code, reason)
+        self._reading.deadline = deadline
+
+    def beat(self, now: float, interval: float, timeout: float) -> None:
+        """Ask a silent peer for a sign of life, give up one that has had its time."""
+        silent = now - self._outbox.last_heard
+        if silent > interval + timeout:
+            self.close_soon(Close.NO_PONG, "no sign of life")
+        elif silent >= interval and self._pinged_at <= self._outbox.last_heard and self.session is not None:
+            self._pinged_at = now
+            if self.session.flat:
+                self._outbox.expect_pong(PING_FRAME)
+                self.push(PING_FRAME)
+            else:
+                self.push(text_frame(b'{"event":"ping"}'))
+
+
+def _innermost(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,314 @@
+"""The fanout: one task that advances the heads of rooms and pushes what is new to their subscriptions.
+
+Its one input is the bus. A hole is waited for a moment, then read from the database; what was read comes
+back through the same queue, so that nobody else ever pushes a change. The sweep heals what nobody told us.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence, Set
+
+import structlog
+import trio
+from msgspec import Struct
+
+from chatd import metrics
+from chatd.errors import Unavailable
+from chatd.hub.rooms import Piece, Room, Rooms, Subscription, pieces
+from chatd.model import Change, MemberChange, State
+from chatd.protocol import event, text_frame
+from chatd.store import reads
+from chatd.store.reads import Reader
+
+QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
+SIGNAL_BYTES = 256  # what a signal counts for
+YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
+HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
+RETRY = 1.0  # seconds between attempts while the database does not answer
+SWEEP = 10.0  # seconds between sweeps, and
+SWEEP_DOWN = 1.0  # while other nodes' changes do not come by themselves
+SWEEP_ROOMS = 500  # rooms in one query
+
+log = structlog.get_logger()
+
+
+class Foreign(Struct):
+    """A payload of somebody else, for a room: no seq, not stored."""
+
+    conversation_id: int
+    frame: bytes
+    flat: bool  # whether a listener that knows nothing but messages gets it
+
+
+class Repaired(Struct):
+    """What a repair read after a room's head. `early` are the seqs that were waiting past the hole then."""
+
+    room: Room
+    changes: list[Change]
+    early: set[int]
+
+
+class StartOver(Struct):
+    """A repair found more than can be pushed: the conversation stands at `head`."""
+
+    room: Room
+    head: int
+
+
+class Kick(Struct):
+    """A room's head has become known: what came before it can be judged now."""
+
+    room: Room
+
+
+Item = Change | MemberChange | Foreign | Repaired | StartOver | Kick
+
+
+class Fanout:
+    """Implements `bus.Receiver`."""
+
+    def __init__(self, rooms: Rooms, read: Reader) -> None:
+        self._rooms, self._read = rooms, read
+        self._queue: deque[Item] = deque()
+        self._queued = 0
+        self._wake = trio.Event()
+        self._sweep_now = trio.Event()
+        self._up = True
+        self._nursery: trio.Nursery
+        self.also_sweep: Callable[[], Awaitable[None]] | None = None  # the hub's part: who is still welcome
+
+    # Input: synchronous, bounded.
+
+    def changes(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            room = self._rooms.get(change.conversation_id)
+            if room is None:
+                continue
+            if self._queued + len(change.payload) <= QUEUE_BYTES:
+                self._queued += len(change.payload)
+                self._put(change)
+            elif not room.stale:
+                room.stale = True
+                self._put(Kick(room))
+
+    def member(self, change: MemberChange) -> None:
+        if self._rooms.get(change.conversation_id) is None or self._queued > QUEUE_BYTES:
+            return  # on overflow the sweep finds that the members have changed
+        self._queued += SIGNAL_BYTES
+        self._put(change)
+
+    def foreign(self, conversation_id: int, name: str, payload: bytes) -> None:
+        if self._rooms.get(conversation_id) is None:
+            return
+        frame = text_frame(payload)
+        if self._queued + len(frame) > QUEUE_BYTES:
+            return  # not stored anywhere: there is nothing to repair it from
+        self._queued += len(frame)
+        self._put(Foreign(conversation_id, frame, name == "message"))
+
+    def links(self, up: bool) -> None:
+        self._up = up
+        self._sweep_now.set()
+
+    def lost(self) -> None:
+        self._sweep_now.set()
+
+    def doubt(self, conversation_id: int) -> None:
+        """Somebody may not be entitled to this room any more: hold its rights against the database now."""
+        if room := self._rooms.get(conversation_id):
+            room.members_version = -1  # lower than any, so that no snapshot replaces it
+            self._sweep_now.set()
+
+    def opened(self, room: Room, head: int, members_version: int) -> None:
+        """A session has read a snapshot of a room that it is in."""
+        room.open(head, members_version)
+        if room.behind:
+            self._put(Kick(room))
+
+    def _put(self, item: Item) -> None:
+        self._queue.append(item)
+        self._wake.set()
+
+    # The one task.
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._sweep_for_ever)
+            task_status.started()
+            while True:
+                if not self._queue:
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+                items, self._queue = self._queue, deque()
+                await self._handle(items)
+
+    async def _handle(self, items: deque[Item]) -> None:
+        """What a batch brings for one room goes out together; anything else keeps its place in the order."""
+        gathered: dict[int, list[Change]] = {}
+        for item in items:
+            if isinstance(item, Change):
+                self._queued -= len(item.payload)
+                gathered.setdefault(item.conversation_id, []).append(item)
+                continue
+            await self._advance_all(gathered)
+            gathered = {}
+            match item:
+                case MemberChange():
+                    self._queued -= SIGNAL_BYTES
+                    await self._tell_members(item)
+                case Foreign():
+                    self._queued -= len(item.frame)
+                    await self._announce(item)
+                case Repaired(room, changes, early):
+                    await self._repaired(room, changes, early)
+                case StartOver(room, head):
+                    await self._start_over(room, head)
+                case Kick(room):
+                    await self._advance(room, [])
+        await self._advance_all(gathered)
+
+    async def _advance_all(self, gathered: dict[int, list[Change]]) -> None:
+        for conversation_id, changes in gathered.items():
+            if room := self._rooms.get(conversation_id):
+                await self._advance(room, changes)
+        await trio.lowlevel.checkpoint()
+
+    async def _advance(self, room: Room, changes: Sequence[Change], unreal: Set[int] = frozenset()) -> None:
+        ready = room.accept(changes)
+        room.forget(unreal)
+        for piece in pieces(ready):
+            await self._push(room, piece)
+        if room.behind:
+            self._repair_soon(room, HOLE_WAIT if self._up and not room.stale else 0)
+
+    async def _push(self, room: Room, piece: Piece) -> None:
+        delivered = 0
+        for count, subscription in enumerate(list(room.subscriptions), 1):
+            delivered += subscription.deliver(piece)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+        metrics.DELIVERED.inc(delivered * (piece.last - piece.first + 1))
+
+    async def _announce(self, item: Foreign) -> None:
+        room = self._rooms.get(item.conversation_id)
+        for count, subscription in enumerate(list(room.subscriptions) if room else [], 1):
+            if item.flat or not subscription.listener.flat:
+                subscription.announce(item.frame)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _tell_members(self, change: MemberChange) -> None:
+        room = self._rooms.get(change.conversation_id)
+        if room is None:
+            return
+        active = change.state is State.ACTIVE
+        if not active:
+            for subscription in list(room.subscriptions):
+                if subscription.listener.user_id == change.user_id:
+                    subscription.listener.dropped(subscription)
+        fields = {"role": change.role} if active and change.role else {}
+        payload = event(
+            "member",
+            conversation_id=change.conversation_id,
+            user_id=change.user_id,
+            change="added" if active else "removed",
+            **fields,
+        )
+        await self._announce(Foreign(change.conversation_id, text_frame(payload), flat=False))
+
+    # Repair.
+
+    def _repair_soon(self, room: Room, wait: float) -> None:
+        if not room.repairing:
+            room.repairing = True
+            self._nursery.start_soon(self._repair, room, wait)
+
+    async def _repair(self, room: Room, wait: float) -> None:
+        """Read what follows the head and hand it over. One at a time for a room."""
+        await trio.sleep(wait)
+        while room.behind and self._rooms.get(room.conversation_id) is room:
+            room.stale = False
+            try:
+                self._put(await self._find_missing(room))
+                return
+            except Unavailable:
+                room.stale = True
+                await trio.sleep(RETRY)
+        room.repairing = False  # the hole has filled by itself, or nobody is there any more
+
+    async def _find_missing(self, room: Room) -> Repaired | StartOver:
+        assert room.head is not None
+        early = set(room.ahead)
+        changes, complete = await self._read(reads.changes_after, room.conversation_id, room.head)
+        metrics.REPAIRS.inc()
+        if complete:
+            return Repaired(room, changes, early)
+        heads = await self._read(reads.heads, [room.conversation_id])
+        return StartOver(room, heads[room.conversation_id].seq)
+
+    async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
+        room.repairing = False
+        # What is still early was never committed, whoever put it on the stream: the database does not know it.
+        await self._advance(room, changes, unreal=early)
+
+    async def _start_over(self, room: Room, head: int) -> None:
+        """Each subscription reads the room anew, as if it had asked."""
+        room.repairing = False
+        room.skip_to(head)
+        for count, subscription in enumerate(list(room.subscriptions), 1):
+            restart(subscription)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+        await self._advance(room, [])
+
+    # The sweep.
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            with trio.move_on_after(SWEEP if self._up else SWEEP_DOWN):
+                await self._sweep_now.wait()
+            self._sweep_now = trio.Event()
+            try:
+                await self.sweep()
+            except Unavailable:
+                log.warning("sweep_failed", reason="the database does not answer")
+
+    async def sweep(self) -> None:
+        """Hold the heads and the rights of all active rooms against the database."""
+        rooms = [room for room in self._rooms if room.head is not None]
+        for start in range(0, len(rooms), SWEEP_ROOMS):
+            part = rooms[start : start + SWEEP_ROOMS]
+            heads = await self._read(reads.heads, [room.conversation_id for room in part])
+            for room in part:
+                if found := heads.get(room.conversation_id):
+                    await self._compare(room, found)
+        if self.also_sweep is not None:
+            await self.also_sweep()
+
+    async def _compare(self, room: Room, found: reads.Heads) -> None:
+        if room.head is not None and found.seq > room.head:
+            room.stale = True
+            self._repair_soon(room, 0)
+        if found.members_version != room.members_version:
+            await self.check_rights(room)
+
+    async def check_rights(self, room: Room) -> None:
+        """End the subscriptions of those who may not be in a room any more."""
+        present = list(room.subscriptions)  # who joins meanwhile has a snapshot of its own
+        users = list({subscription.listener.user_id for subscription in present})
+        version, states = await self._read(reads.rights, room.conversation_id, users)
+        for subscription in present:
+            state = states.get(subscription.listener.user_id)
+            if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
+                subscription.listener.dropped(subscription)
+        room.members_version = version
+
+
+def restart(subscription: Subscription) -> None:
+    """Have a subscription read its room anew; one that is just doing so must do it again."""
+    if subscription.buffering:
+        subscription.torn = True
+    else:
+        metrics.RESYNCS.inc()
+        subscription.listener.resync(subscription)

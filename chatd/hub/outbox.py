@@ -1,0 +1,191 @@
+"""A connection's socket as trio-websocket sees it, with `push` for frames that many clients share.
+
+Only the outbox writes to the socket, so a cancelled task never leaves half a frame behind. `push` never
+waits: what the kernel does not take at once is queued, in bytes, and flushed by a task that exists only then.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections import deque
+
+import trio
+
+LIMIT_BYTES = 1024 * 1024  # what a slow reader may cost before its connection is cut
+JOIN_BYTES = 64 * 1024  # queued frames written at once
+# Reads since the last finished message. An honest 64 KiB frame takes 16 of 4 KiB, a dripping one some more.
+UNFINISHED_READS = 2000
+FINISH_SECONDS = 1.0
+# Close without a goodbye also frees what the kernel holds for a peer that does not read.
+_LINGER_ZERO = struct.pack("ii", 1, 0)
+
+
+class Outbox(trio.abc.Stream):
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        nursery: trio.Nursery,
+        *,
+        unfinished_bytes: int,
+        limit: int = LIMIT_BYTES,
+    ) -> None:
+        """`unfinished_bytes`: what a peer may send without finishing a message."""
+        self._stream, self._nursery = stream, nursery
+        self._descriptor = stream.socket.fileno()
+        self._limit = limit
+        self._queue: deque[bytes | memoryview] = deque()
+        self._queued = 0
+        self._flushing = False
+        self._drained = trio.lowlevel.ParkingLot()
+        self._unfinished_most = unfinished_bytes
+        self._unfinished_bytes = 0
+        self._unfinished_reads = 0
+        self._peer_finished = False
+        self.cut = False  # ended without a goodbye
+        self.too_slow = False  # … because the peer did not read
+        self.last_heard = trio.current_time()
+
+    @property
+    def queued(self) -> int:
+        """Bytes the kernel has not taken yet."""
+        return self._queued
+
+    @property
+    def congested(self) -> bool:
+        """Past half of the limit: leave out what may be left out."""
+        return self._queued > self._limit // 2
+
+    def push(self, frames: bytes) -> None:
+        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut."""
+        if self.cut:
+            return
+        data: bytes | memoryview = frames
+        if not self._queue:
+            sent = self._write(frames)
+            if sent == len(frames) or self.cut:
+                return
+            data = memoryview(frames)[sent:]
+        self._queue.append(data)
+        self._queued += len(data)
+        if self._queued > self._limit:
+            self.too_slow = True
+            self.abort()
+        elif not self._flushing:
+            self._flushing = True
+            self._nursery.start_soon(self._flush)
+
+    def expect_pong(self, frame: bytes) -> None:
+        """A ping is on its way: its answer is not counted as an unfinished message."""
+        self._allow_control_frame(len(frame))
+
+    def message_finished(self) -> None:
+        self._unfinished_bytes = self._unfinished_reads = 0
+
+    async def uncongested(self) -> None:
+        """Wait until the peer has read what it asked for, before more is read from it."""
+        while self.congested and not self.cut:
+            await self._drained.park()
+
+    async def finish(self) -> None:
+        """Send no more, and give the peer a moment to read what it was sent: somebody else reads from it."""
+        await self._stream.send_eof()
+        with trio.move_on_after(FINISH_SECONDS):
+            while not self._peer_finished and not self.cut:
+                await self._drained.park()
+
+    def abort(self) -> None:
+        """Cut the connection now, without a goodbye: it would queue behind what the peer does not read."""
+        if self.cut:
+            return
+        self.cut = True
+        self._queue.clear()
+        self._queued = 0
+        self._drained.unpark_all()
+        try:
+            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+            self._stream.socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
+        except OSError:
+            pass  # the peer was faster
+
+    # trio.abc.Stream, for trio-websocket: its handshake, pongs and goodbyes go the same way.
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.cut:
+            raise trio.BrokenResourceError("the connection was cut")
+        if data[:1] == b"\x8a":  # a pong: the ping that it answers was no unfinished message
+            self._allow_control_frame(len(data))
+        self.push(bytes(data))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.uncongested()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        data = await self._stream.receive_some(max_bytes)
+        self.last_heard = trio.current_time()
+        if not data:
+            self._peer_finished = True
+            self._drained.unpark_all()
+        self._unfinished_bytes += len(data)
+        self._unfinished_reads += 1
+        # trio-websocket counts the text of a message, not the frames: 200,000 empty ones would pass.
+        if self._unfinished_bytes > self._unfinished_most or self._unfinished_reads > UNFINISHED_READS:
+            self.abort()
+            raise trio.BrokenResourceError("the peer sent too much without finishing a message")
+        return bytes(data)
+
+    async def aclose(self) -> None:
+        self.cut = True
+        await self._stream.aclose()
+
+    # Writing.
+
+    def _write(self, data: bytes | memoryview) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self.abort()
+            return 0
+
+    async def _flush(self) -> None:
+        try:
+            while self._queue and not self.cut:
+                await trio.lowlevel.wait_writable(self._stream.socket)
+                if not self.cut:
+                    self._write_queued()
+        except (OSError, trio.ClosedResourceError):
+            self.abort()
+        finally:
+            self._flushing = False
+
+    def _write_queued(self) -> None:
+        data = self._queue[0] if len(self._queue) == 1 else self._join()
+        sent = self._write(data)
+        self._queued -= sent
+        if self.cut:
+            return
+        if sent == len(data):
+            self._queue.popleft()
+        elif sent:
+            self._queue[0] = memoryview(data)[sent:]
+        if not self.congested:
+            self._drained.unpark_all()
+
+    def _join(self) -> bytes | memoryview:
+        """Make one write of the first frames."""
+        taken: list[bytes | memoryview] = []
+        size = 0
+        while self._queue and (not taken or size + len(self._queue[0]) <= JOIN_BYTES):
+            taken.append(self._queue.popleft())
+            size += len(taken[-1])
+        joined = b"".join(taken)
+        self._queue.appendleft(joined)
+        return joined
+
+    def _allow_control_frame(self, size: int) -> None:
+        self._unfinished_bytes = max(0, self._unfinished_bytes - size - 4)  # a client's frame has a mask of 4
+        self._unfinished_reads = max(0, self._unfinished_reads - 1)

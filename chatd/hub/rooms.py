@@ -1,0 +1,283 @@
+"""Who hears which conversation on this node. Pure and synchronous: cancellation cannot tear it.
+
+    Room           a conversation somebody here listens to: its head, its subscriptions, what came too early
+    Subscription   one connection in one room, with its own cursor
+    Membership     the rooms of one connection: the only way in, and out of all of them at its end
+
+The fanout alone advances heads and delivers; a session alone settles its subscriptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from chatd.model import Change, Kind
+from chatd.protocol import text_frame
+
+AHEAD_CHANGES = 1000  # changes a room holds while a hole before them is being read
+BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is being read
+PIECE_BYTES = 64 * 1024  # frames joined into one write
+
+
+class Listener(Protocol):
+    """What a subscription needs of its session."""
+
+    user_id: int
+    flat: bool
+
+    def push(self, frames: bytes) -> None: ...
+    def resync(self, subscription: Subscription) -> None:
+        """Read the room anew for this subscription and answer unasked."""
+
+    def dropped(self, subscription: Subscription) -> None:
+        """The subscription was ended by the server."""
+
+
+class Piece:
+    """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
+
+    __slots__ = ("_changes", "_flat", "_frames", "first", "joined", "last")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._frames = [text_frame(change.payload) for change in changes]
+        self._flat: bytes | None = None
+        self.first, self.last = changes[0].seq, changes[-1].seq
+        self.joined = b"".join(self._frames)
+
+    def after(self, cursor: int, flat: bool) -> bytes:
+        """The frames that are new to a cursor; a flat listener knows nothing but new messages."""
+        if cursor < self.first and not flat:
+            return self.joined
+        if cursor < self.first and self._flat is not None:
+            return self._flat
+        wanted = b"".join(
+            frame
+            for change, frame in zip(self._changes, self._frames, strict=True)
+            if change.seq > cursor and (not flat or change.kind is Kind.CREATED)
+        )
+        if cursor < self.first:
+            self._flat = wanted
+        return wanted
+
+
+def pieces(changes: Sequence[Change]) -> Iterator[Piece]:
+    """Cut a run of changes where a joined write would get too long."""
+    start = size = 0
+    for index, change in enumerate(changes):
+        if index > start and size + len(change.payload) > PIECE_BYTES:
+            yield Piece(changes[start:index])
+            start, size = index, 0
+        size += len(change.payload)
+    if changes:
+        yield Piece(changes[start:])
+
+
+class Subscription:
+    """Nothing with `seq <= cursor` is pushed to it: replay, repair and the echo through Redis are safe.
+
+    It is buffering from the moment it joins until its snapshot is answered, so that no change falls between.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_buffered",
+        "conversation_id",
+        "cursor",
+        "entitled",
+        "joined",
+        "listener",
+        "torn",
+    )
+
+    def __init__(self, conversation_id: int, listener: Listener, *, entitled: bool) -> None:
+        self.conversation_id, self.listener, self.entitled = conversation_id, listener, entitled
+        self.cursor = 0
+        self.joined = False
+        self.torn = False  # the buffer has a hole: the snapshot must be read again
+        self._buffer: list[Piece | bytes] | None = []
+        self._buffered = 0
+
+    @property
+    def buffering(self) -> bool:
+        return self._buffer is not None
+
+    def hold(self) -> None:
+        """Buffer from now on: a snapshot is about to be read."""
+        self._buffer, self._buffered, self.torn = [], 0, False
+
+    def settle(self, seq: int) -> bytes:
+        """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
+        held, self._buffer = self._buffer or [], None
+        self.cursor = seq
+        return b"".join(item if isinstance(item, bytes) else self._advance(item) for item in held)
+
+    def deliver(self, piece: Piece) -> bool:
+        """False when it was not new, or not for this one."""
+        if not self.joined:
+            return False
+        if self._buffer is not None:
+            self._keep(piece, len(piece.joined))
+            return False
+        frames = self._advance(piece)
+        if frames:
+            self.listener.push(frames)
+        return bool(frames)
+
+    def announce(self, frame: bytes) -> None:
+        """Something without a seq that must not be lost while buffering."""
+        if not self.joined:
+            return
+        if self._buffer is not None:
+            self._keep(frame, len(frame))
+        else:
+            self.listener.push(frame)
+
+    def _advance(self, piece: Piece) -> bytes:
+        if piece.last <= self.cursor:
+            return b""
+        if (
+            piece.first > self.cursor + 1
+        ):  # nothing should bring this about; if something does, nobody is lied to
+            self.listener.resync(self)
+            return b""
+        frames = piece.after(self.cursor, self.listener.flat)
+        self.cursor = piece.last
+        return frames
+
+    def _keep(self, item: Piece | bytes, size: int) -> None:
+        assert self._buffer is not None
+        self._buffered += size
+        if self._buffered > BUFFER_BYTES:
+            self._buffer.clear()
+            self.torn = True
+        elif not self.torn:
+            self._buffer.append(item)
+
+
+class Room:
+    __slots__ = ("ahead", "conversation_id", "head", "members_version", "repairing", "stale", "subscriptions")
+
+    def __init__(self, conversation_id: int) -> None:
+        self.conversation_id = conversation_id
+        self.head: int | None = None  # None until a first snapshot says it
+        self.members_version: int | None = None
+        self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
+        self.ahead: dict[int, Change] = {}  # changes past a hole, by seq
+        self.stale = False  # changes were dropped: only the database knows which
+        self.repairing = False
+
+    @property
+    def behind(self) -> bool:
+        """Something is known to be missing. Not before the first snapshot: that reads everything."""
+        return self.head is not None and (self.stale or bool(self.ahead))
+
+    def open(self, head: int, members_version: int) -> None:
+        """A snapshot says where the conversation stands. The lowest version makes the sweep look again."""
+        if self.head is None:
+            self.head = head
+        if self.members_version is None or members_version < self.members_version:
+            self.members_version = members_version
+
+    def accept(self, changes: Sequence[Change]) -> list[Change]:
+        """Advance the head over what follows it without a hole; returns that, in order. Old is dropped."""
+        for change in changes:
+            if self.head is None or change.seq > self.head:
+                self.ahead[change.seq] = change
+        if len(self.ahead) > AHEAD_CHANGES and (self.head is None or self.head + 1 not in self.ahead):
+            self.ahead.clear()
+            self.stale = True
+        ready: list[Change] = []
+        if self.head is not None:
+            while self.head + 1 in self.ahead:
+                self.head += 1
+                ready.append(self.ahead.pop(self.head))
+        return ready
+
+    def forget(self, seqs: Iterable[int]) -> None:
+        """Do not wait any more for the hole before these."""
+        for seq in seqs:
+            self.ahead.pop(seq, None)
+
+    def skip_to(self, head: int) -> None:
+        """Go on from `head`; what lies before is read by each subscription on its own."""
+        self.head = max(head, self.head or 0)
+        self.ahead = {seq: change for seq, change in self.ahead.items() if seq > self.head}
+
+
+class Rooms:
+    """The rooms that somebody on this node is in. A room is made by its first and goes with its last."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[int, Room] = {}
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def __iter__(self) -> Iterator[Room]:
+        return iter(list(self._rooms.values()))
+
+    def get(self, conversation_id: int) -> Room | None:
+        return self._rooms.get(conversation_id)
+
+    def join(self, subscription: Subscription) -> Room:
+        room = self._rooms.get(subscription.conversation_id)
+        if room is None:
+            room = self._rooms[subscription.conversation_id] = Room(subscription.conversation_id)
+        room.subscriptions[subscription] = None
+        subscription.joined = True
+        return room
+
+    def leave(self, subscription: Subscription) -> None:
+        subscription.joined = False
+        room = self._rooms.get(subscription.conversation_id)
+        if room is not None and subscription in room.subscriptions:
+            del room.subscriptions[subscription]
+            if not room.subscriptions:
+                del self._rooms[room.conversation_id]
+
+
+class Membership:
+    """The subscriptions of one connection: `with Membership(rooms) as mine:` leaves them all at the end."""
+
+    __slots__ = ("_rooms", "_subscriptions")
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self._subscriptions: dict[int, Subscription] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for conversation_id in list(self._subscriptions):
+            self.leave(conversation_id)
+
+    def __len__(self) -> int:
+        return len(self._subscriptions)
+
+    def __iter__(self) -> Iterator[Subscription]:
+        return iter(list(self._subscriptions.values()))
+
+    def __contains__(self, conversation_id: int) -> bool:
+        return conversation_id in self._subscriptions
+
+    def join(self, conversation_id: int, listener: Listener, *, entitled: bool) -> Subscription:
+        """The subscription to a room, as it is or fresh; either way it is buffering now."""
+        subscription = self._subscriptions.get(conversation_id)
+        if subscription is None:
+            subscription = Subscription(conversation_id, listener, entitled=entitled)
+            self._subscriptions[conversation_id] = subscription
+            self._rooms.join(subscription)
+        return subscription
+
+    def leave(self, conversation_id: int) -> bool:
+        """False if it was not there."""
+        subscription = self._subscriptions.pop(conversation_id, None)
+        if subscription is not None:
+            self._rooms.leave(subscription)
+        return subscription is not None

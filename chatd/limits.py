@@ -1,0 +1,37 @@
+"""Bounds that more than one module needs, and the token bucket behind every rate.
+
+What an operator may set is in `config.Limits`; here is what the protocol promises or memory demands.
+"""
+
+from __future__ import annotations
+
+MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exactly
+REPLAY_CHANGES = 300  # changes in one answer; beyond it a client is told to page back
+REPLAY_BYTES = 256 * 1024  # bytes of messages in one answer, a quarter of an outbox
+READY_BYTES = 512 * 1024  # bytes of messages in one `ready`, half of an outbox
+FALLBACK_MESSAGES = 50  # newest messages in an answer with `recovered: false`
+HISTORY_PAGE = 50
+HISTORY_PAGE_MAX = 100
+UNREAD_MAX = 1000  # counted exactly up to here
+BATCH_MESSAGES = 1000
+CLIENT_ID_CHARS = 64
+META_DEPTH = 32  # nesting of `meta`: deeper is an attack or a mistake
+
+
+class TokenBucket:
+    """`rate` a second on average, `burst` at once. Time comes from the caller, in seconds."""
+
+    __slots__ = ("_burst", "_level", "_rate", "_then")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._level, self._then = burst, now
+
+    def take(self, now: float) -> float:
+        """Take one: 0.0 when there was one, else the seconds until there is."""
+        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
+        self._then = now
+        if self._level >= 1:
+            self._level -= 1
+            return 0.0
+        return (1 - self._level) / self._rate

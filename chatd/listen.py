@@ -1,0 +1,42 @@
+"""Listening sockets, opened before anything else so that a taken port is said in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from chatd.config import split_bind
+from chatd.errors import OperatorError
+
+BACKLOG = 4096  # connections the kernel holds while a burst is accepted
+USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
+
+
+def open_socket(key: str, bind: str) -> socket.socket:
+    """A bound, listening socket for `host:port`. Raises OperatorError that names the key."""
+    host, port = split_bind(bind)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+            opened.bind(address)
+            opened.listen(BACKLOG)
+            opened.setblocking(False)
+        except OSError:
+            opened.close()
+            raise
+    except OSError as error:
+        raise OperatorError(f"{key}: cannot listen on {bind}: {_advice(error)}") from error
+    return opened
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another program has this port. Stop that one, or choose another port."
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need a right that this user does not have. Choose a higher one."
+    return f"{error.strerror or error}."

@@ -1,0 +1,32 @@
+"""Numbers for Prometheus, shown at /metrics. No user or conversation ids in labels.
+
+Counted where things happen; this says what is counted and under which name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from chatd.errors import ChatError
+
+CONNECTIONS = Gauge("chatd_connections", "WebSocket connections now")
+SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions of connections to rooms now")
+CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
+REFUSED = Counter("chatd_handshakes_refused_total", "WebSocket handshakes refused", ["reason"])
+HOSTILE = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
+WRITES = Counter("chatd_writes_total", "Commands by outcome", ["outcome"])
+COMMIT_SECONDS = Histogram("chatd_commit_seconds", "Time of one group commit")
+DELIVERED = Counter("chatd_deliveries_total", "Changes handed to a connection")
+REPAIRS = Counter("chatd_repairs_total", "Holes that were read from the database")
+RESYNCS = Counter("chatd_resyncs_total", "Subscriptions told to start over")
+REDIS_UP = Gauge("chatd_redis_up", "1 while every link to Redis works, or none is configured")
+OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")
+OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old to publish")
+
+
+def count_outcomes(outcomes: Iterable[Any]) -> None:
+    for outcome in outcomes:
+        WRITES.labels(outcome.code if isinstance(outcome, ChatError) else "ok").inc()

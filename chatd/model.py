@@ -1,0 +1,89 @@
+"""The nouns of chatd: messages, their changes, who is in a conversation. Pure data.
+
+Times are strings, RFC 3339 in UTC with six digits: what the wire carries and what sorts.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
+
+
+class Message(Struct, frozen=True, omit_defaults=True):
+    """The flat message. Its fields stand in the order of the wire; those with a default are optional there."""
+
+    conversation_id: int
+    id: int
+    user_id: int
+    type: str
+    content: str | None
+    meta: Any
+    created_at: str
+    seq: int
+    client_id: str | None
+    reply_to: int | None = None
+    edited_at: str | None = None
+    deleted_at: str | None = None
+
+
+class Kind(StrEnum):
+    """What a change did, as the log keeps it."""
+
+    CREATED = "created"
+    EDITED = "edited"
+    DELETED = "deleted"
+
+
+class Change(Struct, frozen=True):
+    """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody."""
+
+    conversation_id: int
+    seq: int
+    kind: Kind
+    payload: bytes
+
+
+class State(StrEnum):
+    """A member's row. No row at all is neither: the token or an open deployment decides then."""
+
+    ACTIVE = "active"
+    REMOVED = "removed"
+    BANNED = "banned"
+
+
+class MemberChange(Struct, frozen=True):
+    """Somebody was added to or removed from a conversation."""
+
+    conversation_id: int
+    user_id: int
+    state: State
+    role: str | None
+
+
+class Group(Struct, frozen=True):
+    """What one transaction committed. `outbox_id` is None where no bus outlives this process."""
+
+    changes: list[Change]
+    members: list[MemberChange]
+    outbox_id: int | None
+
+
+class Identity(Struct, frozen=True):
+    """Who a token speaks for. Times are unix seconds; `conversations` are those that the token lists."""
+
+    user_id: int
+    expires_at: float
+    issued_at: float
+    conversations: frozenset[int]
+
+
+def timestamp(moment: datetime) -> str:
+    """`2026-01-01T00:00:00.000000Z`."""
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def now() -> str:
+    return timestamp(datetime.now(UTC))

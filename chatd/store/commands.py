@@ -1,0 +1,89 @@
+"""What the writer can be asked to do, and what it answers. Plain values: no SQL, no waiting."""
+
+from __future__ import annotations
+
+import hashlib
+from enum import Enum
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from chatd.model import State
+
+
+class Rights(Enum):
+    """On whose word a change is made. A `removed` or `banned` row beats the last two."""
+
+    TRUSTED = "trusted"  # the backend's
+    ENTITLED = "entitled"  # a user's whose token or deployment opens the room
+    MEMBER = "member"  # a user's who needs an active row
+
+
+class Create(Struct, frozen=True, kw_only=True):
+    conversation_id: int
+    user_id: int
+    content: str
+    type: str = "text"
+    meta: Any = None
+    client_id: str | None = None
+    reply_to: int | None = None
+    rights: Rights = Rights.TRUSTED
+
+    def request_hash(self) -> bytes:
+        """What makes a second request with the same `client_id` a retry, not a conflict."""
+        asked = msgspec.json.encode([self.type, self.content, self.meta, self.reply_to], order="sorted")
+        return hashlib.blake2b(asked, digest_size=16).digest()
+
+
+class Edit(Struct, frozen=True, kw_only=True):
+    """Without `conversation_id` the message is looked for by its id alone; without `user_id` anybody's."""
+
+    message_id: int
+    conversation_id: int | None = None
+    user_id: int | None = None
+    content: str | UnsetType = UNSET
+    meta: Any = UNSET
+    rights: Rights = Rights.TRUSTED
+
+
+class Delete(Struct, frozen=True, kw_only=True):
+    message_id: int
+    conversation_id: int | None = None
+    user_id: int | None = None
+    rights: Rights = Rights.TRUSTED
+
+
+class SetMember(Struct, frozen=True, kw_only=True):
+    """Add or remove a member. What is UNSET stays as it is."""
+
+    conversation_id: int
+    user_id: int
+    state: State
+    role: str | UnsetType | None = UNSET
+    muted_until: str | UnsetType | None = UNSET
+
+
+AnyCommand = Create | Edit | Delete | SetMember
+
+
+class Created(Struct, frozen=True):
+    id: int
+    seq: int
+    created_at: str
+    client_id: str | None
+    duplicate: bool
+
+
+class Changed(Struct, frozen=True):
+    id: int
+    seq: int
+
+
+class MemberSet(Struct, frozen=True):
+    """`changed` is false when the member was in that state already."""
+
+    changed: bool
+
+
+Result = Created | Changed | MemberSet

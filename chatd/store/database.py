@@ -1,0 +1,125 @@
+"""The store as the daemon holds it: engines opened, schema at its version, epoch known, writer and reader.
+
+`open_store` is called before the nursery opens; everything that can be wrong with a database is said there.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from sqlalchemy import Engine, make_url, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+
+from chatd.config import Database
+from chatd.errors import ConfigError, OperatorError
+from chatd.model import Group
+from chatd.store import migrations, schema
+from chatd.store.engine import is_sqlite, reading_engine, writing_engine
+from chatd.store.outbox import Outbox
+from chatd.store.reads import Reader
+from chatd.store.writer import Writer
+
+log = structlog.get_logger()
+
+
+class Store:
+    """`epoch` is new when the data are reset; `token_secret` signs tokens unless the configuration has one."""
+
+    def __init__(self, config: Database) -> None:
+        self._writing = writing_engine(config.url)
+        self._reading = reading_engine(config.url, config.readers)
+        self.read = Reader(self._reading, config.readers)
+        self.outbox = Outbox(self._writing)
+        self.epoch = _fact(self._writing, "epoch", secrets.token_hex(8))
+        self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
+
+    def writer(self, *, node: str | None, on_commit: Callable[[Group], None]) -> Writer:
+        return Writer(self._writing, node=node, on_commit=on_commit)
+
+    def close(self) -> None:
+        self._writing.dispose()
+        self._reading.dispose()
+
+
+def open_store(config: Database) -> Store:
+    """Raises OperatorError with what to change. Migrates SQLite; PostgreSQL only when told to."""
+    engine = writing_engine(config.url)
+    try:
+        if is_sqlite(engine):
+            _check_directory(config.url)
+            _report(migrations.upgrade(engine))
+        else:
+            _check_version(engine)
+        return Store(config)
+    except DBAPIError as error:
+        raise OperatorError(f"database.url: {_first_line(error)}") from error
+    finally:
+        engine.dispose()
+
+
+def migrate(config: Database) -> tuple[str | None, str]:
+    """The schema's revision before and after. Raises OperatorError."""
+    engine = writing_engine(config.url)
+    try:
+        if is_sqlite(engine):
+            _check_directory(config.url)
+        _refuse_newer(engine)
+        return migrations.upgrade(engine)
+    except DBAPIError as error:
+        raise OperatorError(f"database.url: {_first_line(error)}") from error
+    finally:
+        engine.dispose()
+
+
+def _check_version(engine: Engine) -> None:
+    _refuse_newer(engine)
+    with engine.connect() as connection:
+        found = migrations.current(connection)
+    if found != migrations.head():
+        raise ConfigError(
+            f"database.url: the schema is {'missing' if found is None else f'at version {found}'}; this chatd"
+            f" needs version {migrations.head()}. Run `chatd migrate` with the same configuration."
+        )
+
+
+def _refuse_newer(engine: Engine) -> None:
+    with engine.connect() as connection:
+        found = migrations.current(connection)
+    if found is not None and not migrations.known(found):
+        raise ConfigError(
+            f"database.url: the schema is at version {found}, which this chatd does not know."
+            " Install the newer one."
+        )
+
+
+def _check_directory(url: str) -> None:
+    directory = Path(make_url(url).database or "").absolute().parent
+    if not directory.is_dir():
+        raise ConfigError(f"database.url: there is no directory {directory}. Make it, or name another file.")
+
+
+def _report(upgrade: tuple[str | None, str]) -> None:
+    before, after = upgrade
+    if before != after:
+        log.info("schema_migrated", before=before, after=after)
+
+
+def _fact(engine: Engine, key: str, fresh: str) -> str:
+    """A value that is made once and shared by all nodes."""
+    table = schema.facts
+    into = sqlite.insert if is_sqlite(engine) else postgresql.insert
+    with engine.begin() as connection:
+        found = connection.scalar(select(table.c.value).where(table.c.key == key))
+        if found is None:
+            connection.execute(into(table).on_conflict_do_nothing(), {"key": key, "value": fresh})
+            found = connection.scalar(select(table.c.value).where(table.c.key == key))
+    assert found is not None
+    return str(found)
+
+
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).strip().splitlines()[0]

@@ -1,0 +1,91 @@
+"""Engines: one that writes, one that reads, with the settings that the guarantees rest on.
+
+Every setting has its reason beside it. Used by the writer, the reads, the outbox and the migrations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
+
+from chatd.errors import ConfigError
+
+# A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
+SQLITE_BUSY_SECONDS = 5
+# PostgreSQL's own deadlines. The last one frees the locks of a node that was stopped in mid-transaction.
+POSTGRES_OPTIONS = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "synchronous_commit=on",
+        "statement_timeout=5s",
+        "lock_timeout=4s",
+        "idle_in_transaction_session_timeout=10s",
+    )
+)
+POSTGRES_CONNECT = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds until a write to a vanished host fails
+}
+
+
+def is_sqlite(engine: Engine) -> bool:
+    return engine.dialect.name == "sqlite"
+
+
+def writing_engine(url: str) -> Engine:
+    """Two connections: the writer's, and one for the outbox and for housekeeping."""
+    engine = _engine(url, pool_size=2, isolation="READ COMMITTED")
+    if is_sqlite(engine):
+        # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
+        _begin_with(engine, "BEGIN IMMEDIATE")
+    return engine
+
+
+def reading_engine(url: str, readers: int) -> Engine:
+    """Every transaction is one snapshot: rights, head and missed changes belong together."""
+    engine = _engine(url, pool_size=readers, isolation="REPEATABLE READ")
+    if is_sqlite(engine):
+        _begin_with(engine, "BEGIN")
+    return engine
+
+
+def _engine(url: str, *, pool_size: int, isolation: str) -> Engine:
+    parsed = _parse(url)
+    common: dict[str, Any] = {
+        "pool_size": pool_size,
+        "max_overflow": 0,
+        "pool_timeout": 5,
+        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+        "json_deserializer": msgspec.json.decode,
+    }
+    if parsed.get_backend_name() == "sqlite":
+        engine = create_engine(parsed, connect_args={"timeout": SQLITE_BUSY_SECONDS}, **common)
+        event.listen(engine, "connect", _set_up_sqlite)
+        return engine
+    connect_args = {"options": POSTGRES_OPTIONS, "application_name": "chatd", **POSTGRES_CONNECT}
+    return create_engine(parsed, connect_args=connect_args, isolation_level=isolation, **common)
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigError("database.url: this is no URL; write sqlite:///chatd.db or postgresql://…") from None
+    return parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # sqlite3 would begin transactions by rules of its own
+    # WAL: readers and the writer do not wait for each other. FULL: a commit is on the disk (G1).
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_with(engine: Engine, statement: str) -> None:
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(statement))

@@ -1,0 +1,105 @@
+"""Committed groups that the bus may not have taken: read them, pass them on, remove them.
+
+A row lives from its commit until Redis has it. What an outage or a crash left behind is relayed from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import trio
+from msgspec import Struct
+from sqlalchemy import Connection, Engine, delete, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from chatd.errors import Unavailable
+from chatd.model import timestamp
+from chatd.store import schema
+from chatd.store.engine import is_sqlite
+
+FOREIGN_AGE = 30.0  # seconds after which a row's own node is taken to be dead
+EXPIRY = 24 * 3600.0  # seconds after which a row helps nobody any more: listeners read the database
+RELAY_ROWS = 50  # groups in one go
+
+
+class Left(Struct, frozen=True):
+    """A committed group that is still in the outbox. `payloads` are its events as JSON."""
+
+    id: int
+    node: str
+    payloads: list[bytes]
+
+
+Publish = Callable[[Sequence[Left]], None]
+
+
+class Outbox:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._thread = trio.CapacityLimiter(1)
+
+    async def relay(self, publish: Publish, *, node: str, above: int = 0) -> tuple[int, int]:
+        """Pass on this node's own rows above an id, and any node's that are old enough.
+
+        `publish` runs in the thread; what it raises leaves the rows where they are. Returns how many rows
+        were passed on and the highest id among this node's own.
+        """
+        return await trio.to_thread.run_sync(self._relay, publish, node, above, limiter=self._thread)
+
+    async def expire(self) -> int:
+        """Remove what is too old to be of use; returns how many groups that were."""
+        return await trio.to_thread.run_sync(self._expire, limiter=self._thread)
+
+    def _relay(self, publish: Publish, node: str, above: int) -> tuple[int, int]:
+        table = schema.outbox
+        own = (table.c.node == node) & (table.c.id > above)
+        query = select(table).where(own | (table.c.created_at < _ago(FOREIGN_AGE))).order_by(table.c.id)
+        try:
+            with self._claimed(query.limit(RELAY_ROWS)) as rows:
+                if rows:
+                    publish(rows)
+        except SQLAlchemyError as error:
+            raise Unavailable() from error
+        return len(rows), max((row.id for row in rows if row.node == node), default=above)
+
+    @contextmanager
+    def _claimed(self, query) -> Iterator[list[Left]]:  # type: ignore[no-untyped-def]
+        """The rows, removed when the block ends well.
+
+        PostgreSQL locks them meanwhile, so that two nodes do not relay the same. SQLite has one lock for
+        everything, which must not be held while Redis is waited for.
+        """
+        if is_sqlite(self._engine):
+            with self._engine.begin() as connection:
+                rows = _left(connection, query)
+            yield rows
+            with self._engine.begin() as connection:
+                _remove(connection, rows)
+        else:
+            with self._engine.begin() as connection:
+                rows = _left(connection, query.with_for_update(skip_locked=True))
+                yield rows
+                _remove(connection, rows)
+
+    def _expire(self) -> int:
+        try:
+            with self._engine.begin() as connection:
+                old = delete(schema.outbox).where(schema.outbox.c.created_at < _ago(EXPIRY))
+                return connection.execute(old).rowcount
+        except SQLAlchemyError as error:
+            raise Unavailable() from error
+
+
+def _left(connection: Connection, query) -> list[Left]:  # type: ignore[no-untyped-def]
+    return [Left(row.id, row.node, row.payloads.split(b"\n")) for row in connection.execute(query)]
+
+
+def _remove(connection: Connection, rows: Sequence[Left]) -> None:
+    if rows:
+        connection.execute(delete(schema.outbox).where(schema.outbox.c.id.in_([row.id for row in rows])))
+
+
+def _ago(seconds: float) -> str:
+    return timestamp(datetime.now(UTC) - timedelta(seconds=seconds))

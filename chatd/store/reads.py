@@ -1,0 +1,319 @@
+"""What the database is asked: snapshots for a subscription, pages of history, heads, rights.
+
+Plain functions of a connection, run by `Reader` in threads; each call is one snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+from msgspec import Struct
+from sqlalchemy import Connection, Engine, Select, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from chatd import limits
+from chatd.errors import NotFound, Unavailable
+from chatd.model import Change, Kind, Message, State
+from chatd.protocol import change_payload
+from chatd.store import schema
+from chatd.store.rows import MESSAGE_COLUMNS, message
+
+DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
+
+T = TypeVar("T")
+
+
+class Cursor(Struct, frozen=True):
+    """How far somebody has read and received a conversation: message ids, 0 for nothing."""
+
+    user_id: int
+    read: int
+    delivered: int
+
+
+class Snapshot(Struct, frozen=True):
+    """A conversation for one user at one moment, with what was missed since `after`."""
+
+    conversation_id: int
+    seq: int
+    members_version: int
+    recovered: bool
+    changes: list[bytes]  # events as JSON, in seq order; the newest messages if not recovered
+    has_more: bool
+    unread: int
+    receipts: list[Cursor]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.changes))
+
+
+class Heads(Struct, frozen=True):
+    seq: int
+    members_version: int
+
+
+class Page(Struct, frozen=True):
+    messages: list[Message]
+    has_more: bool
+
+
+class Standing(Struct, frozen=True):
+    """What is held against a user's tokens: unix seconds, and a moment or None."""
+
+    valid_after: int = 0
+    banned_until: str | None = None
+
+
+class Reader:
+    """Runs reads in threads, as many at once as there are connections, so that waiting is cancellable."""
+
+    def __init__(self, engine: Engine, readers: int) -> None:
+        self._engine = engine
+        self._limiter = trio.CapacityLimiter(readers)
+
+    async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
+        """`read(connection, *arguments)` in one snapshot. Raises Unavailable."""
+        with trio.move_on_after(DEADLINE):
+            return await trio.to_thread.run_sync(
+                self._run, read, arguments, limiter=self._limiter, abandon_on_cancel=True
+            )
+        raise Unavailable()
+
+    def _run(self, read: Callable[..., T], arguments: tuple[Any, ...], again: bool = True) -> T:
+        try:
+            with self._engine.connect() as connection:
+                return read(connection, *arguments)
+        except (DBAPIError, PoolTimeout) as error:
+            # A pooled connection that died while idle says so at its first use; a read can be repeated.
+            if again and isinstance(error, DBAPIError) and error.connection_invalidated:
+                return self._run(read, arguments, again=False)
+            raise Unavailable() from error
+
+
+def ping(connection: Connection) -> None:
+    connection.execute(select(1))
+
+
+def snapshot(
+    connection: Connection,
+    user_id: int,
+    entitled: bool,
+    conversation_id: int,
+    after: int | None,
+    same_epoch: bool,
+    members_detail: int,
+) -> Snapshot:
+    """Raises NotFound where the user may not look. `entitled`: enough unless a row says otherwise."""
+    table = schema.conversations
+    row = connection.execute(select(table).where(table.c.id == conversation_id)).mappings().first()
+    check_rights(connection, conversation_id, user_id, entitled)
+    head, version, low = (row["last_seq"], row["members_version"], row["low_seq"]) if row else (0, 0, 0)
+    changes, recovered, has_more = _missed(connection, conversation_id, after, head, low, same_epoch)
+    return Snapshot(
+        conversation_id=conversation_id,
+        seq=head,
+        members_version=version,
+        recovered=recovered,
+        changes=changes,
+        has_more=has_more,
+        unread=_unread(connection, conversation_id, user_id),
+        receipts=_receipts(connection, conversation_id, user_id, members_detail),
+    )
+
+
+def snapshots(
+    connection: Connection,
+    user_id: int,
+    rooms: Sequence[tuple[int, int | None, bool]],
+    same_epoch: bool,
+    members_detail: int,
+) -> dict[int, Snapshot | NotFound]:
+    """Several conversations, as of one moment; `rooms` are (conversation_id, after, entitled)."""
+    found: dict[int, Snapshot | NotFound] = {}
+    space = limits.READY_BYTES
+    for conversation_id, after, entitled in rooms:
+        try:
+            one = snapshot(connection, user_id, entitled, conversation_id, after, same_epoch, members_detail)
+        except NotFound as error:
+            found[conversation_id] = error
+            continue
+        found[conversation_id] = one if one.size <= space else without_messages(one)
+        space -= min(one.size, space)
+    return found
+
+
+def without_messages(snapshot: Snapshot) -> Snapshot:
+    """What is left of a snapshot whose messages do not fit into an answer."""
+    return msgspec.structs.replace(snapshot, recovered=False, changes=[], has_more=snapshot.seq > 0)
+
+
+def _missed(
+    connection: Connection, conversation_id: int, after: int | None, head: int, low: int, same_epoch: bool
+) -> tuple[list[bytes], bool, bool]:
+    """(changes, recovered, has_more)"""
+    if after is None:
+        return [], True, False
+    if same_epoch and low <= after <= head and head - after <= limits.REPLAY_CHANGES:
+        changes, complete = changes_after(connection, conversation_id, after, head)
+        if complete:
+            return [change.payload for change in changes], True, False
+    page = history(connection, conversation_id, None, None, limits.FALLBACK_MESSAGES)
+    newest = [change_payload(Kind.CREATED, m.seq, m) for m in page.messages]
+    return newest, False, page.has_more
+
+
+def changes_after(
+    connection: Connection, conversation_id: int, after: int, head: int | None = None
+) -> tuple[list[Change], bool]:
+    """The log after a seq, with the messages as they are now; False if that was too much for one answer."""
+    log = schema.changes
+    query = (
+        select(log.c.seq.label("change_seq"), log.c.kind, *MESSAGE_COLUMNS)
+        .join(schema.messages, schema.messages.c.id == log.c.message_id)
+        .where(log.c.conversation_id == conversation_id, log.c.seq > after)
+        .order_by(log.c.seq)
+        .limit(limits.REPLAY_CHANGES + 1)
+    )
+    if head is not None:
+        query = query.where(log.c.seq <= head)
+    found: list[Change] = []
+    room = limits.REPLAY_BYTES
+    for row in connection.execute(query).mappings():
+        kind = Kind(row["kind"])
+        payload = change_payload(kind, row["change_seq"], message(row))
+        room -= len(payload)
+        if room < 0 or len(found) == limits.REPLAY_CHANGES:
+            return found, False
+        found.append(Change(conversation_id, row["change_seq"], kind, payload))
+    return found, True
+
+
+def history(
+    connection: Connection, conversation_id: int, before: int | None, after: int | None, limit: int
+) -> Page:
+    """A page in ascending id: the newest, or next to a message id; cut where it has too many bytes."""
+    table = schema.messages
+    query: Select[Any] = select(*MESSAGE_COLUMNS).where(table.c.chat_conversation_id == conversation_id)
+    if after is not None:
+        query = query.where(table.c.id > after).order_by(table.c.id)
+    else:
+        query = query.order_by(table.c.id.desc())
+        query = query if before is None else query.where(table.c.id < before)
+    found: list[Message] = []
+    room, has_more = limits.REPLAY_BYTES, False
+    for row in connection.execute(query.limit(limit + 1)).mappings():
+        one = message(row)
+        room -= len(change_payload(Kind.CREATED, one.seq, one))
+        if len(found) == limit or (room < 0 and found):
+            has_more = True
+            break
+        found.append(one)
+    return Page(found if after is not None else found[::-1], has_more)
+
+
+def history_for(
+    connection: Connection,
+    user_id: int,
+    entitled: bool,
+    conversation_id: int,
+    before: int | None,
+    after: int | None,
+    limit: int,
+) -> Page:
+    check_rights(connection, conversation_id, user_id, entitled)
+    return history(connection, conversation_id, before, after, limit)
+
+
+def check_rights(connection: Connection, conversation_id: int, user_id: int, entitled: bool) -> None:
+    """A row decides; without one the token or an open deployment does."""
+    state = states(connection, conversation_id, [user_id]).get(user_id)
+    if not (state == State.ACTIVE if state else entitled):
+        raise NotFound(field="conversation_id")
+
+
+def states(connection: Connection, conversation_id: int, user_ids: Iterable[int]) -> dict[int, State]:
+    table = schema.members
+    query = select(table.c.user_id, table.c.state).where(
+        table.c.conversation_id == conversation_id, table.c.user_id.in_(user_ids)
+    )
+    return {row.user_id: State(row.state) for row in connection.execute(query)}
+
+
+def rights(
+    connection: Connection, conversation_id: int, user_ids: Sequence[int]
+) -> tuple[int, dict[int, State]]:
+    """(members_version, states) in one snapshot."""
+    table = schema.conversations
+    version = connection.scalar(select(table.c.members_version).where(table.c.id == conversation_id))
+    return version or 0, states(connection, conversation_id, user_ids)
+
+
+def heads(connection: Connection, conversation_ids: Sequence[int]) -> dict[int, Heads]:
+    table = schema.conversations
+    query = select(table.c.id, table.c.last_seq, table.c.members_version).where(
+        table.c.id.in_(conversation_ids)
+    )
+    return {row.id: Heads(row.last_seq, row.members_version) for row in connection.execute(query)}
+
+
+def standings(connection: Connection, user_ids: Sequence[int]) -> dict[int, Standing]:
+    table = schema.users
+    query = select(table).where(table.c.user_id.in_(user_ids))
+    return {row.user_id: Standing(row.valid_after, row.banned_until) for row in connection.execute(query)}
+
+
+def conversations_of(connection: Connection, user_id: int, most: int) -> list[int]:
+    """The user's conversations, the most recently active first."""
+    table = schema.members
+    query = (
+        select(table.c.conversation_id)
+        .join(schema.conversations, schema.conversations.c.id == table.c.conversation_id)
+        .where(table.c.user_id == user_id, table.c.state == State.ACTIVE.value)
+        .order_by(schema.conversations.c.updated_at.desc())
+        .limit(most)
+    )
+    return list(connection.scalars(query))
+
+
+def _unread(connection: Connection, conversation_id: int, user_id: int) -> int:
+    cursors, table = schema.reads, schema.messages
+    read = connection.scalar(
+        select(cursors.c.read_id).where(
+            cursors.c.conversation_id == conversation_id, cursors.c.user_id == user_id
+        )
+    )
+    # Counted among the newest ids only, so that a room of a million messages costs no more than this.
+    newer = (
+        select(table.c.id)
+        .where(
+            table.c.chat_conversation_id == conversation_id,
+            table.c.id > (read or 0),
+            table.c.user_id != user_id,
+            table.c.deleted_at.is_(None),
+        )
+        .limit(limits.UNREAD_MAX)
+    )
+    return connection.scalar(select(func.count()).select_from(newer.subquery())) or 0
+
+
+def _receipts(connection: Connection, conversation_id: int, user_id: int, members_detail: int) -> list[Cursor]:
+    table = schema.reads
+    query = select(table.c.user_id, table.c.read_id, table.c.delivered_id).where(
+        table.c.conversation_id == conversation_id
+    )
+    if members_detail and _member_count(connection, conversation_id, members_detail + 1) > members_detail:
+        query = query.where(table.c.user_id == user_id)
+    return [Cursor(*row) for row in connection.execute(query.order_by(table.c.user_id))]
+
+
+def _member_count(connection: Connection, conversation_id: int, most: int) -> int:
+    table = schema.members
+    some = select(table.c.user_id).where(
+        table.c.conversation_id == conversation_id, table.c.state == State.ACTIVE.value
+    )
+    return connection.scalar(select(func.count()).select_from(some.limit(most).subquery())) or 0

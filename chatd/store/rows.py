@@ -1,0 +1,37 @@
+"""Rows to nouns: the one place that knows which column is which key of the flat message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from chatd.model import Message
+from chatd.store.schema import messages
+
+# All that a flat message is made of.
+MESSAGE_COLUMNS = [
+    messages.c[name]
+    for name in (
+        "chat_conversation_id", "id", "user_id", "type", "content", "meta", "created_at", "seq",
+        "client_id", "reply_to", "edited_at", "deleted_at",
+    )
+]  # fmt: skip
+
+
+def message(row: RowMapping | Mapping[str, Any]) -> Message:
+    return Message(
+        conversation_id=row["chat_conversation_id"],
+        id=row["id"],
+        user_id=row["user_id"],
+        type=row["type"],
+        content=row["content"],
+        meta=row["meta"],
+        created_at=row["created_at"],
+        seq=row["seq"],
+        client_id=row["client_id"],
+        reply_to=row["reply_to"],
+        edited_at=row["edited_at"],
+        deleted_at=row["deleted_at"],
+    )

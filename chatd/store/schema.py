@@ -1,0 +1,142 @@
+"""The tables, in the names of the original Laravel schema so that a backend can read them.
+
+Migrations are in `migrations/`; the writer and the reads build their statements from here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+from chatd.model import timestamp
+
+
+class Timestamp(TypeDecorator[str]):
+    """A moment: in Python the string of the wire, in PostgreSQL timestamptz, in SQLite UTC text."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else datetime.fromisoformat(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        if value is None:
+            return None
+        return timestamp(value if value.tzinfo else value.replace(tzinfo=UTC))
+
+
+# SQLite gives out row ids by itself only to a column that is exactly INTEGER PRIMARY KEY.
+Serial = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData()
+
+conversations = Table(
+    "chat_conversations",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, nullable=False, server_default="0"),
+    Column("low_seq", BigInteger, nullable=False, server_default="0"),  # the log is cut up to here
+    Column("members_version", BigInteger, nullable=False, server_default="0"),
+    Column("updated_at", Timestamp, nullable=False),
+)
+
+messages = Table(
+    "chat_messages",
+    metadata,
+    Column("id", Serial, primary_key=True),
+    Column("chat_conversation_id", BigInteger, ForeignKey("chat_conversations.id"), nullable=False),
+    Column("user_id", BigInteger, nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("content", Text),
+    Column("meta", JSON(none_as_null=True)),
+    Column("created_at", Timestamp, nullable=False),
+    Column("updated_at", Timestamp, nullable=False),
+    Column("seq", BigInteger, nullable=False),  # the one of its creation
+    Column("client_id", String(64)),
+    Column("request_hash", LargeBinary(16), nullable=False),
+    Column("reply_to", BigInteger),
+    Column("edited_at", Timestamp),
+    Column("deleted_at", Timestamp),
+    # Durable idempotency. Rows without a client_id do not collide: NULLs are distinct.
+    UniqueConstraint("chat_conversation_id", "user_id", "client_id", name="chat_messages_client_id"),
+    Index("chat_messages_page", "chat_conversation_id", "id"),
+    sqlite_autoincrement=True,  # an id is never used twice, even after its row is erased
+)
+
+changes = Table(
+    "chat_changes",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(16), nullable=False),
+    Column("message_id", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+members = Table(
+    "chat_members",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("role", String(32)),
+    Column("muted_until", Timestamp),
+    Column("updated_at", Timestamp, nullable=False),
+    Index("chat_members_user", "user_id", "state"),
+)
+
+users = Table(
+    "chat_users",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column(
+        "valid_after", BigInteger, nullable=False, server_default="0"
+    ),  # unix seconds: older tokens are void
+    Column("banned_until", Timestamp),
+)
+
+reads = Table(
+    "message_reads",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("read_id", BigInteger, nullable=False, server_default="0"),
+    Column("delivered_id", BigInteger, nullable=False, server_default="0"),
+    Column("updated_at", Timestamp, nullable=False),
+)
+
+outbox = Table(
+    "chat_outbox",
+    metadata,
+    Column("id", Serial, primary_key=True),
+    Column("node", String(32), nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("payloads", LargeBinary, nullable=False),  # one JSON event a line
+    sqlite_autoincrement=True,
+)
+
+facts = Table(
+    "chat_meta",
+    metadata,
+    Column("key", String(32), primary_key=True),
+    Column("value", Text, nullable=False),
+)

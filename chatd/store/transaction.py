@@ -1,0 +1,380 @@
+"""One transaction: decide a group of commands in the order they came, number what is new, write the rows.
+
+Synchronous, in the writer's thread. The conversations are locked first, in id order, so commit order, `seq`
+order and id order are the same and two nodes cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msgspec import UNSET, Struct
+from sqlalchemy import Connection, Select, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, Muted, NotFound
+from chatd.model import Change, Group, Kind, MemberChange, State, now
+from chatd.protocol import change_payload
+from chatd.store import schema
+from chatd.store.commands import (
+    AnyCommand,
+    Changed,
+    Create,
+    Created,
+    Delete,
+    Edit,
+    MemberSet,
+    Result,
+    Rights,
+    SetMember,
+)
+from chatd.store.rows import MESSAGE_COLUMNS, message
+
+Row = dict[str, Any]
+
+
+class Step(Struct):
+    """A granted command. `row` is the message it made, changed or, for a retry, found."""
+
+    kind: Kind
+    seq: int
+    row: Row
+    duplicate: bool = False
+
+
+class Transaction:
+    """`run` answers each command on its own; only the database's own errors leave it."""
+
+    def __init__(self, connection: Connection, node: str | None) -> None:
+        self._connection = connection
+        self._node = node  # None: no bus outlives this process, so no outbox
+        self._now = now()
+        self._places: dict[int, int] = {}  # message id → its conversation
+        self._conversations: dict[int, Row] = {}
+        self._members: dict[tuple[int, int], Row] = {}
+        self._earlier: dict[tuple[int, int, str], Row] = {}
+        self._messages: dict[int, Row] = {}
+        self._created: list[Row] = []
+        self._changed: dict[int, Row] = {}
+        self._set: dict[tuple[int, int], Row] = {}
+        self._steps: list[Step] = []
+        self._member_changes: list[MemberChange] = []
+
+    def run(
+        self, commands: Sequence[AnyCommand], settled: Iterable[int] = ()
+    ) -> tuple[list[Result | ChatError], Group]:
+        """`settled` are outbox rows that the bus has taken; they go with this transaction."""
+        self._read(commands)
+        verdicts = [self._decide(command) for command in commands]
+        self._write()
+        changes = [self._change(step) for step in self._steps]
+        self._settle(settled)
+        group = Group(changes, self._member_changes, self._fill_outbox(changes))
+        return [self._result(verdict) for verdict in verdicts], group
+
+    # Reading, in the order of the locks.
+
+    def _read(self, commands: Sequence[AnyCommand]) -> None:
+        aimed = [command for command in commands if isinstance(command, Edit | Delete)]
+        replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
+        self._places = self._find_places([*(command.message_id for command in aimed), *replies])
+        self._create_conversations(commands)
+        self._lock_conversations({self._conversation_of(command) for command in commands} - {None})
+        self._read_members({pair for command in commands for pair in self._member_pairs(command)})
+        self._read_earlier([c for c in commands if isinstance(c, Create) and c.client_id is not None])
+        self._read_messages({command.message_id for command in aimed})
+
+    def _find_places(self, ids: Sequence[int]) -> dict[int, int]:
+        if not ids:
+            return {}
+        query = select(schema.messages.c.id, schema.messages.c.chat_conversation_id)
+        found = self._connection.execute(query.where(schema.messages.c.id.in_(set(ids))))
+        return {row.id: row.chat_conversation_id for row in found}
+
+    def _conversation_of(self, command: AnyCommand) -> int | None:
+        if isinstance(command, Edit | Delete):
+            return self._places.get(command.message_id)
+        return command.conversation_id
+
+    def _create_conversations(self, commands: Sequence[AnyCommand]) -> None:
+        wanted = {
+            command.conversation_id
+            for command in commands
+            if isinstance(command, SetMember)
+            or (isinstance(command, Create) and command.rights is not Rights.MEMBER)
+        }
+        if not wanted:
+            return
+        table = schema.conversations
+        there = set(self._connection.scalars(select(table.c.id).where(table.c.id.in_(wanted))))
+        if missing := sorted(wanted - there):
+            into = postgresql.insert if self._connection.dialect.name == "postgresql" else sqlite.insert
+            rows = [{"id": id, "updated_at": self._now} for id in missing]
+            self._connection.execute(into(table).on_conflict_do_nothing(), rows)
+
+    def _lock_conversations(self, ids: Iterable[int | None]) -> None:
+        table = schema.conversations
+        query = select(table.c.id, table.c.last_seq, table.c.members_version).where(table.c.id.in_(ids))
+        self._conversations = self._rows(query.order_by(table.c.id).with_for_update(), "id")
+
+    def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
+        conversation = self._conversation_of(command)
+        if conversation is None or command.user_id is None:
+            return []
+        return [(conversation, command.user_id)]
+
+    def _read_members(self, pairs: set[tuple[int, int]]) -> None:
+        if pairs:
+            table = schema.members
+            query = select(table).where(tuple_(table.c.conversation_id, table.c.user_id).in_(pairs))
+            self._members = self._rows(query, "conversation_id", "user_id")
+
+    def _read_earlier(self, commands: Sequence[Create]) -> None:
+        if commands:
+            table = schema.messages
+            key = tuple_(table.c.chat_conversation_id, table.c.user_id, table.c.client_id)
+            keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
+            query = select(*MESSAGE_COLUMNS, table.c.request_hash).where(key.in_(keys))
+            self._earlier = self._rows(query, "chat_conversation_id", "user_id", "client_id")
+
+    def _read_messages(self, ids: set[int]) -> None:
+        if ids:
+            self._messages = self._rows(select(*MESSAGE_COLUMNS).where(schema.messages.c.id.in_(ids)), "id")
+
+    def _rows(self, query: Select[Any], *key: str) -> dict[Any, Row]:
+        rows = [dict(row) for row in self._connection.execute(query).mappings()]
+        return {row[key[0]] if len(key) == 1 else tuple(row[k] for k in key): row for row in rows}
+
+    # Deciding. Each verdict sees what the commands before it in the group did.
+
+    def _decide(self, command: AnyCommand) -> Step | MemberSet | ChatError:
+        try:
+            match command:
+                case Create():
+                    return self._create(command)
+                case Edit():
+                    return self._edit(command)
+                case Delete():
+                    return self._delete(command)
+                case SetMember():
+                    return self._set_member(command)
+        except ChatError as refusal:
+            return refusal
+
+    def _create(self, command: Create) -> Step:
+        self._check_rights(command.conversation_id, command.user_id, command.rights)
+        key = (command.conversation_id, command.user_id, command.client_id or "")
+        if earlier := self._earlier.get(key):
+            if earlier["request_hash"] != command.request_hash():
+                raise Conflict(field="client_id")
+            return Step(Kind.CREATED, earlier["seq"], earlier, duplicate=True)
+        self._check_mute(command.conversation_id, command.user_id, command.rights)
+        if command.reply_to is not None and self._places.get(command.reply_to) != command.conversation_id:
+            raise BadRequest("There is no such message in this conversation.", field="reply_to")
+        if command.rights is Rights.TRUSTED and (command.conversation_id, command.user_id) not in self._members:
+            self._enter(command.conversation_id, command.user_id, State.ACTIVE)
+        row = self._new_row(command)
+        self._created.append(row)
+        if command.client_id is not None:
+            self._earlier[key] = row
+        return self._number(Kind.CREATED, row)
+
+    def _new_row(self, command: Create) -> Row:
+        return {
+            "chat_conversation_id": command.conversation_id,
+            "user_id": command.user_id,
+            "type": command.type,
+            "content": command.content,
+            "meta": command.meta,
+            "created_at": self._now,
+            "updated_at": self._now,
+            "seq": self._conversations[command.conversation_id]["last_seq"] + 1,
+            "client_id": command.client_id,
+            "request_hash": command.request_hash(),
+            "reply_to": command.reply_to,
+            "edited_at": None,
+            "deleted_at": None,
+        }
+
+    def _edit(self, command: Edit) -> Step:
+        row = self._own_message(command)
+        fresh = {"content": command.content, "meta": command.meta}
+        return self._alter(
+            Kind.EDITED,
+            row | {key: value for key, value in fresh.items() if value is not UNSET} | {"edited_at": self._now},
+        )
+
+    def _delete(self, command: Delete) -> Step:
+        row = self._own_message(command)
+        return self._alter(Kind.DELETED, row | {"content": None, "meta": None, "deleted_at": self._now})
+
+    def _alter(self, kind: Kind, row: Row) -> Step:
+        self._messages[row["id"]] = self._changed[row["id"]] = row
+        return self._number(kind, row)
+
+    def _own_message(self, command: Edit | Delete) -> Row:
+        """The message as it is now, if the user may see the room and wrote it. Deleted is as good as gone."""
+        row = self._messages.get(command.message_id)
+        elsewhere = row is not None and command.conversation_id not in (None, row["chat_conversation_id"])
+        if row is None or elsewhere:
+            raise NotFound(field="id")
+        if command.user_id is not None:
+            self._check_rights(row["chat_conversation_id"], command.user_id, command.rights)
+            self._check_mute(row["chat_conversation_id"], command.user_id, command.rights)
+            if row["user_id"] != command.user_id:
+                raise Forbidden("only its author may change a message", field="id")
+        if row["deleted_at"] is not None:
+            raise NotFound(field="id")
+        return row
+
+    def _check_rights(self, conversation_id: int, user_id: int, rights: Rights) -> None:
+        if rights is Rights.TRUSTED:
+            return
+        member = self._members.get((conversation_id, user_id))
+        allowed = member["state"] == State.ACTIVE if member else rights is Rights.ENTITLED
+        if not allowed or conversation_id not in self._conversations:
+            raise NotFound(field="conversation_id")
+
+    def _check_mute(self, conversation_id: int, user_id: int, rights: Rights) -> None:
+        member = self._members.get((conversation_id, user_id))
+        if rights is Rights.TRUSTED or member is None:
+            return
+        if member["muted_until"] and member["muted_until"] > self._now:
+            raise Muted(until=member["muted_until"])
+
+    def _set_member(self, command: SetMember) -> MemberSet:
+        before = self._members.get((command.conversation_id, command.user_id))
+        role = (before or {}).get("role") if command.role is UNSET else command.role
+        muted = (before or {}).get("muted_until") if command.muted_until is UNSET else command.muted_until
+        moved = before is None or before["state"] != command.state
+        if moved or (before["role"], before["muted_until"]) != (role, muted):  # type: ignore[index]
+            self._enter(command.conversation_id, command.user_id, command.state, role, muted, announce=moved)
+        return MemberSet(changed=moved)
+
+    def _enter(
+        self,
+        conversation_id: int,
+        user_id: int,
+        state: State,
+        role: str | None = None,
+        muted_until: str | None = None,
+        *,
+        announce: bool = True,
+    ) -> None:
+        key = (conversation_id, user_id)
+        self._members[key] = self._set[key] = {
+            "conversation_id": conversation_id,
+            "user_id": user_id,
+            "state": state.value,
+            "role": role,
+            "muted_until": muted_until,
+            "updated_at": self._now,
+        }
+        self._conversations[conversation_id]["members_version"] += 1
+        self._conversations[conversation_id]["touched"] = True
+        if announce:
+            self._member_changes.append(MemberChange(conversation_id, user_id, state, role))
+
+    def _number(self, kind: Kind, row: Row) -> Step:
+        conversation = self._conversations[row["chat_conversation_id"]]
+        conversation["last_seq"] += 1
+        conversation["touched"] = True
+        step = Step(kind, conversation["last_seq"], row)
+        self._steps.append(step)
+        return step
+
+    # Writing.
+
+    def _write(self) -> None:
+        if self._created:
+            into = insert(schema.messages).returning(schema.messages.c.id, sort_by_parameter_order=True)
+            ids = self._connection.scalars(into, self._created).all()
+            for row, id in zip(self._created, ids, strict=True):
+                row["id"] = id
+        self._update_messages()
+        self._write_members()
+        self._write_log()
+        self._update_conversations()
+
+    def _update_messages(self) -> None:
+        names = ("content", "meta", "edited_at", "deleted_at")
+        rows = [
+            {"key": id, "updated_at": self._now} | {n: row[n] for n in names}
+            for id, row in self._changed.items()
+        ]
+        if rows:
+            by_id = schema.messages.c.id == bindparam("key")
+            values: dict[str, Any] = {name: bindparam(name) for name in (*names, "updated_at")}
+            self._connection.execute(update(schema.messages).where(by_id).values(values), rows)
+
+    def _write_members(self) -> None:
+        if self._set:
+            table = schema.members
+            into = postgresql.insert if self._connection.dialect.name == "postgresql" else sqlite.insert
+            upsert = into(table)
+            fresh = {name: upsert.excluded[name] for name in ("state", "role", "muted_until", "updated_at")}
+            key = list(table.primary_key)
+            self._connection.execute(
+                upsert.on_conflict_do_update(index_elements=key, set_=fresh), list(self._set.values())
+            )
+
+    def _write_log(self) -> None:
+        rows = [
+            {
+                "conversation_id": step.row["chat_conversation_id"],
+                "seq": step.seq,
+                "kind": step.kind.value,
+                "message_id": step.row["id"],
+            }
+            for step in self._steps
+        ]
+        if rows:
+            self._connection.execute(insert(schema.changes), rows)
+
+    def _update_conversations(self) -> None:
+        rows = [
+            {"key": id, "head": row["last_seq"], "version": row["members_version"], "moment": self._now}
+            for id, row in self._conversations.items()
+            if "touched" in row
+        ]
+        if rows:
+            table = schema.conversations
+            statement = (
+                update(table)
+                .where(table.c.id == bindparam("key"))
+                .values(
+                    last_seq=bindparam("head"),
+                    members_version=bindparam("version"),
+                    updated_at=bindparam("moment"),
+                )
+            )
+            self._connection.execute(statement, rows)
+
+    def _change(self, step: Step) -> Change:
+        payload = change_payload(step.kind, step.seq, message(step.row))
+        return Change(step.row["chat_conversation_id"], step.seq, step.kind, payload)
+
+    def _fill_outbox(self, changes: list[Change]) -> int | None:
+        if self._node is None or not changes:
+            return None
+        lines = b"\n".join(change.payload for change in changes)
+        row = {"node": self._node, "created_at": self._now, "payloads": lines}
+        id: int | None = self._connection.scalar(insert(schema.outbox).returning(schema.outbox.c.id), row)
+        return id
+
+    def _settle(self, settled: Iterable[int]) -> None:
+        if ids := list(settled):
+            table = schema.outbox
+            # A row that another node is just relaying is left to it: the writer waits for nobody's Redis.
+            mine = select(table.c.id).where(table.c.id.in_(ids)).with_for_update(skip_locked=True)
+            self._connection.execute(delete(table).where(table.c.id.in_(mine)))
+
+    @staticmethod
+    def _result(verdict: Step | MemberSet | ChatError) -> Result | ChatError:
+        if not isinstance(verdict, Step):
+            return verdict
+        row = verdict.row
+        if verdict.kind is Kind.CREATED:
+            return Created(row["id"], verdict.seq, row["created_at"], row["client_id"], verdict.duplicate)
+        return Changed(row["id"], verdict.seq)

@@ -1,0 +1,180 @@
+"""The one writer: takes what waits, commits it as one group in a thread, wakes the callers.
+
+Above it, `chat` submits commands; below, `transaction` writes them. Commits are what `on_commit` is told of.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+import trio
+from sqlalchemy import Engine
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from chatd import metrics
+from chatd.errors import ChatError, Internal, Unavailable
+from chatd.model import Group
+from chatd.store.commands import AnyCommand, Result
+from chatd.store.transaction import Transaction
+
+GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
+QUEUE = 10_000  # commands that may wait, a few seconds of a slow disk
+DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
+SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying
+
+# The server is gone, overloaded or locked. What was sent may or may not have been committed.
+_LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+
+Outcome = Result | ChatError
+log = structlog.get_logger()
+
+
+class Submission:
+    """Commands on their way. They are committed whole or not at all, whoever waits for them or not."""
+
+    __slots__ = ("_done", "_outcomes", "commands")
+
+    def __init__(self, commands: Sequence[AnyCommand]) -> None:
+        self.commands = commands
+        self._outcomes: list[Outcome] = []
+        self._done = trio.Event()
+
+    def resolve(self, outcomes: list[Outcome]) -> None:
+        self._outcomes = outcomes
+        self._done.set()
+
+    async def outcomes(self) -> list[Outcome]:
+        """One for each command. Raises Unavailable past the deadline: the outcome is unknown then."""
+        with trio.move_on_after(DEADLINE):
+            await self._done.wait()
+            return self._outcomes
+        raise Unavailable()
+
+    async def outcome(self) -> Result:
+        """The outcome of a single command, raised if it is an error."""
+        (outcome,) = await self.outcomes()
+        if isinstance(outcome, ChatError):
+            raise outcome
+        return outcome
+
+
+class Writer:
+    def __init__(self, engine: Engine, *, node: str | None, on_commit: Callable[[Group], None]) -> None:
+        """`node`: fill the outbox under this name; None: no outbox."""
+        self._engine, self._node, self._on_commit = engine, node, on_commit
+        self._waiting: deque[Submission] = deque()
+        self._count = 0
+        self._settled: set[int] = set()
+        self._thread = trio.CapacityLimiter(1)
+        self._wake = trio.Event()
+        self._closed = False
+        self.finished = trio.Event()
+
+    def submit(self, commands: Sequence[AnyCommand]) -> Submission:
+        """Queue commands, in the order of the calls. Raises Unavailable when too many wait already."""
+        if self._closed:
+            raise Unavailable("the daemon is stopping")
+        if self._count and self._count + len(commands) > QUEUE:
+            raise Unavailable("too many writes are waiting")
+        submission = Submission(commands)
+        self._waiting.append(submission)
+        self._count += len(commands)
+        self._wake.set()
+        return submission
+
+    def settle(self, outbox_ids: Iterable[int]) -> None:
+        """The bus has taken these groups: their rows go with a later commit."""
+        self._settled.update(outbox_ids)
+
+    def close(self) -> None:
+        """Take nothing more; `finished` is set when the last group is committed."""
+        self._closed = True
+        self._wake.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        while True:
+            while self._waiting:
+                await self._commit_group(self._take())
+            if self._closed:
+                break
+            self._wake = trio.Event()
+            with trio.move_on_after(SETTLE_AFTER):
+                await self._wake.wait()
+            if not self._waiting and self._settled:
+                await self._commit_group([])
+        if self._settled:
+            await self._commit_group([])
+        self.finished.set()
+
+    def _take(self) -> list[Submission]:
+        taken: list[Submission] = []
+        count = 0
+        while self._waiting and (not taken or count + len(self._waiting[0].commands) <= GROUP):
+            taken.append(self._waiting.popleft())
+            count += len(taken[-1].commands)
+        self._count -= count
+        return taken
+
+    async def _commit_group(self, submissions: list[Submission]) -> None:
+        commands = [command for submission in submissions for command in submission.commands]
+        settled, self._settled = self._settled, set()
+        started = trio.current_time()
+        outcomes, groups, settled_now = await trio.to_thread.run_sync(
+            self._commit, commands, settled, limiter=self._thread
+        )
+        if not settled_now:
+            self._settled |= settled
+        metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
+        metrics.count_outcomes(outcomes)
+        for group in groups:
+            self._on_commit(group)
+        answers = iter(outcomes)
+        for submission in submissions:
+            submission.resolve([next(answers) for _ in submission.commands])
+
+    # In the thread.
+
+    def _commit(self, commands: list[AnyCommand], settled: set[int]) -> tuple[list[Outcome], list[Group], bool]:
+        try:
+            outcomes, group = self._transact(commands, settled)
+        except _LOST as error:
+            return [self._lost(error)] * len(commands), [], False
+        except Exception as error:
+            if len(commands) > 1:  # one of them is bad: the others shall not suffer
+                return self._commit_singly(commands)
+            return [self._bad(error)] * len(commands), [], False
+        return outcomes, [group], True
+
+    def _commit_singly(self, commands: list[AnyCommand]) -> tuple[list[Outcome], list[Group], bool]:
+        outcomes: list[Outcome] = []
+        groups: list[Group] = []
+        for command in commands:
+            (outcome,), group, _ = self._commit([command], set())
+            outcomes.append(outcome)
+            groups += group
+        return outcomes, groups, False
+
+    def _transact(self, commands: list[AnyCommand], settled: set[int]) -> tuple[list[Outcome], Group]:
+        with self._engine.connect() as connection, connection.begin() as transaction:
+            written = Transaction(connection, self._node).run(commands, settled)
+            try:
+                transaction.commit()
+            except Exception as error:  # whether it was committed is not known: never tried again
+                raise OperationalError("COMMIT", None, error) from error
+            return written
+
+    @staticmethod
+    def _lost(error: Exception) -> Unavailable:
+        log.warning("write_unavailable", error=str(getattr(error, "orig", error)))
+        return Unavailable()
+
+    @staticmethod
+    def _bad(error: Exception) -> Internal:
+        incident = secrets.token_hex(6)
+        log.error("write_failed", incident=incident, exc_info=error)
+        return Internal(incident=incident)

@@ -1,0 +1,62 @@
+"""What the service manager is told: ready, stopping, a status line, and that the event loop still turns.
+
+`daemon` calls it; without a service manager every call does nothing, so nobody has to ask for one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+# Seconds. The manager empties its socket at once; should it hang, losing a line is better than a stuck loop.
+SEND_TIMEOUT = 1.0
+
+
+def notify(*assignments: str) -> bool:
+    """Send assignments such as `READY=1` as one datagram; whether the service manager got them.
+
+    Nothing is raised: the daemon outlives a manager that does not listen. sd_notify(3) lists the assignments.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):  # an abstract socket: the kernel wants a zero byte in the place of the @
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
+            manager.settimeout(SEND_TIMEOUT)
+            manager.connect(address)
+            manager.sendall("\n".join(assignments).encode(errors="replace"))
+    except OSError:
+        return False
+    return True
+
+
+def ready(status: str) -> None:
+    """Say that the service is up: what waits for it starts, and the watchdog begins to count."""
+    notify("READY=1", _status(status))
+
+
+def stopping(status: str) -> None:
+    """Say that the service has begun to stop."""
+    notify("STOPPING=1", _status(status))
+
+
+def status(text: str) -> None:
+    """Set the line that `systemctl status` shows."""
+    notify(_status(text))
+
+
+def watchdog_period() -> float | None:
+    """Seconds between two `WATCHDOG=1`: half of what the unit allows; None if nobody watches this process."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None  # inherited from a parent that is watched itself
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdecimal() or int(microseconds) == 0:
+        return None
+    return int(microseconds) / 1e6 / 2
+
+
+def _status(text: str) -> str:
+    # One line whatever the text: a line break would begin another assignment.
+    return "STATUS=" + " ".join(text.split())

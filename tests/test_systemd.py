@@ -1,0 +1,111 @@
+"""The service manager's side of `chatd.systemd`, played by a real datagram socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chatd import systemd
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    path = tmp_path / "notify"
+    with _bound(str(path)) as bound:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        yield bound
+
+
+def _bound(address: str) -> socket.socket:
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    bound.bind(address)
+    bound.setblocking(
+        False
+    )  # what was sent is already there: a datagram on one machine is delivered by the sender
+    return bound
+
+
+def test_assignments_travel_in_one_datagram(manager: socket.socket) -> None:
+    assert systemd.notify("WATCHDOG=1", "STATUS=fine")
+    assert manager.recv(1000) == b"WATCHDOG=1\nSTATUS=fine"
+    with pytest.raises(BlockingIOError):
+        manager.recv(1000)
+
+
+def test_ready_stopping_and_status(manager: socket.socket) -> None:
+    systemd.ready("serving")
+    systemd.status("3 connections")
+    systemd.stopping("draining")
+    assert manager.recv(1000) == b"READY=1\nSTATUS=serving"
+    assert manager.recv(1000) == b"STATUS=3 connections"
+    assert manager.recv(1000) == b"STOPPING=1\nSTATUS=draining"
+
+
+def test_a_status_cannot_smuggle_in_an_assignment(manager: socket.socket) -> None:
+    systemd.status("redis: refused\nREADY=1\r\nMAINPID=1")
+    assert manager.recv(1000) == b"STATUS=redis: refused READY=1 MAINPID=1"
+
+
+def test_a_status_may_hold_any_character(manager: socket.socket) -> None:
+    systemd.status("café 👍 \udcff")
+    assert manager.recv(1000) == "STATUS=café 👍 ?".encode()
+
+
+def test_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"chatd-test-{os.getpid()}"
+    with _bound("\0" + name) as manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+        systemd.ready("serving")
+        assert manager.recv(1000) == b"READY=1\nSTATUS=serving"
+
+
+@pytest.mark.parametrize(
+    "address", ["", "/nonexistent/notify", "@chatd-test-nobody", "vsock:2:1234", "/" + 200 * "x"]
+)
+def test_without_a_listener_nothing_happens(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert systemd.notify("READY=1") is False
+
+
+def test_outside_of_a_service_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert systemd.notify("READY=1") is False
+    systemd.ready("serving")
+
+
+def test_a_manager_that_does_not_read_costs_a_bounded_time(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd, "SEND_TIMEOUT", 0.01)
+    begun = time.monotonic()
+    while systemd.notify("STATUS=" + 1000 * "x"):  # until its queue is full
+        assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 10
+
+
+def test_the_watchdog_is_fed_at_half_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    assert systemd.watchdog_period() == 15.0
+    monkeypatch.delenv("WATCHDOG_PID")
+    assert systemd.watchdog_period() == 15.0
+
+
+def test_the_watchdog_of_a_parent_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
+    assert systemd.watchdog_period() is None
+
+
+@pytest.mark.parametrize("microseconds", [None, "", "0", "-5", "soon"])
+def test_no_watchdog(monkeypatch: pytest.MonkeyPatch, microseconds: str | None) -> None:
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    if microseconds is not None:
+        monkeypatch.setenv("WATCHDOG_USEC", microseconds)
+    assert systemd.watchdog_period() is None
