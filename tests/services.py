@@ -87,9 +87,7 @@ class Service:
                 raise ServiceError(f"{self.name} ended at its start.\n{self._log_tail()}")
             if time.monotonic() > deadline:
                 self.kill()
-                raise ServiceError(
-                    f"{self.name} did not answer in {START_DEADLINE:.0f} s.\n{self._log_tail()}"
-                )
+                raise ServiceError(f"{self.name} did not answer in {START_DEADLINE:.0f} s.\n{self._log_tail()}")
             time.sleep(POLL)
 
     def stop(self) -> None:

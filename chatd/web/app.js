@@ -239,8 +239,9 @@ function drawMessage(li, item, first, last, newest) {
 
 function noteOf(item, mine, newest) {
   if (item.state === "failed") return `Not sent: ${item.error}`;
+  if (item.deleted_at) return "";
   if (current.notes.has(item.id)) return current.notes.get(item.id);
-  if (!mine || !newest || item.deleted_at) return "";
+  if (!mine || !newest) return "";
   if (item.state === "pending") return chat.state === "online" ? "Sending…" : "Waiting for the connection";
   const seen = [...current.receipts].filter(([user, read]) => user !== me && read >= item.id).map(([user]) => nameOf(user));
   return seen.length ? `Seen by ${seen.join(", ")}` : "Sent";

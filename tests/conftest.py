@@ -1,0 +1,91 @@
+"""Fixtures: real services on ports of their own, real daemons, and databases that are fresh for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatd.config import Database
+from chatd.store.database import migrate
+from tests.daemon import Daemon
+from tests.services import PostgresServer, RedisServer
+
+Daemons = Callable[..., Daemon]
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Shared by tests that leave it running."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """For a test that stops it."""
+    directory = tmp_path / "redis"
+    directory.mkdir()
+    with RedisServer(directory) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """A fresh database with the schema."""
+    url = postgres.create_database()
+    migrate(Database(url=url))
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/chatd.db"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    """Makes started daemons, and ends them with the test."""
+    made: list[Daemon] = []
+
+    def make(**settings: Any) -> Daemon:
+        made.append(Daemon(tmp_path_factory.mktemp("daemon"), **settings))
+        return made[-1].start()
+
+    yield make
+    for daemon in made:
+        daemon.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for a whole module, with open rooms and no rate on sends: its tests use conversations of their own."""
+    shared = Daemon(tmp_path_factory.mktemp("daemon"), limits__sends_per_second=0).start()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def demo(daemons: Daemons) -> Daemon:
+    """`chatd serve --demo`."""
+    return daemons(demo=True)
+
+
+_next_conversation = iter(range(1000, 10**9))
+
+
+@pytest.fixture
+def conversation() -> int:
+    """A conversation that no other test uses."""
+    return next(_next_conversation)
