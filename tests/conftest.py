@@ -70,7 +70,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One for a whole module, with open rooms and no rate on sends: its tests use conversations of their own."""
+    """One for a whole module, with open rooms and no rate on sends: tests use conversations of their own."""
     shared = Daemon(tmp_path_factory.mktemp("daemon"), limits__sends_per_second=0).start()
     yield shared
     shared.close()

@@ -304,7 +304,9 @@ CLIENT = """async (options) => {
   chat.addEventListener("state", ({ detail }) => got.states.push(detail));
   const room = window.room = chat.join(options.room);
   room.addEventListener("unsubscribed", ({ detail }) => (got.unsubscribed = detail));
-  room.addEventListener("message", ({ detail: { seq, content } }) => got.messages.push([seq, room.cursor, content]));
+  room.addEventListener("message", ({ detail: { seq, content } }) => {
+    got.messages.push([seq, room.cursor, content]);
+  });
   if (options.hostile) {
     const fail = () => { throw new Error("a bug in the application"); };
     chat.addEventListener("state", fail);

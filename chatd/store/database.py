@@ -50,8 +50,7 @@ def open_store(config: Database) -> Store:
     engine = writing_engine(config.url)
     try:
         if is_sqlite(engine):
-            _check_directory(config.url)
-            _report(migrations.upgrade(engine))
+            _report(_upgrade(config, engine))
         else:
             _check_version(engine)
         return Store(config)
@@ -65,14 +64,18 @@ def migrate(config: Database) -> tuple[str | None, str]:
     """The schema's revision before and after. Raises OperatorError."""
     engine = writing_engine(config.url)
     try:
-        if is_sqlite(engine):
-            _check_directory(config.url)
-        _refuse_newer(engine)
-        return migrations.upgrade(engine)
+        return _upgrade(config, engine)
     except DBAPIError as error:
         raise OperatorError(f"database.url: {_first_line(error)}") from error
     finally:
         engine.dispose()
+
+
+def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:
+    if is_sqlite(engine):
+        _check_directory(config.url)
+    _refuse_newer(engine)
+    return migrations.upgrade(engine)
 
 
 def _check_version(engine: Engine) -> None:

@@ -67,6 +67,7 @@ def _engine(url: str, *, pool_size: int, isolation: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed, connect_args={"timeout": SQLITE_BUSY_SECONDS}, **common)
         event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "checkin", _end_transaction)
         return engine
     connect_args = {"options": POSTGRES_OPTIONS, "application_name": "chatd", **POSTGRES_CONNECT}
     return create_engine(parsed, connect_args=connect_args, isolation_level=isolation, **common)
@@ -85,6 +86,11 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     # WAL: readers and the writer do not wait for each other. FULL: a commit is on the disk (G1).
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _end_transaction(connection: Any, _record: Any) -> None:
+    if connection is not None and connection.in_transaction:  # its COMMIT failed: the disk was full, say
+        connection.rollback()
 
 
 def _begin_with(engine: Engine, statement: str) -> None:

@@ -164,7 +164,10 @@ class Writer:
             written = Transaction(connection, self._node).run(commands, settled)
             try:
                 transaction.commit()
-            except Exception as error:  # whether it was committed is not known: never tried again
+            except Exception as error:
+                # Whether it was committed is not known: it is never tried again, and this connection, which
+                # may still be in the middle of the transaction, is not used again.
+                connection.invalidate()
                 raise OperationalError("COMMIT", None, error) from error
             return written
 

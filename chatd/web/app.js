@@ -374,6 +374,7 @@ function enter(conversation) {
   $("title").textContent = `# ${ROOMS.get(current.id)}`;
   $("curl").textContent = curlFor(current.id);
   history.replaceState(null, "", linkFor(me));
+  $("rooms").querySelector(`[data-room="${current.id}"]`).scrollIntoView({ block: "nearest", inline: "nearest" });
   $("other").href = linkFor(me === 2 ? 1 : 2);
   $("other").textContent = `Open a window as ${nameOf(me === 2 ? 1 : 2)}`;
   if (chat?.state === "online" && !current.loaded) loadEarlier();

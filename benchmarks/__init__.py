@@ -1,0 +1,1 @@
+"""What chatd costs, measured beside the plain way of doing the same: `python -m benchmarks`."""

@@ -1,0 +1,258 @@
+"""Two daemons on one PostgreSQL and one Redis: what one accepts both deliver, whatever happens to Redis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import trio
+from sqlalchemy import create_engine, text
+
+from tests.client import Client, login
+from tests.daemon import Daemon
+from tests.services import PostgresServer, RedisServer
+
+SWEEP = 10.0  # seconds; what heals without Redis heals within one
+
+
+class Pair:
+    """Two nodes, and a look at what Redis carries."""
+
+    def __init__(self, nodes: list[Daemon], server: RedisServer, database_url: str) -> None:
+        self.first, self.second = nodes
+        self.server = server
+        self.engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
+
+    def scalar(self, query: str) -> Any:
+        with self.engine.connect() as connection:
+            return connection.scalar(text(query))
+
+
+@pytest.fixture
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, own_redis: RedisServer, postgres: PostgresServer
+) -> Iterator[Pair]:
+    url = postgres.create_database()
+    settings = {
+        "database__url": url,
+        "redis__url": own_redis.url,
+        "redis__accept_foreign": "true",
+        "limits__sends_per_second": 0,
+    }
+    nodes = [Daemon(tmp_path_factory.mktemp("node"), **settings) for _ in range(2)]
+    migrated = nodes[0].command("migrate")
+    assert migrated.returncode == 0, migrated.stderr
+    for node in nodes:
+        node.start()
+    both = Pair(nodes, own_redis, url)
+    yield both
+    both.engine.dispose()
+    for node in nodes:
+        node.close()
+
+
+def client_of(server: RedisServer) -> redis.Redis:
+    return redis.Redis.from_url(server.url, protocol=2)
+
+
+async def wait_until_ready(node: Daemon, status: str, patience: float = 15.0) -> None:
+    with trio.fail_after(patience):
+        while (await trio.to_thread.run_sync(node.get, "/readyz")).json["status"] != status:
+            await trio.sleep(0.05)
+
+
+async def post_many(node: Daemon, conversation: int, contents: list[str]) -> None:
+    for content in contents:
+        await trio.to_thread.run_sync(node.post, conversation, 1, content)
+
+
+async def expect_all(client: Client, contents: list[str], patience: float = 10.0) -> None:
+    """Exactly these, in seq order, each once."""
+    messages = await client.messages(len(contents), patience)
+    assert [m["content"] for m in messages] == contents
+    first = messages[0]["seq"]
+    assert [m["seq"] for m in messages] == list(range(first, first + len(contents)))
+
+
+async def test_what_is_posted_to_one_node_both_deliver_in_order(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.first, 1, {"1": None}) as here, login(pair.second, 2, {"1": None}) as there:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(post_many, pair.first, 1, [f"a{n}" for n in range(50)])
+            nursery.start_soon(post_many, pair.second, 1, [f"b{n}" for n in range(50)])
+        heard = [await client.messages(100) for client in (here, there)]
+        assert heard[0] == heard[1]
+        assert [m["seq"] for m in heard[0]] == list(range(1, 101))
+        for sender in "ab":
+            assert [m["content"] for m in heard[0] if m["content"][0] == sender] == [
+                f"{sender}{n}" for n in range(50)
+            ]
+        await here.silence()
+        await there.silence()
+
+
+async def test_redis_shows_the_traffic(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    client = client_of(pair.server)
+    with client.pubsub(ignore_subscribe_messages=True) as listener:
+        listener.subscribe("chat.messages")
+        listener.get_message(timeout=1)
+        stored = await trio.to_thread.run_sync(pair.first.post, 1, 1, "Hello")
+        published = await trio.to_thread.run_sync(lambda: listener.get_message(timeout=5))
+    assert published is not None
+    payload = json.loads(published["data"])
+    node = payload.pop("node")
+    assert payload == {
+        "event": "message",
+        "conversation_id": 1,
+        "id": stored["id"],
+        "user_id": 1,
+        "type": "text",
+        "content": "Hello",
+        "meta": None,
+        "created_at": stored["created_at"],
+        "seq": 1,
+        "client_id": None,
+    }
+    ((_, entry),) = client.xrange("chat.stream")
+    assert json.loads(entry[b"m"]) == payload
+    assert entry[b"n"].decode() == node
+    client.close()
+
+
+async def test_a_foreign_payload_is_delivered_once_by_both(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.first, 1, {"1": None}) as here, login(pair.second, 2, {"1": None}) as there:
+        client = client_of(pair.server)
+        client.publish("chat.messages", b"no json")
+        client.publish("chat.messages", b'{"conversation_id":"1"}')
+        client.publish("chat.messages", b'{"conversation_id":1,"node":"somebody"}')
+        client.publish("chat.messages", b'{"conversation_id":1,"content":"from outside","seq":99}')
+        client.publish("chat.messages", b'{"event":"order.paid","conversation_id":1,"sum":5}')
+        client.publish("chat.messages", b'{"event":"ready","conversation_id":1}')
+        client.close()
+        for listener in (here, there):
+            assert await listener.next() == {
+                "event": "message",
+                "conversation_id": 1,
+                "content": "from outside",
+            }
+            assert await listener.next() == {"event": "order.paid", "conversation_id": 1, "sum": 5}
+            assert await listener.next() == {"event": "message", "conversation_id": 1}
+            await listener.silence()
+        stored = await trio.to_thread.run_sync(pair.first.post, 1, 1, "stored")
+        assert stored["seq"] == 1
+        assert (await there.expect("message"))["seq"] == 1
+
+
+async def test_while_redis_is_dead_nothing_is_lost_doubled_or_disordered(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    before, during, after = ([f"{when}{n}" for n in range(30)] for when in ("before", "during", "after"))
+    async with login(pair.first, 1, {"1": None}) as here, login(pair.second, 2, {"1": None}) as there:
+        await post_many(pair.first, 1, before)
+        pair.server.kill()
+        await post_many(pair.first, 1, during)
+        await expect_all(here, before + during, patience=2)
+        await wait_until_ready(pair.first, "degraded")
+        await expect_all(there, before + during, patience=SWEEP)
+
+        pair.server.start()
+        await wait_until_ready(pair.first, "ok")
+        await wait_until_ready(pair.second, "ok")
+        await post_many(pair.first, 1, after)
+        await expect_all(here, after)
+        await expect_all(there, after)
+        await here.silence()
+        await there.silence()
+    client = client_of(pair.server)
+    relayed = [json.loads(entry[b"m"])["content"] for _, entry in client.xrange("chat.stream")]
+    client.close()
+    # Other services get every change at least once; the dead Redis took the first ones with it.
+    assert set(during + after) <= set(relayed)
+    with trio.fail_after(10):
+        while pair.scalar("SELECT count(*) FROM chat_outbox"):
+            await trio.sleep(0.1)
+
+
+async def test_a_paused_redis_does_not_delay_an_acknowledgement(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    async with login(pair.first, 1, {"1": None}) as here:
+        pair.server.pause()
+        try:
+            with trio.fail_after(5):
+                await post_many(pair.first, 1, [f"m{n}" for n in range(20)])
+                await expect_all(here, [f"m{n}" for n in range(20)])
+        finally:
+            pair.server.resume()
+
+
+async def test_what_redis_forgets_is_found_by_the_sweep(pair: Pair) -> None:
+    """The last message of a burst leaves no hole behind when it is lost: only the sweep can know."""
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        await trio.to_thread.run_sync(pair.first.post, 1, 1, "heard")
+        await expect_all(there, ["heard"])
+        with pair.engine.begin() as connection:  # as if committed by a node that died before it could publish
+            insert_as_a_dead_node(connection, 1, seq=2)
+        await expect_all(there, ["from the dead"], patience=SWEEP + 2)
+
+
+async def test_a_dead_nodes_outbox_is_relayed_by_another(pair: Pair, own_redis: RedisServer) -> None:
+    await wait_until_ready(pair.first, "ok")
+    with pair.engine.begin() as connection:
+        insert_as_a_dead_node(connection, 7, seq=1)
+    client = client_of(own_redis)
+    with trio.fail_after(15):
+        while not (entries := client.xrange("chat.stream")):
+            await trio.sleep(0.1)
+    client.close()
+    assert [(entry[b"n"], json.loads(entry[b"m"])["content"]) for _, entry in entries] == [
+        (b"dead", "from the dead")
+    ]
+    assert pair.scalar("SELECT count(*) FROM chat_outbox") == 0
+
+
+async def test_a_flushed_redis_is_only_a_detour(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        await post_many(pair.first, 1, ["a", "b"])
+        client = client_of(pair.server)
+        client.flushall()
+        client.close()
+        await post_many(pair.first, 1, ["c", "d"])
+        await expect_all(there, ["a", "b", "c", "d"], patience=SWEEP)
+        await there.silence()
+
+
+async def test_removal_works_on_the_other_nodes_live_connections(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        await trio.to_thread.run_sync(pair.first.request, "DELETE", "/api/ws/conversations/1/members/2")
+        ended = await there.expect("unsubscribed", patience=1.0)
+        assert (ended["conversation_id"], ended["code"]) == (1, "not_found")
+        await post_many(pair.first, 1, ["unheard"])
+        await there.silence()
+
+
+def insert_as_a_dead_node(connection: Any, conversation: int, seq: int) -> None:
+    """One committed message of a node that never told anybody, with its row in the outbox."""
+    payload = json.dumps(
+        {"event": "message", "conversation_id": conversation, "content": "from the dead", "seq": seq}
+    ).encode()
+    for statement in (
+        "INSERT INTO chat_conversations (id, updated_at) VALUES (:c, now()) ON CONFLICT DO NOTHING",
+        "UPDATE chat_conversations SET last_seq = :s WHERE id = :c",
+        "INSERT INTO chat_messages (id, chat_conversation_id, user_id, type, content, created_at, updated_at,"
+        " seq, request_hash) VALUES (1000, :c, 1, 'text', 'from the dead', now(), now(), :s, '')",
+        "INSERT INTO chat_changes VALUES (:c, :s, 'created', 1000)",
+        "INSERT INTO chat_outbox (node, created_at, payloads) VALUES ('dead', now() - interval '1 minute', :p)",
+    ):
+        connection.execute(text(statement), {"c": conversation, "s": seq, "p": payload})

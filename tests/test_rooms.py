@@ -1,0 +1,224 @@
+"""Rooms are pure: what hypothesis and a thousand cancelled tasks cannot tear, nothing can."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatd.hub.rooms import BUFFER_BYTES, Membership, Piece, Room, Rooms, Subscription, pieces
+from chatd.model import Change, Kind
+
+
+class Ear:
+    """A listener that remembers. `flat` ones know nothing but messages."""
+
+    def __init__(self, user_id: int = 1, *, flat: bool = False) -> None:
+        self.user_id, self.flat = user_id, flat
+        self.heard = bytearray()
+        self.resyncs = 0
+
+    def push(self, frames: bytes) -> None:
+        self.heard += frames
+
+    def resync(self, subscription: Subscription) -> None:
+        self.resyncs += 1
+
+    def dropped(self, subscription: Subscription) -> None:
+        raise AssertionError("nobody was removed")
+
+    @property
+    def seqs(self) -> list[int]:
+        """What was heard: a payload of these tests is its seq in decimal."""
+        found, rest = [], bytes(self.heard)
+        while rest:
+            size = rest[1]
+            found.append(int(rest[2 : 2 + size]))
+            rest = rest[2 + size :]
+        return found
+
+
+def change(seq: int, kind: Kind = Kind.CREATED) -> Change:
+    return Change(1, seq, kind, str(seq).encode())
+
+
+def piece(*seqs: int) -> Piece:
+    return Piece([change(seq) for seq in seqs])
+
+
+def live(ear: Ear, cursor: int) -> Subscription:
+    subscription = Subscription(1, ear, entitled=True)
+    subscription.joined = True
+    subscription.settle(cursor)
+    return subscription
+
+
+@given(st.permutations(range(1, 30)), st.lists(st.integers(1, 29)), st.integers(0, 10))
+def test_any_order_with_echoes_comes_out_once_and_in_order(
+    order: list[int], echoes: list[int], head: int
+) -> None:
+    room = Room(1)
+    room.open(head, 0)
+    ear = Ear()
+    subscription = live(ear, head)
+    for seq in [*order, *echoes]:
+        for one in pieces(room.accept([change(seq)])):
+            subscription.deliver(one)
+            subscription.deliver(one)  # an echo through Redis, say
+    assert ear.seqs == list(range(head + 1, 30))
+    assert not room.behind
+
+
+@given(st.lists(st.integers(1, 12), min_size=1), st.integers(0, 12), st.integers(0, 12))
+def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
+    steps: list[int], joined_at: int, snapshot_lag: int
+) -> None:
+    """Join when the head is `joined_at`; the snapshot is read some changes later, answered after more."""
+    room = Room(1)
+    room.open(joined_at, 0)
+    ear = Ear()
+    subscription = Subscription(1, ear, entitled=True)
+    subscription.joined = True
+    head = joined_at
+    for step in steps:
+        for one in pieces(room.accept([change(seq) for seq in range(head + 1, head + step + 1)])):
+            subscription.deliver(one)
+        head += step
+    snapshot = min(head, joined_at + snapshot_lag)
+    ear.push(subscription.settle(snapshot))
+    assert ear.seqs == list(range(snapshot + 1, head + 1))
+
+
+def test_changes_before_the_first_snapshot_wait_for_it() -> None:
+    room = Room(1)
+    assert room.accept([change(4), change(5), change(3)]) == []
+    room.open(3, members_version=7)
+    assert [c.seq for c in room.accept([])] == [4, 5]
+    assert room.head == 5
+
+
+def test_a_hole_holds_back_what_follows_it() -> None:
+    room = Room(1)
+    room.open(0, 0)
+    assert room.accept([change(2), change(3)]) == []
+    assert room.behind
+    assert [c.seq for c in room.accept([change(1)])] == [1, 2, 3]
+    assert not room.behind
+
+
+def test_a_room_that_holds_too_much_reads_the_database_instead() -> None:
+    room = Room(1)
+    room.open(0, 0)
+    room.accept([change(seq) for seq in range(2, 1003)])
+    assert not room.ahead
+    assert room.stale
+    assert room.behind
+
+
+def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
+    ear = Ear()
+    subscription = Subscription(1, ear, entitled=True)
+    subscription.joined = True
+    big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1))
+    subscription.deliver(Piece([big]))
+    assert subscription.torn
+    subscription.hold()
+    assert not subscription.torn
+
+
+def test_a_subscription_that_would_miss_something_says_so_instead() -> None:
+    ear = Ear()
+    subscription = live(ear, cursor=3)
+    subscription.deliver(piece(6, 7))
+    assert (ear.seqs, ear.resyncs) == ([], 1)
+
+
+def test_a_flat_listener_gets_new_messages_only() -> None:
+    ear = Ear(flat=True)
+    subscription = live(ear, cursor=1)
+    subscription.deliver(Piece([change(1), change(2), change(3, Kind.EDITED), change(4)]))
+    assert ear.seqs == [2, 4]
+
+
+def test_a_long_run_is_cut_into_pieces() -> None:
+    run = [Change(1, seq, Kind.CREATED, b"x" * 20_000) for seq in range(1, 11)]
+    cut = list(pieces(run))
+    assert [(p.first, p.last) for p in cut] == [(1, 3), (4, 6), (7, 9), (10, 10)]
+
+
+def test_a_room_goes_with_its_last_subscription() -> None:
+    rooms = Rooms()
+    with Membership(rooms) as mine:
+        mine.join(1, Ear(), entitled=True)
+        mine.join(2, Ear(), entitled=True)
+        assert len(rooms) == 2
+        assert mine.leave(1)
+        assert not mine.leave(1)
+        assert len(rooms) == 1
+    assert len(rooms) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_thousand_tasks_join_leave_and_are_cancelled_at_random_points(seed: int) -> None:
+    """Afterwards the rooms are empty, and nobody has heard a room that it had left."""
+    dice = random.Random(seed)
+    rooms = Rooms()
+    left: set[tuple[Ear, int]] = set()
+
+    class Strict(Ear):
+        def push(self, frames: bytes) -> None:
+            conversation_id = int(bytes(frames[2:]).split(b":")[0])
+            assert (self, conversation_id) not in left, "heard a room that it had left"
+            self.heard += b"."
+
+    async def wander(scope: trio.CancelScope) -> None:
+        ear = Strict()
+        with scope, Membership(rooms) as mine:
+            try:
+                for _ in range(dice.randrange(1, 60)):
+                    conversation_id = dice.randrange(10)
+                    left.discard((ear, conversation_id))
+                    subscription = mine.join(conversation_id, ear, entitled=True)
+                    await trio.lowlevel.checkpoint()
+                    if subscription.joined and subscription.buffering:
+                        room = rooms.get(conversation_id)
+                        assert room is not None
+                        room.open(0, 0)
+                        subscription.settle(room.head or 0)
+                    await trio.lowlevel.checkpoint()
+                    if dice.random() < 0.5:
+                        mine.leave(conversation_id)
+                        left.add((ear, conversation_id))
+            finally:
+                left.update((ear, conversation_id) for conversation_id in range(10))
+
+    async def publish() -> None:
+        for _ in range(300):
+            for room in rooms:
+                if room.head is None:
+                    continue
+                payload = b"%d:%d" % (room.conversation_id, room.head + 1)
+                ready = room.accept([Change(room.conversation_id, room.head + 1, Kind.CREATED, payload)])
+                for one in pieces(ready):
+                    for subscription in list(room.subscriptions):
+                        subscription.deliver(one)
+            await trio.lowlevel.checkpoint()
+
+    async def cut(scopes: list[trio.CancelScope]) -> None:
+        for scope in dice.sample(scopes, len(scopes)):
+            if dice.random() < 0.7:
+                scope.cancel()
+            if dice.random() < 0.1:
+                await trio.lowlevel.checkpoint()
+
+    scopes = [trio.CancelScope() for _ in range(1000)]
+    async with trio.open_nursery() as nursery:
+        for scope in scopes:
+            nursery.start_soon(wander, scope)
+        nursery.start_soon(publish)
+        nursery.start_soon(cut, scopes)
+    assert len(rooms) == 0
+    assert sum(scope.cancelled_caught for scope in scopes) > 100

@@ -1,0 +1,381 @@
+"""The writer and the reads, on SQLite and on PostgreSQL: numbering, idempotency, groups, failures."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from chatd.config import Database
+from chatd.errors import ChatError, ConfigError, Unavailable
+from chatd.model import Group, State
+from chatd.store import reads, schema
+from chatd.store.commands import Changed, Create, Created, Delete, Edit, MemberSet, Rights, SetMember
+from chatd.store.database import Store, open_store
+from chatd.store.engine import writing_engine
+from chatd.store.writer import QUEUE, Writer
+
+
+class Bench:
+    """A store with its writer running; `groups` are the commits."""
+
+    def __init__(self, store: Store, writer: Writer, groups: list[Group]) -> None:
+        self.store, self.writer, self.groups = store, writer, groups
+
+    async def do(self, *commands: Any) -> list[Any]:
+        """The outcomes of one submission; an error stands as its code."""
+        outcomes = await self.writer.submit(commands).outcomes()
+        return [outcome.code if isinstance(outcome, ChatError) else outcome for outcome in outcomes]
+
+    @property
+    def seqs(self) -> list[int]:
+        return [change.seq for group in self.groups for change in group.changes]
+
+    def scalar(self, query: str) -> Any:
+        with self.store._writing.connect() as connection:
+            return connection.scalar(text(query))
+
+    def execute(self, statement: str) -> None:
+        with self.store._writing.begin() as connection:
+            connection.execute(text(statement))
+
+
+@asynccontextmanager
+async def bench(url: str, *, node: str | None = None) -> AsyncIterator[Bench]:
+    store = open_store(Database(url=url))
+    groups: list[Group] = []
+    writer = store.writer(node=node, on_commit=groups.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        try:
+            yield Bench(store, writer, groups)
+        finally:
+            nursery.cancel_scope.cancel()
+            store.close()
+
+
+def post(content: str = "x", **fields: Any) -> Create:
+    return Create(**{"conversation_id": 1, "user_id": 1, "content": content} | fields)
+
+
+async def test_seq_is_one_two_three_in_commit_order_without_a_hole(database_url: str) -> None:
+    async with bench(database_url) as b:
+        submissions = [b.writer.submit([post(str(n), conversation_id=1 + n % 2)]) for n in range(200)]
+        created = [(await submission.outcomes())[0] for submission in submissions]
+        for conversation in (0, 1):
+            mine = created[conversation::2]
+            assert [c.seq for c in mine] == list(range(1, 101))
+            assert [c.id for c in mine] == sorted(c.id for c in mine)
+        assert len(b.groups) < 20, "committed in groups"
+        page = await b.store.read(reads.history, 1, None, None, 100)
+        assert [m.content for m in page.messages] == [str(n) for n in range(0, 200, 2)]
+
+
+async def test_what_is_refused_takes_no_seq(database_url: str) -> None:
+    async with bench(database_url) as b:
+        outcomes = await b.do(
+            post("a"),
+            post("b", reply_to=99),
+            post("c", conversation_id=2, rights=Rights.MEMBER),
+            post("d", user_id=7, rights=Rights.MEMBER),
+            post("e"),
+        )
+        assert outcomes[1:4] == ["bad_request", "not_found", "not_found"]
+        assert [outcomes[0].seq, outcomes[4].seq] == [1, 2]
+        assert b.scalar("SELECT count(*) FROM chat_conversations") == 1
+
+
+async def test_a_retry_is_answered_with_the_first_also_within_its_group(database_url: str) -> None:
+    async with bench(database_url) as b:
+        first, again, other = await b.do(
+            post("a", client_id="k", meta={"x": 1, "y": 2}),
+            post("a", client_id="k", meta={"y": 2, "x": 1}),
+            post("b", client_id="k"),
+        )
+        assert (again.id, again.seq, again.created_at, again.duplicate) == (first.id, 1, first.created_at, True)
+        assert other == "conflict"
+        for changed in ({"type": "image"}, {"meta": None}, {"meta": {"x": 1}}):
+            assert await b.do(post("a", client_id="k", **({"meta": {"x": 1, "y": 2}} | changed))) == [
+                "conflict"
+            ]
+        (elsewhere,) = await b.do(post("a", client_id="k", conversation_id=2))
+        (somebody,) = await b.do(post("b", client_id="k", user_id=2))
+        assert (elsewhere.duplicate, somebody.duplicate) == (False, False)
+        assert b.scalar("SELECT count(*) FROM chat_messages") == 3
+
+
+async def test_the_index_itself_forbids_a_second_row(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("a", client_id="k"))
+        with pytest.raises(Exception, match=r"(?i)unique"):
+            b.execute(
+                "INSERT INTO chat_messages (chat_conversation_id, user_id, type, created_at, updated_at,"
+                " seq, client_id, request_hash) SELECT chat_conversation_id, user_id, type, created_at,"
+                " updated_at, 9, client_id, request_hash FROM chat_messages"
+            )
+
+
+async def test_a_retry_still_counts_after_an_edit_a_delete_and_a_restart(database_url: str) -> None:
+    async with bench(database_url) as b:
+        (first,) = await b.do(post("a", client_id="k"))
+        await b.do(Edit(message_id=first.id, content="b"), Delete(message_id=first.id))
+    async with bench(database_url) as b:
+        (again,) = await b.do(post("a", client_id="k"))
+        assert (again.id, again.seq, again.duplicate) == (first.id, 1, True)
+
+
+async def test_changes_are_logged_with_the_message_as_it_is_now(database_url: str) -> None:
+    async with bench(database_url) as b:
+        (created,) = await b.do(post("a", meta={"k": [1, None, "é"]}))
+        edited, deleted, gone = await b.do(
+            Edit(message_id=created.id, content="b"),
+            Delete(message_id=created.id),
+            Edit(message_id=created.id, content="c"),
+        )
+        assert (edited, deleted, gone) == (Changed(created.id, 2), Changed(created.id, 3), "not_found")
+        assert [b'"content":"b"' in c.payload for g in b.groups for c in g.changes] == [False, True, False]
+        replay, complete = await b.store.read(reads.changes_after, 1, 0)
+        assert complete
+        assert [(c.seq, c.kind) for c in replay] == [(1, "created"), (2, "edited"), (3, "deleted")]
+        assert all(b'"content":null,"meta":null' in change.payload for change in replay)
+        assert b.scalar("SELECT seq FROM chat_messages") == 1
+
+
+async def test_rights_are_judged_where_the_commit_is(database_url: str) -> None:
+    async with bench(database_url) as b:
+        remove = SetMember(conversation_id=1, user_id=2, state=State.REMOVED)
+        outcomes = await b.do(
+            post("a", user_id=2),
+            post("b", user_id=2, rights=Rights.MEMBER),
+            remove,
+            post("c", user_id=2, rights=Rights.MEMBER),
+            post("d", user_id=2, rights=Rights.ENTITLED),
+            post("e", user_id=2),
+            post("f", user_id=2, rights=Rights.ENTITLED),
+        )
+        assert [o if isinstance(o, str) else type(o) for o in outcomes] == [
+            Created, Created, MemberSet, "not_found", "not_found", Created, "not_found",
+        ]  # fmt: skip
+        assert [(m.user_id, m.state) for g in b.groups for m in g.members] == [(2, "active"), (2, "removed")]
+
+
+async def test_a_muted_member_reads_but_does_not_write(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("a", user_id=2, client_id="k"))
+        mute = SetMember(
+            conversation_id=1, user_id=2, state=State.ACTIVE, muted_until="2999-01-01T00:00:00.000000Z"
+        )
+        muted, again, over = await b.do(
+            mute,
+            post("b", user_id=2, rights=Rights.MEMBER),
+            post("a", user_id=2, client_id="k", rights=Rights.MEMBER),
+        )
+        assert (muted.changed, again, over.duplicate) == (False, "muted", True)
+        snapshot = await b.store.read(reads.snapshot, 2, False, 1, 0, True, 100)
+        assert len(snapshot.changes) == 1
+
+
+async def test_one_bad_command_harms_nobody_else_in_its_group(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("before"))
+        good = [b.writer.submit([post(f"g{n}")]) for n in range(5)]
+        bad = b.writer.submit([post("too long a type", type="x" * 40, user_id=2**70)])
+        more = [b.writer.submit([post(f"h{n}")]) for n in range(5)]
+        outcomes = [(await s.outcomes())[0] for s in [*good, bad, *more]]
+        assert [getattr(o, "code", "ok") for o in outcomes] == ["ok"] * 5 + ["internal"] + ["ok"] * 5
+        assert b.seqs == list(range(1, 12))
+
+
+async def test_a_group_that_fails_to_commit_is_unavailable_and_not_tried_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("before"))
+        commits = 0
+
+        def fail(_: Any) -> None:
+            nonlocal commits
+            commits += 1
+            raise ConnectionResetError("the server went away in the middle of COMMIT")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(b.store._writing.dialect, "do_commit", fail)
+            assert await b.do(post("lost"), post("too")) == ["unavailable", "unavailable"]
+        assert commits == 1
+        assert [o.seq for o in await b.do(post("after"))] == [2]
+
+
+async def test_a_caller_that_is_cancelled_does_not_undo_its_write(database_url: str) -> None:
+    async with bench(database_url) as b:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await b.writer.submit([post("written", client_id="k")]).outcomes()
+        assert scope.cancelled_caught
+        assert (await b.do(post("written", client_id="k")))[0].duplicate
+
+
+async def test_a_full_queue_answers_unavailable(tmp_path: Path) -> None:
+    store = open_store(Database(url=f"sqlite:///{tmp_path}/x.db"))
+    writer = store.writer(node=None, on_commit=lambda group: None)
+    writer.submit([post()] * QUEUE)
+    with pytest.raises(Unavailable) as refused:
+        writer.submit([post()])
+    assert refused.value.details["retry_after"] > 0
+    store.close()
+
+
+async def test_closing_flushes_what_waits(database_url: str) -> None:
+    async with bench(database_url) as b:
+        waiting = [b.writer.submit([post()]) for _ in range(700)]
+        b.writer.close()
+        with trio.fail_after(10):
+            await b.writer.finished.wait()
+        assert (await waiting[-1].outcomes())[0].seq == 700
+        with pytest.raises(Unavailable):
+            b.writer.submit([post()])
+
+
+async def test_the_outbox_holds_a_group_until_it_is_settled(database_url: str) -> None:
+    async with bench(database_url, node="n1") as b:
+        await b.do(post("a"), post("b"))
+        (group,) = b.groups
+        assert group.outbox_id is not None
+        assert b.scalar("SELECT count(*) FROM chat_outbox") == 1
+        b.writer.settle([group.outbox_id])
+        await b.do(post("c"))
+        assert b.scalar("SELECT count(*) FROM chat_outbox") == 1, "the row of this group alone"
+
+
+async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post(f"m{n}") for n in range(400)])
+
+        async def enter(after: int | None, same_epoch: bool = True) -> reads.Snapshot:
+            return await b.store.read(reads.snapshot, 9, True, 1, after, same_epoch, 100)
+
+        fresh = await enter(None)
+        assert (fresh.seq, fresh.recovered, fresh.changes, fresh.unread) == (400, True, [], 400)
+        some = await enter(100)
+        assert (some.recovered, len(some.changes), some.has_more) == (True, 300, False)
+        for after, same in ((99, True), (401, True), (399, False)):
+            lost = await enter(after, same)
+            assert (lost.recovered, len(lost.changes), lost.has_more) == (False, 50, True), after
+            assert b'"content":"m399"' in lost.changes[-1]
+
+
+async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post("é" * 8000) for _ in range(40)])
+        snapshot = await b.store.read(reads.snapshot, 1, True, 1, 0, True, 100)
+        assert not snapshot.recovered
+        assert snapshot.size <= 256 * 1024
+        assert snapshot.has_more
+        page = await b.store.read(reads.history, 1, None, None, 100)
+        assert (len(page.messages), page.has_more) == (len(snapshot.changes), True)
+        rooms = [(1, 0, True), (2, 0, True), (3, None, True)]
+        await b.do(*[post("é" * 8000, conversation_id=c) for c in (2, 3) for _ in range(20)])
+        many = await b.store.read(reads.snapshots, 1, [*rooms, (4, 0, True)], True, 100)
+        assert sum(s.size for s in many.values()) <= 512 * 1024  # type: ignore[union-attr]
+
+
+async def test_the_last_of_many_rooms_comes_without_messages(database_url: str) -> None:
+    async with bench(database_url) as b:
+        for conversation in (1, 2, 3):
+            await b.do(*[post("x" * 8000, conversation_id=conversation) for _ in range(30)])
+        rooms = [(conversation, 0, True) for conversation in (1, 2, 3)]
+        found = await b.store.read(reads.snapshots, 1, rooms, True, 100)
+        assert [(s.recovered, len(s.changes)) for s in found.values()] == [(True, 30), (True, 30), (False, 0)]  # type: ignore[union-attr]
+
+
+def test_the_schema_is_what_the_migrations_make(database_url: str) -> None:
+    open_store(Database(url=database_url)).close()
+    engine = writing_engine(database_url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+    engine.dispose()
+
+
+def test_a_database_of_a_newer_chatd_is_refused_with_a_sentence(database_url: str) -> None:
+    open_store(Database(url=database_url)).close()
+    engine = writing_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(ConfigError, match="which this chatd does not know"):
+        open_store(Database(url=database_url))
+
+
+def test_sqlite_commits_are_on_the_disk(tmp_path: Path) -> None:
+    """G1: WAL alone would lose the last commits with the power."""
+    store = open_store(Database(url=f"sqlite:///{tmp_path}/x.db"))
+    with store._writing.connect() as connection:
+        assert connection.scalar(text("PRAGMA synchronous")) == 2, "FULL"
+        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+    store.close()
+
+
+def test_postgresql_commits_are_on_the_disk(postgres_url: str) -> None:
+    store = open_store(Database(url=postgres_url))
+    with store._writing.connect() as connection:
+        assert connection.scalar(text("SHOW synchronous_commit")) == "on"
+    with store._reading.connect() as connection:
+        assert connection.scalar(text("SHOW transaction_isolation")) == "repeatable read"
+    store.close()
+
+
+async def test_a_locked_sqlite_answers_unavailable_and_heals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatd.store.engine.SQLITE_BUSY_SECONDS", 0.2)
+    async with bench(f"sqlite:///{tmp_path}/x.db") as b:
+        await b.do(post("a"))
+        backup = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
+        backup.execute("BEGIN IMMEDIATE")
+        assert await b.do(post("b")) == ["unavailable"]
+        assert len((await b.store.read(reads.history, 1, None, None, 9)).messages) == 1, "reads go on"
+        backup.execute("ROLLBACK")
+        backup.close()
+        assert (await b.do(post("c")))[0].seq == 2
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    groups=st.lists(
+        st.lists(
+            st.tuples(st.sampled_from(["create", "edit", "delete"]), st.integers(1, 3), st.integers(1, 6)),
+            max_size=8,
+        ),
+        max_size=5,
+    )
+)
+def test_any_mix_of_commands_leaves_a_log_without_a_hole(tmp_path_factory: Any, groups: Any) -> None:
+    async def play() -> None:
+        async with bench(f"sqlite:///{tmp_path_factory.mktemp('mix')}/x.db") as b:
+            for group in groups:
+                commands: list[Any] = []
+                for kind, conversation, number in group:
+                    if kind == "create":
+                        commands.append(post(conversation_id=conversation, client_id=str(number)))
+                    elif kind == "edit":
+                        commands.append(Edit(message_id=number, content="y"))
+                    else:
+                        commands.append(Delete(message_id=number))
+                if commands:
+                    await b.do(*commands)
+            for conversation in (1, 2, 3):
+                log, _ = await b.store.read(reads.changes_after, conversation, 0)
+                told = [c for g in b.groups for c in g.changes if c.conversation_id == conversation]
+                assert [c.seq for c in told] == list(range(1, len(told) + 1))
+                assert [c.seq for c in log] == [c.seq for c in told]
+
+    trio.run(play)
