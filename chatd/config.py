@@ -115,6 +115,12 @@ SECTIONS: dict[str, type[Struct]] = {
 
 Data = dict[str, dict[str, Any]]
 
+_DEMO: Data = {
+    "api": {"internal_token": DEMO_TOKEN},
+    "hub": {"allow_query_token": True},
+    "rooms": {"access": "open"},
+}
+
 
 def load(
     path: Path | None = None,
@@ -125,14 +131,15 @@ def load(
 ) -> Config:
     """The configuration of this process, or ConfigError with every mistake in it.
 
-    Later wins: defaults, the demo's defaults, the file, credentials (`$CREDENTIALS_DIRECTORY/<section>.<key>`),
+    Later wins: defaults, the file, what makes a demo, credentials (`$CREDENTIALS_DIRECTORY/<section>.<key>`),
     the environment (`CHATD_SECTION__KEY`, `CHATD_SECTION__KEY_FILE`). Commands that serve no backend do not
     require a token.
     """
     environ = os.environ if environ is None else environ
     found: list[str] = []
-    data = _demo_defaults() if demo else {}
-    for source in (_file(path, found), _credentials(environ, found), _environment(environ, found)):
+    data: Data = {}
+    fixed = _DEMO if demo else {}
+    for source in (_file(path, found), fixed, _credentials(environ, found), _environment(environ, found)):
         for section, values in source.items():
             data.setdefault(section, {}).update(values)
     sections = {name: _section(name, kind, data.pop(name, {}), found) for name, kind in SECTIONS.items()}
@@ -153,14 +160,6 @@ def split_bind(bind: str) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65535:
         raise ValueError(bind)
     return host.strip("[]"), int(port)
-
-
-def _demo_defaults() -> Data:
-    return {
-        "api": {"internal_token": DEMO_TOKEN},
-        "hub": {"allow_query_token": True},
-        "rooms": {"access": "open"},
-    }
 
 
 def _file(path: Path | None, found: list[str]) -> Data:

@@ -57,7 +57,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     chat = Chat(config, store, writer)
     hub = Hub(config, chat, rooms, fanout)
     fanout.also_sweep = hub.check_standings
-    health = api.Health(store.read, bus, stop)
+    health = api.Health(store.read, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)

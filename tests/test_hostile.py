@@ -263,7 +263,9 @@ async def test_a_header_that_is_not_ascii_harms_its_sender_alone(
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [
-        pytest.param(upgrade(Authorization=b"Bearer caf\xe9"), 101, 4500, id="a bearer token that is not ascii"),
+        pytest.param(
+            upgrade(Authorization=b"Bearer caf\xe9"), 101, 4500, id="a bearer token that is not ascii"
+        ),
         pytest.param(upgrade(Host=b"xn--a"), None, None, id="a host that is no punycode"),
         pytest.param(upgrade(Host=b"[", Origin=b"http://["), 403, None, id="half an IPv6 host"),
         pytest.param(upgrade("//["), 404, None, id="a target that is half an IPv6 host"),
@@ -499,9 +501,7 @@ async def test_a_message_that_is_announced_and_never_comes_ends_with_silence(
         await peer.gone()
 
 
-async def test_pings_whose_pongs_nobody_reads_are_cut(
-    daemon: Daemon, conversation: int, bearer: bytes
-) -> None:
+async def test_pings_whose_pongs_nobody_reads_are_cut(daemon: Daemon, conversation: int, bearer: bytes) -> None:
     async with undisturbed(daemon, conversation), authenticated(daemon, bearer) as peer:
         before = memory(daemon)
         flood = frame(FIN | PING_OPCODE, b"x" * 125) * 500
@@ -620,11 +620,10 @@ async def test_a_bad_http_request_gets_its_status_and_its_end(
     ],
 )
 async def test_a_reset_http_connection_is_forgotten(daemon: Daemon, conversation: int, words: bytes) -> None:
-    async with undisturbed(daemon, conversation):
-        async with offender(daemon.api_port) as peer:
-            await peer.say(words)
-            peer.reset()
-            await peer.gone()
+    async with undisturbed(daemon, conversation), offender(daemon.api_port) as peer:
+        await peer.say(words)
+        peer.reset()
+        await peer.gone()
 
 
 async def test_half_a_body_is_not_stored(daemon: Daemon, conversation: int) -> None:
@@ -681,9 +680,7 @@ async def test_who_hangs_up_and_tries_again_has_written_once(
             partial(daemon.request, "POST", "/api/ws/messages", body),
         )
         assert (answer.status, answer.json["seq"]) == (200, number + 1)
-    page = await trio.to_thread.run_sync(
-        daemon.get, f"/api/ws/conversations/{conversation}/messages?limit=100"
-    )
+    page = await trio.to_thread.run_sync(daemon.get, f"/api/ws/conversations/{conversation}/messages?limit=100")
     assert [m["client_id"] for m in page.json["messages"]] == [f"once-{n}" for n in range(tries)]
     assert [m["seq"] for m in page.json["messages"]] == list(range(1, tries + 1))
 
@@ -691,7 +688,6 @@ async def test_who_hangs_up_and_tries_again_has_written_once(
 async def test_a_thousand_silent_http_connections_cost_others_nothing(
     daemon: Daemon, conversation: int
 ) -> None:
-    async with crowd(daemon.api_port):
-        async with undisturbed(daemon, conversation):
-            await until(lambda: len(held(daemon.api_port)) >= MANY, 2 * SLACK)
+    async with crowd(daemon.api_port), undisturbed(daemon, conversation):
+        await until(lambda: len(held(daemon.api_port)) >= MANY, 2 * SLACK)
     await until(lambda: not held(daemon.api_port), SLACK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ async def test_acknowledged_posts_survive_sigkill_in_mid_burst(daemons: Daemons)
             key = f"{round_}-{worker}-{number}"
             try:
                 acknowledged[key] = daemon.post(1, worker, key, client_id=key)["seq"]
-            except OSError:
+            except (OSError, HTTPException):
                 return
 
     for round_ in range(3):
@@ -110,7 +111,7 @@ async def test_readers_that_come_and_go_in_a_storm_of_writes_see_every_seq_once(
     daemon: Daemon, conversation: int
 ) -> None:
     """G4: each reader reconnects at random and resumes; what it was given adds up to 1, 2, 3 …"""
-    total = 400
+    total = 250
     dice = random.Random(7)
 
     async def write(nursery: trio.Nursery) -> None:
@@ -205,9 +206,7 @@ async def repairs(tmp_path: Path, nursery: trio.Nursery) -> Any:
     with Membership(rooms) as mine:
         subscription = mine.join(1, ear, entitled=True)
         subscription.settle(0)
-        room = rooms.get(1)
-        assert room is not None
-        fanout.opened(room, 0, 0)
+        fanout.opened(subscription.room, 0, 0)
         await writer.submit(
             [Create(conversation_id=1, user_id=1, content=f"m{n}") for n in range(400)]
         ).outcomes()

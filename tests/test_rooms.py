@@ -50,8 +50,7 @@ def piece(*seqs: int) -> Piece:
 
 
 def live(ear: Ear, cursor: int) -> Subscription:
-    subscription = Subscription(1, ear, entitled=True)
-    subscription.joined = True
+    subscription = Subscription(Room(1), ear, entitled=True)
     subscription.settle(cursor)
     return subscription
 
@@ -80,8 +79,7 @@ def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
     room = Room(1)
     room.open(joined_at, 0)
     ear = Ear()
-    subscription = Subscription(1, ear, entitled=True)
-    subscription.joined = True
+    subscription = Subscription(room, ear, entitled=True)
     head = joined_at
     for step in steps:
         for one in pieces(room.accept([change(seq) for seq in range(head + 1, head + step + 1)])):
@@ -98,6 +96,25 @@ def test_changes_before_the_first_snapshot_wait_for_it() -> None:
     room.open(3, members_version=7)
     assert [c.seq for c in room.accept([])] == [4, 5]
     assert room.head == 5
+
+
+def test_a_snapshot_from_before_the_room_was_opened_is_not_enough() -> None:
+    """Two enter an empty room at once: the first snapshot opens it, and what lies below is pushed to nobody."""
+    room = Room(1)
+    first, second = Ear(), Ear()
+    quick, slow = Subscription(room, first, entitled=True), Subscription(room, second, entitled=True)
+    room.accept([change(seq) for seq in range(1, 6)])
+    assert quick.fits(5)
+    quick.settle(5)
+    room.open(5, 0)
+    assert not slow.fits(3), "4 and 5 are in no buffer"
+    slow.hold()
+    assert slow.fits(5)
+    for one in pieces(room.accept([change(6)])):
+        quick.deliver(one)
+        slow.deliver(one)
+    second.push(slow.settle(5))
+    assert (first.seqs, second.seqs) == ([6], [6])
 
 
 def test_a_hole_holds_back_what_follows_it() -> None:
@@ -120,8 +137,7 @@ def test_a_room_that_holds_too_much_reads_the_database_instead() -> None:
 
 def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
     ear = Ear()
-    subscription = Subscription(1, ear, entitled=True)
-    subscription.joined = True
+    subscription = Subscription(Room(1), ear, entitled=True)
     big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1))
     subscription.deliver(Piece([big]))
     assert subscription.torn

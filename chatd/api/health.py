@@ -20,15 +20,18 @@ DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
 
 
 class Health:
-    def __init__(self, read: Reader, bus: Bus, stopping: trio.Event) -> None:
-        self._read, self._bus, self._stopping = read, bus, stopping
+    def __init__(self, read: Reader, bus: Bus, stopping: trio.Event, *, redis: bool) -> None:
+        """`redis`: whether the bus is one that can be down."""
+        self._read, self._bus, self._stopping, self._redis = read, bus, stopping, redis
         self._database = True
         self._looked = -REMEMBER
 
     async def report(self) -> tuple[int, dict[str, Any]]:
         """Without Redis posts succeed and this node's clients are served: degraded, but ready."""
         database = await self._database_answers()
-        checks = {"database": "ok" if database else "down", "redis": "ok" if self._bus.up else "down"}
+        checks = {"database": "ok" if database else "down"}
+        if self._redis:
+            checks["redis"] = "ok" if self._bus.up else "down"
         if self._stopping.is_set():
             return 503, {"status": "stopping", "checks": checks}
         if not database:

@@ -27,6 +27,7 @@ from chatd.limits import BATCH_MESSAGES, CLIENT_ID_CHARS
 from chatd.store.commands import Create, Created
 
 BATCH_BYTES = 4 * 1024 * 1024  # decoding more would keep the loop busy for over 10 ms
+BATCH_PATH = "/api/ws/messages/batch"
 
 
 def blueprint(chat: Chat) -> Blueprint:
@@ -49,7 +50,6 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_response(BatchResults)
     async def post_batch() -> Response:
         """Store up to 1000 messages, usually in one commit. Each is accepted or refused on its own."""
-        request.max_content_length = BATCH_BYTES
         batch = await posted(Batch)
         if len(batch.messages) > BATCH_MESSAGES:
             raise BadRequest(f"At most {BATCH_MESSAGES} messages in a batch.", field="messages")

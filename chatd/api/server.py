@@ -15,10 +15,12 @@ from quart import request
 from quart_schema import Info, QuartSchema
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest
 
 from chatd import __version__
 from chatd.api import conversations, demo, errors, health, messages, tokens
 from chatd.api.health import Health
+from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
 from chatd.config import Config
 from chatd.errors import Unauthorized
@@ -50,15 +52,22 @@ class HTTPConnection(TrioASGIHTTPConnection):
         nursery.cancel_scope.cancel()
 
 
+class ChatRequest(TrioRequest):
+    """Quart holds a body's length against its limit as soon as it knows the path, before any view runs."""
+
+    def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
+        options["max_content_length"] = BATCH_BYTES if path == BATCH_PATH else BODY_BYTES
+        super().__init__(method, scheme, path, *rest, **options)
+
+
 class ChatApp(QuartTrio):
     asgi_http_class = HTTPConnection
+    request_class = ChatRequest
 
 
 def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
-    app.config.update(
-        MAX_CONTENT_LENGTH=BODY_BYTES, BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS
-    )
+    app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
     _guard(app, config)
     errors.install(app)
     app.register_blueprint(health.blueprint(healthy))

@@ -84,21 +84,24 @@ class Subscription:
     __slots__ = (
         "_buffer",
         "_buffered",
-        "conversation_id",
+        "_unopened",
         "cursor",
         "entitled",
         "joined",
         "listener",
+        "room",
         "torn",
     )
 
-    def __init__(self, conversation_id: int, listener: Listener, *, entitled: bool) -> None:
-        self.conversation_id, self.listener, self.entitled = conversation_id, listener, entitled
+    def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
+        self.room, self.listener, self.entitled = room, listener, entitled
         self.cursor = 0
-        self.joined = False
-        self.torn = False  # the buffer has a hole: the snapshot must be read again
-        self._buffer: list[Piece | bytes] | None = []
-        self._buffered = 0
+        self.joined = True
+        self.hold()
+
+    @property
+    def conversation_id(self) -> int:
+        return self.room.conversation_id
 
     @property
     def buffering(self) -> bool:
@@ -106,7 +109,15 @@ class Subscription:
 
     def hold(self) -> None:
         """Buffer from now on: a snapshot is about to be read."""
-        self._buffer, self._buffered, self.torn = [], 0, False
+        self._buffer: list[Piece | bytes] | None = []  # None: live
+        self._buffered = 0
+        self.torn = False  # the buffer has lost something
+        self._unopened = self.room.head is None  # nothing is pushed to be buffered before the room is opened
+
+    def fits(self, seq: int) -> bool:
+        """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out."""
+        opened_late = self._unopened and self.room.opened_at is not None
+        return not self.torn and not (opened_late and seq < self.room.opened_at)  # type: ignore[operator]
 
     def settle(self, seq: int) -> bytes:
         """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
@@ -158,11 +169,15 @@ class Subscription:
 
 
 class Room:
-    __slots__ = ("ahead", "conversation_id", "head", "members_version", "repairing", "stale", "subscriptions")
+    __slots__ = (
+        *("ahead", "conversation_id", "head", "members_version", "opened_at", "repairing", "stale"),
+        "subscriptions",
+    )
 
     def __init__(self, conversation_id: int) -> None:
         self.conversation_id = conversation_id
         self.head: int | None = None  # None until a first snapshot says it
+        self.opened_at: int | None = None  # what it said
         self.members_version: int | None = None
         self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
         self.ahead: dict[int, Change] = {}  # changes past a hole, by seq
@@ -177,7 +192,8 @@ class Room:
     def open(self, head: int, members_version: int) -> None:
         """A snapshot says where the conversation stands. The lowest version makes the sweep look again."""
         if self.head is None:
-            self.head = head
+            self.opened_at = head
+            self.skip_to(head)
         if self.members_version is None or members_version < self.members_version:
             self.members_version = members_version
 
@@ -222,21 +238,20 @@ class Rooms:
     def get(self, conversation_id: int) -> Room | None:
         return self._rooms.get(conversation_id)
 
-    def join(self, subscription: Subscription) -> Room:
-        room = self._rooms.get(subscription.conversation_id)
+    def join(self, conversation_id: int, listener: Listener, *, entitled: bool) -> Subscription:
+        room = self._rooms.get(conversation_id)
         if room is None:
-            room = self._rooms[subscription.conversation_id] = Room(subscription.conversation_id)
+            room = self._rooms[conversation_id] = Room(conversation_id)
+        subscription = Subscription(room, listener, entitled=entitled)
         room.subscriptions[subscription] = None
-        subscription.joined = True
-        return room
+        return subscription
 
     def leave(self, subscription: Subscription) -> None:
         subscription.joined = False
-        room = self._rooms.get(subscription.conversation_id)
-        if room is not None and subscription in room.subscriptions:
-            del room.subscriptions[subscription]
-            if not room.subscriptions:
-                del self._rooms[room.conversation_id]
+        room = subscription.room
+        del room.subscriptions[subscription]
+        if not room.subscriptions:
+            del self._rooms[room.conversation_id]
 
 
 class Membership:
@@ -267,12 +282,11 @@ class Membership:
         return conversation_id in self._subscriptions
 
     def join(self, conversation_id: int, listener: Listener, *, entitled: bool) -> Subscription:
-        """The subscription to a room, as it is or fresh; either way it is buffering now."""
+        """The subscription to a room: the one there is, or a fresh one, which is buffering."""
         subscription = self._subscriptions.get(conversation_id)
         if subscription is None:
-            subscription = Subscription(conversation_id, listener, entitled=entitled)
+            subscription = self._rooms.join(conversation_id, listener, entitled=entitled)
             self._subscriptions[conversation_id] = subscription
-            self._rooms.join(subscription)
         return subscription
 
     def leave(self, conversation_id: int) -> bool:

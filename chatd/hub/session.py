@@ -337,7 +337,7 @@ class Session:
             )
             if not subscription.joined:
                 raise NotFound("this subscription was ended meanwhile", field="conversation_id")
-            if not subscription.torn:
+            if subscription.fits(snapshot.seq):
                 return snapshot
         raise Unavailable("this room is too busy to enter just now")
 
@@ -369,10 +369,12 @@ class Session:
 
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
         """After the answer: what was buffered and is newer; live from then on."""
+        complete = subscription.fits(snapshot.seq)
         if frames := subscription.settle(snapshot.seq):
             self.push(frames)
-        if room := self._hub.rooms.get(subscription.conversation_id):
-            self._hub.fanout.opened(room, snapshot.seq, snapshot.members_version)
+        self._hub.fanout.opened(subscription.room, snapshot.seq, snapshot.members_version)
+        if not complete:
+            self.resync(subscription)
 
     def _subscribed_fields(self, snapshot: Snapshot) -> dict[str, Any]:
         return {

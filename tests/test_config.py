@@ -1,0 +1,184 @@
+"""Configuration: one file that lists everything, every mistake at once, and sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from chatd import config
+from chatd.errors import ConfigError
+from tests.daemon import Daemon
+
+SAMPLE = Path(__file__).parent.parent / "chatd.toml"
+
+
+def load(
+    text: str = "", tmp_path: Path | None = None, /, *, demo: bool = False, **environ: str
+) -> config.Config:
+    path = None
+    if tmp_path is not None:
+        path = tmp_path / "chatd.toml"
+        path.write_text(text)
+    return config.load(path, {"CHATD_API__INTERNAL_TOKEN": "t"} | environ, demo=demo)
+
+
+def mistakes(text: str, tmp_path: Path, **environ: str) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        load(text, tmp_path, **environ)
+    return list(refused.value.mistakes)
+
+
+def test_the_sample_lists_every_option_with_its_default() -> None:
+    sample = tomllib.loads(SAMPLE.read_text())
+    assert sample == {k: v for k, v in msgspec.to_builtins(config.Config()).items() if k != "demo"}
+
+
+def test_the_sample_explains_every_option() -> None:
+    for line in SAMPLE.read_text().splitlines():
+        assert "=" not in line or "#" in line, line
+
+
+def test_all_mistakes_are_reported_at_once_with_their_keys(tmp_path: Path) -> None:
+    found = mistakes(
+        '[hub]\nbnid = "x"\nping_interval = 0\norigins = ["example.com"]\n[lim]\n'
+        '[limits]\nframe_bytes = "many"\n[database]\nurl = "mysql://x"\n',
+        tmp_path,
+        CHATD_API__BIND="8080",
+    )
+    keys = [mistake.split(":")[0] for mistake in found]
+    assert sorted(keys) == ["[lim]", "hub.bnid", "hub.ping_interval", "limits.frame_bytes"]
+    assert "did you mean bind?" in found[keys.index("hub.bnid")]
+    found = mistakes(
+        '[database]\nurl = "mysql://x"\n[hub]\norigins = ["example.com"]', tmp_path, CHATD_API__BIND="8080"
+    )
+    assert sorted(m.split(":")[0] for m in found) == ["api.bind", "database.url", "hub.origins"]
+
+
+def test_the_environment_wins_over_credentials_and_they_over_the_file(tmp_path: Path) -> None:
+    secrets = tmp_path / "credentials"
+    secrets.mkdir()
+    (secrets / "database.url").write_text("postgresql://from-credential/x\n")
+    (secrets / "api.internal_token").write_text("from-credential\n")
+    (secrets / "of.another.program").write_text("ignored")
+    (tmp_path / "secret").write_text("0123456789" * 4 + "\n")
+    loaded = load(
+        '[database]\nurl = "postgresql://from-file/x"\n[limits]\nconnections = 5',
+        tmp_path,
+        CREDENTIALS_DIRECTORY=str(secrets),
+        CHATD_API__INTERNAL_TOKEN="from-environment",
+        CHATD_AUTH__SECRET_FILE=str(tmp_path / "secret"),
+        CHATD_LIMITS__CONNECTIONS="7",
+        CHATD_HUB__ORIGINS="https://a.example, https://b.example",
+        CHATD_HUB__ALLOW_QUERY_TOKEN="true",
+    )
+    assert loaded.database.url == "postgresql://from-credential/x"
+    assert loaded.api.internal_token == "from-environment"
+    assert loaded.auth.secret == "0123456789" * 4
+    assert loaded.limits.connections == 7
+    assert loaded.hub.origins == ["https://a.example", "https://b.example"]
+    assert loaded.hub.allow_query_token is True
+
+
+def test_the_names_of_the_original_deployment_still_work() -> None:
+    loaded = config.load(None, {"WS_INTERNAL_TOKEN": "t", "REDIS_HOST": "cache", "REDIS_PORT": "6380"})
+    assert (loaded.api.internal_token, loaded.redis.url) == ("t", "redis://cache:6380/0")
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"),
+    [
+        ({"CHATD_AUTH__SECRET": "short"}, "auth.secret"),
+        ({"CHATD_AUTH__BACKEND_URL": "http://x"}, "auth.backend_url"),
+        ({"CHATD_REDIS__ACCEPT_FOREIGN": "true"}, "redis.accept_foreign"),
+        ({"CHATD_REDIS__URL": "localhost:6379"}, "redis.url"),
+        ({"CHATD_DATABASE__URL": "sqlite://"}, "database.url"),
+        ({"CHATD_LIMITS__TRUSTED_PROXIES": "proxy"}, "limits.trusted_proxies"),
+        ({"CHATD_SERVER__WORKERS": "2"}, "server.workers"),
+        ({"CHATD_HBU__BIND": "x"}, "CHATD_HBU__BIND"),
+        ({"CHATD_AUTH__SECRET_FILE": "/nowhere"}, "CHATD_AUTH__SECRET_FILE"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_under_its_key(
+    tmp_path: Path, environ: dict[str, str], key: str
+) -> None:
+    found = mistakes("", tmp_path, **environ)
+    assert found[0].startswith(f"{key}: "), found
+
+
+def test_the_demo_is_for_this_machine_alone(tmp_path: Path) -> None:
+    shown = load(SAMPLE.read_text(), tmp_path, demo=True, CHATD_API__INTERNAL_TOKEN="secret")
+    assert (shown.rooms.access, shown.hub.allow_query_token, shown.api.internal_token) == (
+        "open",
+        True,
+        "secret",
+    )
+    with pytest.raises(ConfigError, match=r"hub\.bind"):
+        load("", tmp_path, demo=True, CHATD_HUB__BIND=":6001")
+
+
+def test_binds_may_be_ipv6_or_every_address() -> None:
+    assert config.split_bind("[::1]:80") == ("::1", 80)
+    assert config.split_bind(":6001") == ("", 6001)
+    for bad in ("8080", "host:", "host:x", "host:70000", "host:-1"):
+        with pytest.raises(ValueError, match=bad):
+            config.split_bind(bad)
+
+
+# The commands.
+
+
+def test_a_wrong_configuration_ends_with_78_and_every_mistake(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, api__internal_token="", hub__bnid="x")
+    for command in ("check-config", "serve"):
+        ended = daemon.command(command)
+        assert ended.returncode == 78
+        assert "hub.bnid" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    daemon = Daemon(tmp_path, api__internal_token="")
+    assert "api.internal_token: is empty" in daemon.command("serve").stderr
+    fine = Daemon(tmp_path).command("check-config")
+    assert fine.returncode == 0
+    assert "fine" in fine.stdout
+
+
+def test_no_token_is_needed_where_no_backend_is_served(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, api__internal_token="")
+    migrated = daemon.command("migrate")
+    assert (migrated.returncode, migrated.stdout) == (0, "The schema went from nothing to version 0001.\n")
+    assert daemon.command("migrate").stdout == "The schema is at version 0001 already.\n"
+    made = daemon.command("token", "7", "--ttl", "60")
+    assert made.returncode == 0
+    assert made.stdout.count(".") == 2
+
+
+def test_a_postgresql_without_the_schema_says_what_to_run(postgres, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    daemon = Daemon(tmp_path, database__url=postgres.create_database())
+    ended = daemon.command("serve")
+    assert ended.returncode == 78
+    assert "Run `chatd migrate`" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("postgresql://127.0.0.1:1/x", "connection"),
+        ("sqlite:////nowhere/at/all.db", "there is no directory /nowhere/at"),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_said_in_a_sentence(
+    tmp_path: Path, url: str, sentence: str
+) -> None:
+    ended = Daemon(tmp_path, database__url=url).command("serve")
+    assert ended.returncode in (1, 78)
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_fits_on_a_screen(tmp_path: Path) -> None:
+    shown = Daemon(tmp_path).command("--help")
+    assert shown.returncode == 0
+    assert all(f"  {name}" in shown.stdout for name in ("serve", "check-config", "migrate", "token"))
+    assert len(shown.stdout.splitlines()) < 24
