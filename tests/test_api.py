@@ -167,7 +167,7 @@ def test_paths_and_methods_that_do_not_exist(daemon: Daemon) -> None:
     assert daemon.get("/api/ws/nothing").status == 404
     assert daemon.get("/api/ws/nothing").json["code"] == "not_found"
     wrong = daemon.request("DELETE", MESSAGES)
-    assert (wrong.status, wrong.headers["Allow"]) == (405, "POST, OPTIONS")
+    assert (wrong.status, set(wrong.headers["Allow"].split(", "))) == (405, {"POST", "OPTIONS"})
 
 
 def test_health_and_openapi_are_open(daemon: Daemon) -> None:

@@ -467,21 +467,23 @@ def memory(daemon: Daemon) -> int:
 
 
 async def test_sigterm_sends_everybody_away_over_the_window(daemons: Daemons) -> None:
-    window = 1.0
+    window, clients = 1.0, 20
     daemon = await trio.to_thread.run_sync(partial(daemons, server__drain_window=window))
     ends: list[float] = []
 
-    async def wait_for_the_end(client: Client) -> None:
-        assert (await client.closed(window + SLACK))[0] == 1012
-        ends.append(trio.current_time())
+    async def stay(user_id: int, *, task_status: trio.TaskStatus[None]) -> None:
+        async with login(daemon, user_id) as client:
+            task_status.started()
+            assert (await client.closed(window + SLACK))[0] == 1012
+            ends.append(trio.current_time())
 
-    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        for user_id in range(1, 21):
-            nursery.start_soon(wait_for_the_end, await stack.enter_async_context(login(daemon, user_id)))
+    async with trio.open_nursery() as nursery:
+        for user_id in range(1, clients + 1):
+            await nursery.start(partial(stay, user_id))
         started = trio.current_time()
         assert await trio.to_thread.run_sync(daemon.stop) == 0
         assert trio.current_time() - started < window + SLACK
-    assert len(ends) == 20
+    assert len(ends) == clients
     assert max(ends) - min(ends) > window / 4, "all at once: they would all come back at once"
 
 
