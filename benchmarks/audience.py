@@ -72,8 +72,7 @@ class Audience:
                 size = receive[descriptor](buffer)
                 start = positions[descriptor]
                 if not size or not expected.startswith(view[:size], start):
-                    what = "something else than what was sent" if size else "the end of the connection"
-                    raise Failure(f"a client got {what}, {start} bytes into {len(expected)}")
+                    raise Failure(f"a client got {bytes(view[: min(size, 200)])!r} at byte {start}")
                 positions[descriptor] = start + size
                 if start + size == len(expected):
                     missing -= 1

@@ -32,6 +32,7 @@ WARM_UP_MESSAGES = 5
 # A burst is given up after so long: ten times what the slowest way takes.
 BURST_SECONDS = 30.0
 DELIVERY_SECONDS = 0.001
+END_SECONDS = 10.0
 DESCRIPTORS = 200  # beside the sockets
 TOKEN_SECONDS = 24 * 3600
 
@@ -133,7 +134,15 @@ def serving(name: str, core: int) -> Iterator[Server]:
         with Audience() as audience:
             yield Server(process, audience)
     finally:
-        process.kill()  # it has nothing to save
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It ends with its stdin, and says on stderr what was wrong, if anything was."""
+    try:
+        process.communicate(timeout=END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
         process.communicate()
 
 

@@ -140,8 +140,7 @@ class ChatdServer:
 
     @contextmanager
     def _last_in_room(self, head: int) -> Iterator[Subscription]:
-        last = Subscription(ROOM, self, entitled=True)
-        self._rooms.join(last)
+        last = self._rooms.join(ROOM, self, entitled=True)
         last.settle(head)
         try:
             yield last

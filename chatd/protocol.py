@@ -199,15 +199,15 @@ def check_meta(meta: Any, most: int) -> None:
 
 def _depth(value: Any) -> int:
     """How deep containers are nested; looks no further than one past what is allowed."""
-    depth, level = 0, [value]
+    depth, level = 0, [value] if isinstance(value, dict | list) else []
     while level and depth <= limits.META_DEPTH:
+        depth += 1
         level = [
             inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
         ]
-        depth += 1
     return depth
 
 
