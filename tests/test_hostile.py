@@ -24,7 +24,7 @@ from wsproto.events import CloseConnection
 from tests.client import Client, login
 from tests.daemon import TOKEN, Daemon
 
-HANDSHAKE, AUTH, PING, PONG = 1.0, 1.5, 1.0, 1.0  # seconds: the daemon's patience
+HANDSHAKE, AUTH, PING, PONG = 0.7, 0.8, 1.0, 1.0  # seconds: the daemon's patience
 GOODBYE = 2.0  # seconds it waits for the answer to its close frame
 SLACK = 1.0  # seconds of ours on top of every deadline, for a busy machine
 PROMPTLY = 1.0  # seconds, where the daemon has nothing to wait for
@@ -671,6 +671,7 @@ async def test_a_kept_connection_that_is_hung_up_is_forgotten(daemon: Target, co
         async with offender(daemon, daemon.api_port) as peer:
             await peer.say(request("GET", "/healthz", Connection=None))
             await peer.hear(b'{"status":"ok"}')
+            await trio.testing.wait_all_tasks_blocked(0.05)  # not before the daemon waits for the next one
         await peer.gone()
 
 

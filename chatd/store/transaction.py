@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct
-from sqlalchemy import Connection, Select, bindparam, delete, insert, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Executable, Select
 
 from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, Muted, NotFound
 from chatd.model import Change, Group, Kind, MemberChange, State, now
 from chatd.protocol import change_payload
-from chatd.store import schema
+from chatd.store import statements
 from chatd.store.commands import (
     AnyCommand,
     Changed,
@@ -29,7 +28,7 @@ from chatd.store.commands import (
     Rights,
     SetMember,
 )
-from chatd.store.rows import MESSAGE_COLUMNS, message
+from chatd.store.rows import message
 
 Row = dict[str, Any]
 
@@ -48,6 +47,7 @@ class Transaction:
 
     def __init__(self, connection: Connection, node: str | None) -> None:
         self._connection = connection
+        self._dialect = connection.dialect.name
         self._node = node  # None: no bus outlives this process, so no outbox
         self._now = now()
         self._places: dict[int, int] = {}  # message id → its conversation
@@ -88,8 +88,7 @@ class Transaction:
     def _find_places(self, ids: Sequence[int]) -> dict[int, int]:
         if not ids:
             return {}
-        query = select(schema.messages.c.id, schema.messages.c.chat_conversation_id)
-        found = self._connection.execute(query.where(schema.messages.c.id.in_(set(ids))))
+        found = self._connection.execute(statements.PLACES_OF_MESSAGES, {"ids": list(set(ids))})
         return {row.id: row.chat_conversation_id for row in found}
 
     def _conversation_of(self, command: AnyCommand) -> int | None:
@@ -106,17 +105,13 @@ class Transaction:
         }
         if not wanted:
             return
-        table = schema.conversations
-        there = set(self._connection.scalars(select(table.c.id).where(table.c.id.in_(wanted))))
+        there = set(self._connection.scalars(statements.EXISTING_CONVERSATIONS, {"ids": list(wanted)}))
         if missing := sorted(wanted - there):
-            into = postgresql.insert if self._connection.dialect.name == "postgresql" else sqlite.insert
             rows = [{"id": id, "updated_at": self._now} for id in missing]
-            self._connection.execute(into(table).on_conflict_do_nothing(), rows)
+            self._connection.execute(statements.CREATE_CONVERSATIONS[self._dialect], rows)
 
     def _lock_conversations(self, ids: Iterable[int | None]) -> None:
-        table = schema.conversations
-        query = select(table.c.id, table.c.last_seq, table.c.members_version).where(table.c.id.in_(ids))
-        self._conversations = self._rows(query.order_by(table.c.id).with_for_update(), "id")
+        self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
 
     def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
         conversation = self._conversation_of(command)
@@ -126,24 +121,20 @@ class Transaction:
 
     def _read_members(self, pairs: set[tuple[int, int]]) -> None:
         if pairs:
-            table = schema.members
-            query = select(table).where(tuple_(table.c.conversation_id, table.c.user_id).in_(pairs))
-            self._members = self._rows(query, "conversation_id", "user_id")
+            self._members = self._rows(statements.MEMBERS, {"pairs": list(pairs)}, "conversation_id", "user_id")
 
     def _read_earlier(self, commands: Sequence[Create]) -> None:
-        if commands:
-            table = schema.messages
-            key = tuple_(table.c.chat_conversation_id, table.c.user_id, table.c.client_id)
-            keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
-            query = select(*MESSAGE_COLUMNS, table.c.request_hash).where(key.in_(keys))
-            self._earlier = self._rows(query, "chat_conversation_id", "user_id", "client_id")
+        keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
+        if keys:
+            names = ("chat_conversation_id", "user_id", "client_id")
+            self._earlier = self._rows(statements.EARLIER_MESSAGES, {"keys": list(keys)}, *names)
 
     def _read_messages(self, ids: set[int]) -> None:
         if ids:
-            self._messages = self._rows(select(*MESSAGE_COLUMNS).where(schema.messages.c.id.in_(ids)), "id")
+            self._messages = self._rows(statements.MESSAGES, {"ids": list(ids)}, "id")
 
-    def _rows(self, query: Select[Any], *key: str) -> dict[Any, Row]:
-        rows = [dict(row) for row in self._connection.execute(query).mappings()]
+    def _rows(self, query: Select[Any], parameters: Row, *key: str) -> dict[Any, Row]:
+        rows = [dict(row) for row in self._connection.execute(query, parameters).mappings()]
         return {row[key[0]] if len(key) == 1 else tuple(row[k] for k in key): row for row in rows}
 
     # Deciding. Each verdict sees what the commands before it in the group did.
@@ -288,68 +279,30 @@ class Transaction:
 
     def _write(self) -> None:
         if self._created:
-            into = insert(schema.messages).returning(schema.messages.c.id, sort_by_parameter_order=True)
-            ids = self._connection.scalars(into, self._created).all()
+            ids = self._connection.scalars(statements.INSERT_MESSAGES, self._created).all()
             for row, id in zip(self._created, ids, strict=True):
                 row["id"] = id
-        self._update_messages()
-        self._write_members()
-        self._write_log()
-        self._update_conversations()
+        self._execute(statements.UPDATE_MESSAGES, [self._altered(row) for row in self._changed.values()])
+        self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
+        self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
+        touched = [row for row in self._conversations.values() if "touched" in row]
+        self._execute(statements.UPDATE_CONVERSATIONS, [self._advanced(row) for row in touched])
 
-    def _update_messages(self) -> None:
-        names = ("content", "meta", "edited_at", "deleted_at")
-        rows = [
-            {"key": id, "updated_at": self._now} | {n: row[n] for n in names}
-            for id, row in self._changed.items()
-        ]
+    def _execute(self, statement: Executable, rows: list[Row]) -> None:
         if rows:
-            by_id = schema.messages.c.id == bindparam("key")
-            values: dict[str, Any] = {name: bindparam(name) for name in (*names, "updated_at")}
-            self._connection.execute(update(schema.messages).where(by_id).values(values), rows)
-
-    def _write_members(self) -> None:
-        if self._set:
-            table = schema.members
-            into = postgresql.insert if self._connection.dialect.name == "postgresql" else sqlite.insert
-            upsert = into(table)
-            fresh = {name: upsert.excluded[name] for name in ("state", "role", "muted_until", "updated_at")}
-            key = list(table.primary_key)
-            self._connection.execute(
-                upsert.on_conflict_do_update(index_elements=key, set_=fresh), list(self._set.values())
-            )
-
-    def _write_log(self) -> None:
-        rows = [
-            {
-                "conversation_id": step.row["chat_conversation_id"],
-                "seq": step.seq,
-                "kind": step.kind.value,
-                "message_id": step.row["id"],
-            }
-            for step in self._steps
-        ]
-        if rows:
-            self._connection.execute(insert(schema.changes), rows)
-
-    def _update_conversations(self) -> None:
-        rows = [
-            {"key": id, "head": row["last_seq"], "version": row["members_version"], "moment": self._now}
-            for id, row in self._conversations.items()
-            if "touched" in row
-        ]
-        if rows:
-            table = schema.conversations
-            statement = (
-                update(table)
-                .where(table.c.id == bindparam("key"))
-                .values(
-                    last_seq=bindparam("head"),
-                    members_version=bindparam("version"),
-                    updated_at=bindparam("moment"),
-                )
-            )
             self._connection.execute(statement, rows)
+
+    def _altered(self, row: Row) -> Row:
+        names = ("content", "meta", "edited_at", "deleted_at")
+        return {"key": row["id"], "updated_at": self._now} | {name: row[name] for name in names}
+
+    def _logged(self, step: Step) -> Row:
+        place, id = step.row["chat_conversation_id"], step.row["id"]
+        return {"conversation_id": place, "seq": step.seq, "kind": step.kind.value, "message_id": id}
+
+    def _advanced(self, row: Row) -> Row:
+        head, version = row["last_seq"], row["members_version"]
+        return {"key": row["id"], "head": head, "version": version, "moment": self._now}
 
     def _change(self, step: Step) -> Change:
         payload = change_payload(step.kind, step.seq, message(step.row))
@@ -360,15 +313,12 @@ class Transaction:
             return None
         lines = b"\n".join(change.payload for change in changes)
         row = {"node": self._node, "created_at": self._now, "payloads": lines}
-        id: int | None = self._connection.scalar(insert(schema.outbox).returning(schema.outbox.c.id), row)
+        id: int | None = self._connection.scalar(statements.INSERT_OUTBOX, row)
         return id
 
     def _settle(self, settled: Iterable[int]) -> None:
         if ids := list(settled):
-            table = schema.outbox
-            # A row that another node is just relaying is left to it: the writer waits for nobody's Redis.
-            mine = select(table.c.id).where(table.c.id.in_(ids)).with_for_update(skip_locked=True)
-            self._connection.execute(delete(table).where(table.c.id.in_(mine)))
+            self._connection.execute(statements.SETTLE_OUTBOX, {"ids": ids})
 
     @staticmethod
     def _result(verdict: Step | MemberSet | ChatError) -> Result | ChatError:

@@ -1,0 +1,78 @@
+"""The writer's statements, built once: building one costs more than running it.
+
+Parameters named in the plural expand to lists. Used by `transaction` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BindParameter, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from chatd.store.rows import MESSAGE_COLUMNS
+from chatd.store.schema import changes, conversations, members, messages, outbox
+
+
+def _several(name: str) -> BindParameter[Any]:
+    return bindparam(name, expanding=True)
+
+
+_insert_of: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+
+PLACES_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).where(
+    messages.c.id.in_(_several("ids"))
+)
+
+EXISTING_CONVERSATIONS = select(conversations.c.id).where(conversations.c.id.in_(_several("ids")))
+
+# By the name of the dialect.
+CREATE_CONVERSATIONS = {name: into(conversations).on_conflict_do_nothing() for name, into in _insert_of.items()}
+
+LOCK_CONVERSATIONS = (
+    select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version)
+    .where(conversations.c.id.in_(_several("ids")))
+    .order_by(conversations.c.id)
+    .with_for_update()
+)
+
+MEMBERS = select(members).where(tuple_(members.c.conversation_id, members.c.user_id).in_(_several("pairs")))
+
+EARLIER_MESSAGES = select(*MESSAGE_COLUMNS, messages.c.request_hash).where(
+    tuple_(messages.c.chat_conversation_id, messages.c.user_id, messages.c.client_id).in_(_several("keys"))
+)
+
+MESSAGES = select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_several("ids")))
+
+INSERT_MESSAGES = insert(messages).returning(messages.c.id, sort_by_parameter_order=True)
+
+UPDATE_MESSAGES = (
+    update(messages)
+    .where(messages.c.id == bindparam("key"))
+    .values({name: bindparam(name) for name in ("content", "meta", "edited_at", "deleted_at", "updated_at")})
+)
+
+
+def _set_members(into: Any) -> Any:
+    fresh = {name: into.excluded[name] for name in ("state", "role", "muted_until", "updated_at")}
+    return into.on_conflict_do_update(index_elements=list(members.primary_key), set_=fresh)
+
+
+SET_MEMBERS = {name: _set_members(into(members)) for name, into in _insert_of.items()}
+
+INSERT_CHANGES = insert(changes)
+
+UPDATE_CONVERSATIONS = (
+    update(conversations)
+    .where(conversations.c.id == bindparam("key"))
+    .values(last_seq=bindparam("head"), members_version=bindparam("version"), updated_at=bindparam("moment"))
+)
+
+INSERT_OUTBOX = insert(outbox).returning(outbox.c.id)
+
+# A row that another node is just relaying is left to it: the writer waits for nobody's Redis.
+SETTLE_OUTBOX = delete(outbox).where(
+    outbox.c.id.in_(
+        select(outbox.c.id).where(outbox.c.id.in_(_several("ids"))).with_for_update(skip_locked=True)
+    )
+)
