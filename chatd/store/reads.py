@@ -5,13 +5,13 @@ Plain functions of a connection, run by `Reader` in threads; each call is one sn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 import trio
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, Select, func, select
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -19,8 +19,8 @@ from chatd import limits
 from chatd.errors import NotFound, Unavailable
 from chatd.model import Change, Kind, Message, State
 from chatd.protocol import change_payload
-from chatd.store import schema
-from chatd.store.rows import MESSAGE_COLUMNS, message
+from chatd.store import queries
+from chatd.store.rows import message
 
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
 
@@ -96,7 +96,7 @@ class Reader:
 
 
 def ping(connection: Connection) -> None:
-    connection.execute(select(1))
+    connection.execute(queries.PING)
 
 
 def snapshot(
@@ -109,8 +109,7 @@ def snapshot(
     members_detail: int,
 ) -> Snapshot:
     """Raises NotFound where the user may not look. `entitled`: enough unless a row says otherwise."""
-    table = schema.conversations
-    row = connection.execute(select(table).where(table.c.id == conversation_id)).mappings().first()
+    row = connection.execute(queries.CONVERSATION, {"conversation_id": conversation_id}).mappings().first()
     check_rights(connection, conversation_id, user_id, entitled)
     head, version, low = (row["last_seq"], row["members_version"], row["low_seq"]) if row else (0, 0, 0)
     changes, recovered, has_more = _missed(connection, conversation_id, after, head, low, same_epoch)
@@ -159,7 +158,7 @@ def _missed(
     if after is None:
         return [], True, False
     if same_epoch and low <= after <= head and head - after <= limits.REPLAY_CHANGES:
-        changes, complete = changes_after(connection, conversation_id, after, head)
+        changes, complete = changes_after(connection, conversation_id, after)
         if complete:
             return [change.payload for change in changes], True, False
     page = history(connection, conversation_id, None, None, limits.FALLBACK_MESSAGES)
@@ -167,27 +166,16 @@ def _missed(
     return newest, False, page.has_more
 
 
-def changes_after(
-    connection: Connection, conversation_id: int, after: int, head: int | None = None
-) -> tuple[list[Change], bool]:
+def changes_after(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], bool]:
     """The log after a seq, with the messages as they are now; False if that was too much for one answer."""
-    log = schema.changes
-    query = (
-        select(log.c.seq.label("change_seq"), log.c.kind, *MESSAGE_COLUMNS)
-        .join(schema.messages, schema.messages.c.id == log.c.message_id)
-        .where(log.c.conversation_id == conversation_id, log.c.seq > after)
-        .order_by(log.c.seq)
-        .limit(limits.REPLAY_CHANGES + 1)
-    )
-    if head is not None:
-        query = query.where(log.c.seq <= head)
+    asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}
     found: list[Change] = []
-    room = limits.REPLAY_BYTES
-    for row in connection.execute(query).mappings():
+    space = limits.REPLAY_BYTES
+    for row in connection.execute(queries.CHANGES_AFTER, asked).mappings():
         kind = Kind(row["kind"])
         payload = change_payload(kind, row["change_seq"], message(row))
-        room -= len(payload)
-        if room < 0 or len(found) == limits.REPLAY_CHANGES:
+        space -= len(payload)
+        if space < 0 or len(found) == limits.REPLAY_CHANGES:
             return found, False
         found.append(Change(conversation_id, row["change_seq"], kind, payload))
     return found, True
@@ -197,19 +185,16 @@ def history(
     connection: Connection, conversation_id: int, before: int | None, after: int | None, limit: int
 ) -> Page:
     """A page in ascending id: the newest, or next to a message id; cut where it has too many bytes."""
-    table = schema.messages
-    query: Select[Any] = select(*MESSAGE_COLUMNS).where(table.c.chat_conversation_id == conversation_id)
+    asked = {"conversation_id": conversation_id, "before": before, "after": after, "most": limit + 1}
+    query = queries.NEWEST_MESSAGES if before is None else queries.MESSAGES_BEFORE
     if after is not None:
-        query = query.where(table.c.id > after).order_by(table.c.id)
-    else:
-        query = query.order_by(table.c.id.desc())
-        query = query if before is None else query.where(table.c.id < before)
+        query = queries.MESSAGES_AFTER
     found: list[Message] = []
-    room, has_more = limits.REPLAY_BYTES, False
-    for row in connection.execute(query.limit(limit + 1)).mappings():
+    space, has_more = limits.REPLAY_BYTES, False
+    for row in connection.execute(query, asked).mappings():
         one = message(row)
-        room -= len(change_payload(Kind.CREATED, one.seq, one))
-        if len(found) == limit or (room < 0 and found):
+        space -= len(change_payload(Kind.CREATED, one.seq, one))
+        if len(found) == limit or (space < 0 and found):
             has_more = True
             break
         found.append(one)
@@ -236,84 +221,42 @@ def check_rights(connection: Connection, conversation_id: int, user_id: int, ent
         raise NotFound(field="conversation_id")
 
 
-def states(connection: Connection, conversation_id: int, user_ids: Iterable[int]) -> dict[int, State]:
-    table = schema.members
-    query = select(table.c.user_id, table.c.state).where(
-        table.c.conversation_id == conversation_id, table.c.user_id.in_(user_ids)
-    )
-    return {row.user_id: State(row.state) for row in connection.execute(query)}
+def states(connection: Connection, conversation_id: int, user_ids: Sequence[int]) -> dict[int, State]:
+    asked = {"conversation_id": conversation_id, "user_ids": user_ids}
+    return {row.user_id: State(row.state) for row in connection.execute(queries.STATES, asked)}
 
 
 def rights(
     connection: Connection, conversation_id: int, user_ids: Sequence[int]
 ) -> tuple[int, dict[int, State]]:
     """(members_version, states) in one snapshot."""
-    table = schema.conversations
-    version = connection.scalar(select(table.c.members_version).where(table.c.id == conversation_id))
-    return version or 0, states(connection, conversation_id, user_ids)
+    head = heads(connection, [conversation_id]).get(conversation_id)
+    return head.members_version if head else 0, states(connection, conversation_id, user_ids)
 
 
 def heads(connection: Connection, conversation_ids: Sequence[int]) -> dict[int, Heads]:
-    table = schema.conversations
-    query = select(table.c.id, table.c.last_seq, table.c.members_version).where(
-        table.c.id.in_(conversation_ids)
-    )
-    return {row.id: Heads(row.last_seq, row.members_version) for row in connection.execute(query)}
+    rows = connection.execute(queries.HEADS, {"conversation_ids": conversation_ids})
+    return {row.id: Heads(row.last_seq, row.members_version) for row in rows}
 
 
 def standings(connection: Connection, user_ids: Sequence[int]) -> dict[int, Standing]:
-    table = schema.users
-    query = select(table).where(table.c.user_id.in_(user_ids))
-    return {row.user_id: Standing(row.valid_after, row.banned_until) for row in connection.execute(query)}
+    rows = connection.execute(queries.STANDINGS, {"user_ids": user_ids})
+    return {row.user_id: Standing(row.valid_after, row.banned_until) for row in rows}
 
 
 def conversations_of(connection: Connection, user_id: int, most: int) -> list[int]:
     """The user's conversations, the most recently active first."""
-    table = schema.members
-    query = (
-        select(table.c.conversation_id)
-        .join(schema.conversations, schema.conversations.c.id == table.c.conversation_id)
-        .where(table.c.user_id == user_id, table.c.state == State.ACTIVE.value)
-        .order_by(schema.conversations.c.updated_at.desc())
-        .limit(most)
-    )
-    return list(connection.scalars(query))
+    return list(connection.scalars(queries.CONVERSATIONS_OF_USER, {"user_id": user_id, "most": most}))
 
 
 def _unread(connection: Connection, conversation_id: int, user_id: int) -> int:
-    cursors, table = schema.reads, schema.messages
-    read = connection.scalar(
-        select(cursors.c.read_id).where(
-            cursors.c.conversation_id == conversation_id, cursors.c.user_id == user_id
-        )
-    )
-    # Counted among the newest ids only, so that a room of a million messages costs no more than this.
-    newer = (
-        select(table.c.id)
-        .where(
-            table.c.chat_conversation_id == conversation_id,
-            table.c.id > (read or 0),
-            table.c.user_id != user_id,
-            table.c.deleted_at.is_(None),
-        )
-        .limit(limits.UNREAD_MAX)
-    )
-    return connection.scalar(select(func.count()).select_from(newer.subquery())) or 0
+    asked = {"conversation_id": conversation_id, "user_id": user_id, "most": limits.UNREAD_MAX}
+    cursor = connection.execute(queries.CURSOR_OF_USER, asked).first()
+    return connection.scalar(queries.UNREAD, asked | {"read": cursor.read_id if cursor else 0}) or 0
 
 
 def _receipts(connection: Connection, conversation_id: int, user_id: int, members_detail: int) -> list[Cursor]:
-    table = schema.reads
-    query = select(table.c.user_id, table.c.read_id, table.c.delivered_id).where(
-        table.c.conversation_id == conversation_id
-    )
-    if members_detail and _member_count(connection, conversation_id, members_detail + 1) > members_detail:
-        query = query.where(table.c.user_id == user_id)
-    return [Cursor(*row) for row in connection.execute(query.order_by(table.c.user_id))]
-
-
-def _member_count(connection: Connection, conversation_id: int, most: int) -> int:
-    table = schema.members
-    some = select(table.c.user_id).where(
-        table.c.conversation_id == conversation_id, table.c.state == State.ACTIVE.value
-    )
-    return connection.scalar(select(func.count()).select_from(some.limit(most).subquery())) or 0
+    asked = {"conversation_id": conversation_id, "user_id": user_id, "most": members_detail + 1}
+    crowded = members_detail and (connection.scalar(queries.MEMBER_COUNT, asked) or 0) > members_detail
+    query = queries.CURSOR_OF_USER if crowded else queries.CURSORS
+    return [Cursor(*row) for row in connection.execute(query, asked)]

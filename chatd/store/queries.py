@@ -1,0 +1,87 @@
+"""The queries of `reads`, built once: building one costs more than running it.
+
+Parameters named in the plural expand to lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BindParameter, Select, bindparam, func, select
+
+from chatd.model import State
+from chatd.store.rows import MESSAGE_COLUMNS
+from chatd.store.schema import changes, conversations, members, messages, reads, users
+
+
+def _one(name: str) -> BindParameter[Any]:
+    return bindparam(name)
+
+
+def _several(name: str) -> BindParameter[Any]:
+    return bindparam(name, expanding=True)
+
+
+def _count(rows: Select[Any]) -> Select[Any]:
+    return select(func.count()).select_from(rows.subquery())
+
+
+PING = select(1)
+
+CONVERSATION = select(conversations).where(conversations.c.id == _one("conversation_id"))
+
+HEADS = select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version).where(
+    conversations.c.id.in_(_several("conversation_ids"))
+)
+
+STATES = select(members.c.user_id, members.c.state).where(
+    members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
+)
+
+# The log, with the messages as they are now.
+CHANGES_AFTER = (
+    select(changes.c.seq.label("change_seq"), changes.c.kind, *MESSAGE_COLUMNS)
+    .join(messages, messages.c.id == changes.c.message_id)
+    .where(changes.c.conversation_id == _one("conversation_id"), changes.c.seq > _one("after"))
+    .order_by(changes.c.seq)
+    .limit(_one("most"))
+)
+
+_page = select(*MESSAGE_COLUMNS).where(messages.c.chat_conversation_id == _one("conversation_id"))
+NEWEST_MESSAGES = _page.order_by(messages.c.id.desc()).limit(_one("most"))
+MESSAGES_BEFORE = NEWEST_MESSAGES.where(messages.c.id < _one("before"))
+MESSAGES_AFTER = _page.where(messages.c.id > _one("after")).order_by(messages.c.id).limit(_one("most"))
+
+CURSORS = (
+    select(reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
+    .where(reads.c.conversation_id == _one("conversation_id"))
+    .order_by(reads.c.user_id)
+)
+CURSOR_OF_USER = CURSORS.where(reads.c.user_id == _one("user_id"))
+
+# Counted no further than `most`, so that a room of a million messages costs no more than this.
+UNREAD = _count(
+    select(messages.c.id)
+    .where(
+        messages.c.chat_conversation_id == _one("conversation_id"),
+        messages.c.id > _one("read"),
+        messages.c.user_id != _one("user_id"),
+        messages.c.deleted_at.is_(None),
+    )
+    .limit(_one("most"))
+)
+MEMBER_COUNT = _count(
+    select(members.c.user_id)
+    .where(members.c.conversation_id == _one("conversation_id"), members.c.state == State.ACTIVE.value)
+    .limit(_one("most"))
+)
+
+STANDINGS = select(users).where(users.c.user_id.in_(_several("user_ids")))
+
+CONVERSATIONS_OF_USER = (
+    select(members.c.conversation_id)
+    .join(conversations, conversations.c.id == members.c.conversation_id)
+    .where(members.c.user_id == _one("user_id"), members.c.state == State.ACTIVE.value)
+    .order_by(conversations.c.updated_at.desc())
+    .limit(_one("most"))
+)
