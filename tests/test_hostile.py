@@ -102,8 +102,8 @@ async def undisturbed(daemon: Target, conversation: int) -> AsyncIterator[None]:
         nursery.start_soon(listen, bystander, send)
         sockets = daemon.sockets
         yield
-        with trio.fail_after(PROMPTLY + SLACK):
-            await trio.to_thread.run_sync(daemon.post, conversation, MEMBER, "still here?")
+        await trio.to_thread.run_sync(daemon.post, conversation, MEMBER, "still here?")
+        with trio.fail_after(PROMPTLY):
             message = await heard.receive()
         assert (message["event"], message["content"], message["seq"]) == ("message", "still here?", 1)
         await until(lambda: daemon.sockets <= sockets, SLACK)

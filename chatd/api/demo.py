@@ -15,7 +15,10 @@ from chatd.protocol import Id
 
 TTL = 3600  # seconds; the page asks for a new token before
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-FILES = {"/": "index.html", "/style.css": "style.css", "/app.js": "app.js", "/chatd.js": "chatd.js"}
+FILES = {"/": "index.html", "/style.css": "style.css"} | {
+    f"/{name}.js": f"{name}.js"
+    for name in ("app", "chatd", "chatd-link", "composer", "conversation", "messages", "shared", "status")
+}
 OPEN_PATHS = frozenset([*FILES, "/demo/token", "/favicon.svg", "/favicon.ico"])
 
 

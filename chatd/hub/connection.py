@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 import structlog
 import trio
-from msgspec import Struct
 from trio_websocket import (
     ConnectionClosed,
     HandshakeError,
@@ -26,11 +24,10 @@ from wsproto.utilities import ProtocolError
 from chatd import metrics
 from chatd.errors import Close
 from chatd.hub.outbox import Outbox
+from chatd.hub.registry import Handshake, Refused
+from chatd.hub.services import Services
 from chatd.hub.session import Session
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
-
-if TYPE_CHECKING:
-    from chatd.hub.server import Hub
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
@@ -52,35 +49,17 @@ _EXPECTED = (
 log = structlog.get_logger()
 
 
-class Handshake(Struct, frozen=True):
-    """What the upgrade request said."""
-
-    path: str
-    query: dict[str, str]
-    host: str
-    origin: str | None
-    bearer: str | None
-    forwarded_for: str
-    subprotocols: tuple[str, ...]
-
-
-class Refused(Exception):
-    """A handshake that gets an HTTP status instead of a WebSocket."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
-async def serve(hub: Hub, stream: trio.SocketStream) -> None:
-    """Serve one peer. Only Cancelled leaves this; the caller closes the stream."""
+async def serve(services: Services, stream: trio.SocketStream, connected: dict[Connection, None]) -> None:
+    """Serve one peer, who is among the `connected` from handshake to end. Only Cancelled leaves this; the
+    caller closes the stream.
+    """
     try:
         async with trio.open_nursery() as nursery:
             # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
-            most = 4 * hub.config.limits.frame_bytes + RECEIVE_BYTES
+            most = 4 * services.config.limits.frame_bytes + RECEIVE_BYTES
             outbox = Outbox(stream, nursery, unfinished_bytes=most)
             try:
-                await _serve(hub, stream, outbox, nursery)
+                await _serve(services, stream, outbox, nursery, connected)
             finally:
                 outbox.cut = True
                 nursery.cancel_scope.cancel()
@@ -93,32 +72,40 @@ async def serve(hub: Hub, stream: trio.SocketStream) -> None:
         log.warning("connection_error", error=_innermost(group), exc_info=group)
 
 
-async def _serve(hub: Hub, stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nursery) -> None:
-    with trio.fail_after(hub.config.hub.handshake_timeout):
+async def _serve(
+    services: Services,
+    stream: trio.SocketStream,
+    outbox: Outbox,
+    nursery: trio.Nursery,
+    connected: dict[Connection, None],
+) -> None:
+    registry = services.registry
+    with trio.fail_after(services.config.hub.handshake_timeout):
         request = await wrap_server_stream(
             nursery,
             outbox,
-            max_message_size=hub.config.limits.frame_bytes,
+            max_message_size=services.config.limits.frame_bytes,
             message_queue_size=1,
             receive_buffer_size=RECEIVE_BYTES,
         )
         handshake = _read(request)
         try:
-            admission = hub.admit(handshake, hub.address_of(stream, handshake.forwarded_for))
+            peer = str(stream.socket.getpeername()[0])
+            admission = registry.admit(handshake, registry.address_of(peer, handshake.forwarded_for))
         except Refused as refusal:
             metrics.REFUSED.labels(refusal.reason).inc()
             await _refuse(request, outbox, refusal)
             return
     with admission:
-        with trio.fail_after(hub.config.hub.handshake_timeout):
+        with trio.fail_after(services.config.hub.handshake_timeout):
             ws = await request.accept(subprotocol=_chosen(handshake))
         outbox.message_finished()
         connection = Connection(ws, outbox, nursery)
-        hub.connections[connection] = None
+        connected[connection] = None
         try:
-            await connection.run(Session(hub, connection, handshake))
+            await connection.run(Session(services, connection, handshake))
         finally:
-            del hub.connections[connection]
+            del connected[connection]
 
 
 async def _refuse(request: WebSocketRequest, outbox: Outbox, refusal: Refused) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-import msgspec
 import structlog
 import trio
 
@@ -21,50 +20,43 @@ from chatd.errors import (
     ChatError,
     Close,
     Forbidden,
-    LimitExceeded,
-    NotFound,
     NotJSON,
     RateLimited,
     Unauthorized,
     Unavailable,
 )
-from chatd.hub.rooms import Membership, Subscription
+from chatd.hub.registry import Handshake
+from chatd.hub.rooms import Subscription
+from chatd.hub.services import Line, Services
+from chatd.hub.subscriptions import Subscriptions
 from chatd.limits import TokenBucket
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
 from chatd.store.commands import Changed, Create, Created, Delete, Edit
-from chatd.store.reads import Snapshot
 from chatd.store.writer import Submission
-
-if TYPE_CHECKING:
-    from chatd.hub.connection import Connection, Handshake
-    from chatd.hub.server import Hub
 
 WAITING_REQUESTS = 32  # of one connection; it is not read from while so many wait
 REQUESTS_PER_SECOND = 50  # of one connection, on average; a chat client needs one or two
 REQUESTS_BURST = 300  # a client that comes back subscribes to all of its rooms at once
 STRIKES_BURST = 100  # refusals for rate before the connection is closed; one a second is forgiven
-RESYNC_RETRY = 1.0  # seconds, while the database does not answer
-SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
 
 log = structlog.get_logger()
 
 
 class Session:
-    """One client. Implements `rooms.Listener`. Ends with its connection: `with session:` leaves all rooms."""
+    """One client. Ends with its connection: `with session:` leaves all rooms."""
 
-    def __init__(self, hub: Hub, connection: Connection, handshake: Handshake) -> None:
-        self._hub, self._connection, self._handshake = hub, connection, handshake
-        self._chat = hub.chat
-        self._rooms = Membership(hub.rooms)
+    def __init__(self, services: Services, line: Line, handshake: Handshake) -> None:
+        self._services, self._line, self._handshake = services, line, handshake
+        self._config, self._chat = services.config, services.chat
+        self.flat = "token" in handshake.query
+        self._rooms = Subscriptions(services, line, flat=self.flat)
         self._slots = trio.Semaphore(WAITING_REQUESTS)
-        self._one_snapshot = trio.Lock()  # a client with 200 rooms has them read one after the other
         clock = trio.current_time()
         self._requests = TokenBucket(REQUESTS_PER_SECOND, REQUESTS_BURST, clock)
         self._strikes = TokenBucket(1, STRIKES_BURST, clock)
         self.identity: Identity | None = None
         self.user_id = 0
-        self.flat = "token" in handshake.query
 
     def __enter__(self) -> Self:
         self._rooms.__enter__()
@@ -75,43 +67,25 @@ class Session:
     ) -> None:
         self._rooms.__exit__(kind, error, trace)
         if self.identity is not None:
-            self._hub.forget(self)
+            self._services.registry.forget(self)
 
     async def run(self, messages: AsyncIterator[str | bytes]) -> None:
         if self._handshake.subprotocols and protocol.SUBPROTOCOL not in self._handshake.subprotocols:
             self.close(Close.UNSUPPORTED_VERSION, f"this server speaks {protocol.SUBPROTOCOL}")
             return
-        deadline = trio.current_time() + self._hub.config.hub.auth_timeout
-        self._connection.close_at(deadline, Close.NO_AUTH, "no auth in time")
+        deadline = trio.current_time() + self._config.hub.auth_timeout
+        self._line.close_at(deadline, Close.NO_AUTH, "no auth in time")
         if self.flat:
             await self._start_flat()
         else:
             self._push(self._hello())
             if self._handshake.bearer is not None:
-                await self._authenticate(protocol.Auth(token=self._handshake.bearer))
+                await self._guard(self._authenticate, protocol.Auth(token=self._handshake.bearer))
         async for message in messages:
             await self._take(message)
 
     def close(self, code: Close, reason: str) -> None:
-        self._connection.close_soon(code, reason)
-
-    # For the fanout: synchronous.
-
-    def push(self, frames: bytes) -> None:
-        self._connection.push(frames)
-
-    def resync(self, subscription: Subscription) -> None:
-        if subscription.buffering:
-            subscription.torn = True
-        else:
-            subscription.hold()
-            self._connection.nursery.start_soon(self._resync, subscription)
-
-    def dropped(self, subscription: Subscription) -> None:
-        self._rooms.leave(subscription.conversation_id)
-        self._tell_unsubscribed(subscription.conversation_id, NotFound())
-        if self.flat:
-            self.close(Close.REVOKED, "this subscription was ended")
+        self._line.close_soon(code, reason)
 
     # Taking commands.
 
@@ -119,7 +93,7 @@ class Session:
         if isinstance(message, bytes):
             self.close(Close.PROTOCOL_ERROR, "frames are text")
             return
-        if len(message.encode()) > self._hub.config.limits.frame_bytes:  # the library counts characters
+        if len(message.encode()) > self._config.limits.frame_bytes:  # the library counts characters
             self.close(Close.TOO_BIG, "this frame is too big")
             return
         try:
@@ -165,7 +139,7 @@ class Session:
             case protocol.Refresh():
                 await self._refresh(command, self.identity)
             case protocol.Subscribe():
-                await self._subscribe(command, self.identity)
+                await self._later(self._subscribe, command, self._rooms.join(command.conversation_id))
             case protocol.Unsubscribe():
                 self._rooms.leave(command.conversation_id)
                 self._ok(command.ref)
@@ -177,7 +151,7 @@ class Session:
     async def _later(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         """Go on reading while this waits; at most so many do."""
         await self._slots.acquire()
-        self._connection.nursery.start_soon(self._release_after, work, command, *rest)
+        self._line.nursery.start_soon(self._release_after, work, command, *rest)
 
     async def _release_after(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         try:
@@ -189,14 +163,14 @@ class Session:
 
     async def _start_flat(self) -> None:
         """The trivial client: everything it wants is in the URL, and it hears nothing but messages."""
-        if not self._hub.config.hub.allow_query_token:
+        if not self._config.hub.allow_query_token:
             self.close(Close.INVALID_TOKEN, "tokens in the URL are not accepted here")
             return
         try:
             conversation_id = _id_from_text(self._handshake.query.get("conversation_id", ""))
             identity = await self._sign_in(self._handshake.query["token"], None)
             if identity is not None and self._become(identity):
-                await self._enter(self._join(conversation_id, identity), None, None, None)
+                await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
         except ChatError as error:
             self._push(protocol.error_event(error))
             code = Close.PROTOCOL_ERROR if isinstance(error, BadRequest) else Close.REVOKED
@@ -211,10 +185,14 @@ class Session:
         first = self.identity is None
         if not self._become(identity):
             return
-        rooms = await self._wanted_rooms(command, identity)
         if first:
             log.info("authenticated", user_id=self.user_id)
-        await self._ready(command, identity, rooms)
+        if command.rooms == "*":
+            wanted = dict.fromkeys(await self._chat.conversations.inbox(identity))
+        else:
+            wanted = command.rooms or {}
+        ready = {"user_id": self.user_id, "session": self._line.name, "expires_in": _seconds_left(identity)}
+        await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
 
     async def _sign_in(self, token: str, ref: Any) -> Identity | None:
         try:
@@ -231,60 +209,15 @@ class Session:
         """Take on an identity, for the first time or refreshed."""
         if self.identity is None:
             self.user_id = identity.user_id
-            if not self._hub.register(self):
+            if not self._services.registry.register(self):
                 self.user_id = 0
                 self.close(Close.TOO_MANY_CONNECTIONS, "too many connections of this user")
                 return False
         self.identity = identity
+        self._rooms.become(identity)
         deadline = trio.current_time() + identity.expires_at - time.time()
-        self._connection.close_at(deadline, Close.TOKEN_EXPIRED, "the token has expired")
+        self._line.close_at(deadline, Close.TOKEN_EXPIRED, "the token has expired")
         return True
-
-    async def _wanted_rooms(self, command: protocol.Auth, identity: Identity) -> dict[int, int | None]:
-        if command.rooms == "*":
-            return dict.fromkeys(await self._chat.conversations.inbox(identity))
-        rooms = command.rooms or {}
-        if len(rooms.keys() | {s.conversation_id for s in self._rooms}) > self._room_limit:
-            raise LimitExceeded(f"at most {self._room_limit} rooms on a connection", field="rooms")
-        return rooms
-
-    @property
-    def _room_limit(self) -> int:
-        return self._hub.config.limits.rooms_per_connection
-
-    async def _ready(self, command: protocol.Auth, identity: Identity, rooms: dict[int, int | None]) -> None:
-        subscriptions = {id: self._join(id, identity) for id in rooms}
-        async with self._one_snapshot:
-            for subscription in subscriptions.values():
-                subscription.hold()
-            try:
-                snapshots = await self._chat.conversations.enter_all(identity, rooms, command.epoch)
-            except BaseException:
-                for conversation_id in rooms:
-                    self._rooms.leave(conversation_id)
-                raise
-            entered = {
-                id: found
-                for id, found in snapshots.items()
-                if isinstance(found, Snapshot) and subscriptions[id].joined
-            }
-            self._push(
-                event(
-                    "ready",
-                    command.ref,
-                    user_id=self.user_id,
-                    session=self._connection.name,
-                    expires_in=_seconds_left(identity),
-                    epoch=self._chat.conversations.epoch,
-                    rooms={str(id): self._subscribed_fields(snapshot) for id, snapshot in entered.items()},
-                )
-            )
-            for conversation_id, subscription in subscriptions.items():
-                if snapshot := entered.get(conversation_id):
-                    self._settle(subscription, snapshot)
-                elif subscription.joined:
-                    self._rooms.leave(conversation_id)
-                    self._tell_unsubscribed(conversation_id, NotFound())
 
     async def _refresh(self, command: protocol.Refresh, identity: Identity) -> None:
         fresh = await self._sign_in(command.token, command.ref)
@@ -294,104 +227,11 @@ class Session:
             raise Forbidden("the new token is another user's", field="token")
         self._become(fresh)
         self._ok(command.ref, expires_in=_seconds_left(fresh))
-        for subscription in self._rooms:
-            still = self._chat.conversations.entitled(fresh, subscription.conversation_id)
-            if subscription.entitled and not still:
-                self._hub.fanout.doubt(subscription.conversation_id)
-            subscription.entitled = still
 
-    # Rooms.
+    # Reading.
 
-    async def _subscribe(self, command: protocol.Subscribe, identity: Identity) -> None:
-        if command.conversation_id not in self._rooms and len(self._rooms) >= self._room_limit:
-            raise LimitExceeded(f"at most {self._room_limit} rooms on a connection")
-        subscription = self._join(command.conversation_id, identity)
-        await self._later(self._enter_by_command, command, subscription)
-
-    async def _enter_by_command(self, command: protocol.Subscribe, subscription: Subscription) -> None:
-        await self._enter(subscription, command.after, command.epoch, command.ref)
-
-    def _join(self, conversation_id: int, identity: Identity) -> Subscription:
-        """Registered before anything is read: what is committed from now on is buffered or pushed."""
-        entitled = self._chat.conversations.entitled(identity, conversation_id)
-        return self._rooms.join(conversation_id, self, entitled=entitled)
-
-    async def _enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
-        async with self._one_snapshot:
-            try:
-                snapshot = await self._snapshot(subscription, after, epoch)
-            except BaseException:
-                if subscription.joined:
-                    self._rooms.leave(subscription.conversation_id)
-                raise
-            self._push(event("subscribed", ref, **self._subscribed_fields(snapshot)))
-            self._settle(subscription, snapshot)
-
-    async def _snapshot(self, subscription: Subscription, after: int | None, epoch: str | None) -> Snapshot:
-        """Buffer, then read; again if the buffer overflowed meanwhile."""
-        assert self.identity is not None
-        for _ in range(SNAPSHOT_TRIES):
-            subscription.hold()
-            snapshot = await self._chat.conversations.enter(
-                self.identity, subscription.conversation_id, after, epoch
-            )
-            if not subscription.joined:
-                raise NotFound("this subscription was ended meanwhile", field="conversation_id")
-            if subscription.fits(snapshot.seq):
-                return snapshot
-        raise Unavailable("this room is too busy to enter just now")
-
-    async def _resync(self, subscription: Subscription) -> None:
-        """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
-        async with self._one_snapshot:
-            while subscription.joined:
-                try:
-                    snapshot = await self._snapshot(subscription, subscription.cursor, None)
-                except Unavailable:
-                    await trio.sleep(RESYNC_RETRY)
-                    continue
-                except NotFound:
-                    if subscription.joined:
-                        self.dropped(subscription)
-                    return
-                self._push(event("subscribed", **self._subscribed_fields(snapshot)))
-                self._catch_up_flat(snapshot)
-                self._settle(subscription, snapshot)
-                return
-
-    def _catch_up_flat(self, snapshot: Snapshot) -> None:
-        """A flat client knows no answers: it gets the messages themselves, or has to come again."""
-        if self.flat and snapshot.recovered:
-            created = [change for change in snapshot.changes if change.startswith(b'{"event":"message",')]
-            self.push(b"".join(map(text_frame, created)))
-        elif self.flat:
-            self.close(Close.OVERLOADED, "too much was missed")
-
-    def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
-        """After the answer: what was buffered and is newer; live from then on."""
-        complete = subscription.fits(snapshot.seq)
-        if frames := subscription.settle(snapshot.seq):
-            self.push(frames)
-        self._hub.fanout.opened(subscription.room, snapshot.seq, snapshot.members_version)
-        if not complete:
-            self.resync(subscription)
-
-    def _subscribed_fields(self, snapshot: Snapshot) -> dict[str, Any]:
-        return {
-            "conversation_id": snapshot.conversation_id,
-            "epoch": self._chat.conversations.epoch,
-            "seq": snapshot.seq,
-            "recovered": snapshot.recovered,
-            "changes": [msgspec.Raw(change) for change in snapshot.changes],
-            "has_more": snapshot.has_more,
-            "unread": snapshot.unread,
-            "receipts": snapshot.receipts,
-        }
-
-    def _tell_unsubscribed(self, conversation_id: int, error: ChatError) -> None:
-        self._push(
-            event("unsubscribed", conversation_id=conversation_id, code=error.code, message=str(error)),
-        )
+    async def _subscribe(self, command: protocol.Subscribe, subscription: Subscription) -> None:
+        await self._rooms.enter(subscription, command.after, command.epoch, command.ref)
 
     async def _history(self, command: protocol.History, identity: Identity) -> None:
         page = await self._chat.messages.history_for(
@@ -409,7 +249,7 @@ class Session:
     async def _write(
         self, command: protocol.Send | protocol.Edit | protocol.Delete, identity: Identity
     ) -> None:
-        if wait := self._hub.take_send(self.user_id):
+        if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate(command.ref, wait)
             return
         await self._slots.acquire()
@@ -418,7 +258,7 @@ class Session:
         except BaseException:
             self._slots.release()
             raise
-        self._connection.nursery.start_soon(self._release_after, self._confirm, command, submission)
+        self._line.nursery.start_soon(self._release_after, self._confirm, command, submission)
 
     def _to_store(
         self, command: protocol.Send | protocol.Edit | protocol.Delete, identity: Identity
@@ -470,10 +310,10 @@ class Session:
     def _push(self, payload: bytes) -> None:
         """Events of our own; a flat client gets none of them but errors."""
         if not self.flat or payload.startswith(b'{"event":"error"'):
-            self._connection.push(text_frame(payload))
+            self._line.push(text_frame(payload))
 
     def _hello(self) -> bytes:
-        config = self._hub.config
+        config = self._config
         return event(
             "hello",
             protocol=protocol.SUBPROTOCOL,

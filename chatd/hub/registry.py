@@ -1,0 +1,166 @@
+"""Who may connect, and who is connected: counted and decided synchronously, in one step.
+
+Connections ask for admission, sessions register their user; the hub closes the door when it drains.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import trio
+from msgspec import Struct
+
+from chatd import metrics
+from chatd.config import Config
+from chatd.errors import Close
+from chatd.limits import TokenBucket
+from chatd.model import Identity
+
+PATH = "/ws"
+
+
+class Handshake(Struct, frozen=True):
+    """What an upgrade request said."""
+
+    path: str
+    query: dict[str, str]
+    host: str
+    origin: str | None
+    bearer: str | None
+    forwarded_for: str
+    subprotocols: tuple[str, ...]
+
+
+class Refused(Exception):
+    """A handshake that gets an HTTP status instead of a WebSocket."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Guest(Protocol):
+    """What the registry knows of a session."""
+
+    user_id: int
+    identity: Identity | None
+
+    def close(self, code: Close, reason: str) -> None: ...
+
+
+class User:
+    """A user's sessions on this node, and how much they may send together."""
+
+    __slots__ = ("guests", "sends")
+
+    def __init__(self, sends: TokenBucket | None) -> None:
+        self.guests: set[Guest] = set()
+        self.sends = sends
+
+
+class Registry:
+    def __init__(self, config: Config) -> None:
+        self._limits, self._origins = config.limits, config.hub.origins
+        self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
+        self._users: dict[int, User] = {}
+        self._addresses: Counter[str] = Counter()
+        self._admitted = 0
+        self._handshakes = _bucket(config.limits.handshakes_per_second)
+        self.closed = False  # the daemon is stopping
+
+    # Who may connect. Synchronous: counted and decided in one step.
+
+    def admit(self, handshake: Handshake, address: str) -> AbstractContextManager[None]:
+        """Raises Refused. The admission is given back when its block ends."""
+        limits = self._limits
+        if handshake.path != PATH:
+            raise Refused(404, "not_found")
+        if handshake.origin is not None and not self._may_come_from(handshake.origin, handshake.host):
+            raise Refused(403, "foreign_origin")
+        if self.closed:
+            raise Refused(503, "stopping")
+        if limits.connections and self._admitted >= limits.connections:
+            raise Refused(503, "too_many_connections")
+        if limits.connections_per_address and self._addresses[address] >= limits.connections_per_address:
+            raise Refused(503, "too_many_of_this_address")
+        if self._handshakes is not None and self._handshakes.take(trio.current_time()):
+            raise Refused(503, "too_many_handshakes")
+        return self._admission(address)
+
+    @contextmanager
+    def _admission(self, address: str) -> Iterator[None]:
+        self._admitted += 1
+        self._addresses[address] += 1
+        metrics.CONNECTIONS.inc()
+        try:
+            yield
+        finally:
+            metrics.CONNECTIONS.dec()
+            self._admitted -= 1
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
+
+    def _may_come_from(self, origin: str, host: str) -> bool:
+        if self._origins:
+            return origin in self._origins
+        try:
+            return urlsplit(origin).hostname == urlsplit(f"//{host}").hostname is not None
+        except ValueError:
+            return False
+
+    def address_of(self, peer: str, forwarded_for: str) -> str:
+        """The peer's address; the one that a trusted proxy forwards for, if the peer is one."""
+        for claimed in reversed([part.strip() for part in forwarded_for.split(",") if part.strip()]):
+            if not self._is_proxy(peer):
+                break
+            peer = claimed
+        return peer
+
+    def _is_proxy(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._proxies)
+
+    # Who is connected.
+
+    def register(self, guest: Guest) -> bool:
+        """False when the user has too many connections already."""
+        most = self._limits.connections_per_user
+        user = self._users.get(guest.user_id)
+        if user is None:
+            user = self._users[guest.user_id] = User(_bucket(self._limits.sends_per_second))
+        if most and len(user.guests) >= most:
+            return False
+        user.guests.add(guest)
+        return True
+
+    def forget(self, guest: Guest) -> None:
+        user = self._users[guest.user_id]
+        user.guests.discard(guest)
+        if not user.guests:
+            del self._users[guest.user_id]
+
+    def take_send(self, user_id: int) -> float:
+        """0.0, or the seconds until this user may send again."""
+        sends = self._users[user_id].sends
+        return sends.take(trio.current_time()) if sends else 0.0
+
+    def users(self) -> list[int]:
+        return list(self._users)
+
+    def guests_of(self, user_id: int) -> list[Guest]:
+        user = self._users.get(user_id)
+        return list(user.guests) if user else []
+
+
+def _bucket(rate: int) -> TokenBucket | None:
+    """Twice the rate in a burst; None without a limit."""
+    return TokenBucket(rate, 2 * rate, trio.current_time()) if rate else None

@@ -1,0 +1,36 @@
+"""What the parts of the hub share: `Services` for all sessions, `Line` for one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from chatd.chat import Chat
+from chatd.config import Config
+from chatd.errors import Close
+from chatd.hub.fanout import Fanout
+from chatd.hub.registry import Registry
+from chatd.hub.rooms import Rooms
+
+
+@dataclass(frozen=True)
+class Services:
+    config: Config
+    chat: Chat
+    rooms: Rooms
+    fanout: Fanout
+    registry: Registry
+
+
+class Line(Protocol):
+    """A session's connection, as the session sees it. Nothing here waits."""
+
+    name: str
+    nursery: trio.Nursery  # ends with the connection
+
+    def push(self, frames: bytes) -> None: ...
+    def close_soon(self, code: Close, reason: str) -> None: ...
+    def close_at(self, deadline: float, code: Close, reason: str) -> None:
+        """Say this goodbye at a moment of trio's clock, unless told otherwise before."""

@@ -1,0 +1,196 @@
+"""The rooms of one session: enter, start over, leave. Implements `rooms.Listener`.
+
+A subscription is registered before anything is read, so what is committed from then on is buffered or pushed;
+then the snapshot is read and answered, and what was buffered follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import trio
+
+from chatd.errors import ChatError, Close, LimitExceeded, NotFound, Unavailable
+from chatd.hub.rooms import Membership, Subscription
+from chatd.hub.services import Line, Services
+from chatd.model import Identity
+from chatd.protocol import event, text_frame
+from chatd.store.reads import Snapshot
+
+SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
+RESYNC_RETRY = 1.0  # seconds, while the database does not answer
+
+
+class Subscriptions:
+    """`flat` listeners know nothing but messages: no answer is sent to them. `identity` is set at login."""
+
+    def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
+        self._services, self._line, self.flat = services, line, flat
+        self._conversations = services.chat.conversations
+        self._most = services.config.limits.rooms_per_connection
+        self._rooms = Membership(services.rooms)
+        self._one_snapshot = trio.Lock()  # a client with 200 rooms has them read one after the other
+        self.identity: Identity | None = None
+        self.user_id = 0
+
+    def __enter__(self) -> Self:
+        self._rooms.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rooms.__exit__(kind, error, trace)
+
+    def become(self, identity: Identity) -> None:
+        """Log in, or take a fresh token: rooms that it does not open any more are held against the database."""
+        self.identity, self.user_id = identity, identity.user_id
+        for subscription in self._rooms:
+            still = self._conversations.entitled(identity, subscription.conversation_id)
+            if subscription.entitled and not still:
+                self._services.fanout.doubt(subscription.conversation_id)
+            subscription.entitled = still
+
+    # For the fanout: synchronous.
+
+    def push(self, frames: bytes) -> None:
+        self._line.push(frames)
+
+    def resync(self, subscription: Subscription) -> None:
+        if subscription.buffering:
+            subscription.torn = True
+        else:
+            subscription.hold()
+            self._line.nursery.start_soon(self._start_over, subscription)
+
+    def dropped(self, subscription: Subscription) -> None:
+        self._rooms.leave(subscription.conversation_id)
+        self._tell_unsubscribed(subscription.conversation_id, NotFound())
+        if self.flat:
+            self._line.close_soon(Close.REVOKED, "this subscription was ended")
+
+    # For the session.
+
+    def join(self, conversation_id: int) -> Subscription:
+        """Register; `enter` must follow. Raises LimitExceeded."""
+        if conversation_id not in self._rooms and len(self._rooms) >= self._most:
+            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="conversation_id")
+        assert self.identity is not None
+        entitled = self._conversations.entitled(self.identity, conversation_id)
+        return self._rooms.join(conversation_id, self, entitled=entitled)
+
+    def leave(self, conversation_id: int) -> None:
+        self._rooms.leave(conversation_id)
+
+    async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
+        """Read the snapshot and answer. Raises NotFound or Unavailable, and has left the room then."""
+        async with self._one_snapshot:
+            try:
+                snapshot = await self._snapshot(subscription, after, epoch)
+            except BaseException:
+                if subscription.joined:
+                    self.leave(subscription.conversation_id)
+                raise
+            self._tell(event("subscribed", ref, **self._answer(snapshot)))
+            self._settle(subscription, snapshot)
+
+    async def enter_all(
+        self, wanted: Mapping[int, int | None], epoch: str | None, ref: Any, **ready: Any
+    ) -> None:
+        """Enter several rooms in one snapshot and answer with `ready`; what may not be is told after."""
+        assert self.identity is not None
+        if len(wanted.keys() | {one.conversation_id for one in self._rooms}) > self._most:
+            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
+        joined = {conversation_id: self.join(conversation_id) for conversation_id in wanted}
+        async with self._one_snapshot:
+            for subscription in joined.values():
+                subscription.hold()
+            try:
+                found = await self._conversations.enter_all(self.identity, wanted, epoch)
+            except BaseException:
+                for conversation_id in wanted:
+                    self.leave(conversation_id)
+                raise
+            entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
+            rooms = {str(id): self._answer(snapshot) for id, snapshot in entered.items()}
+            self._tell(event("ready", ref, **ready, epoch=self._conversations.epoch, rooms=rooms))
+            for conversation_id, subscription in joined.items():
+                if snapshot := entered.get(conversation_id):
+                    self._settle(subscription, snapshot)
+                elif subscription.joined:
+                    self.leave(conversation_id)
+                    self._tell_unsubscribed(conversation_id, NotFound())
+
+    # Snapshots.
+
+    async def _snapshot(self, subscription: Subscription, after: int | None, epoch: str | None) -> Snapshot:
+        """Buffer, then read; again if that does not fit together."""
+        assert self.identity is not None
+        for _ in range(SNAPSHOT_TRIES):
+            subscription.hold()
+            snapshot = await self._conversations.enter(
+                self.identity, subscription.conversation_id, after, epoch
+            )
+            if not subscription.joined:
+                raise NotFound("this subscription was ended meanwhile", field="conversation_id")
+            if subscription.fits(snapshot.seq):
+                return snapshot
+        raise Unavailable("this room is too busy to enter just now")
+
+    async def _start_over(self, subscription: Subscription) -> None:
+        """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
+        async with self._one_snapshot:
+            while subscription.joined:
+                try:
+                    snapshot = await self._snapshot(subscription, subscription.cursor, None)
+                except Unavailable:
+                    await trio.sleep(RESYNC_RETRY)
+                except NotFound:
+                    if subscription.joined:
+                        self.dropped(subscription)
+                else:
+                    self._tell(event("subscribed", **self._answer(snapshot)))
+                    self._catch_up_flat(snapshot)
+                    self._settle(subscription, snapshot)
+                    return
+
+    def _catch_up_flat(self, snapshot: Snapshot) -> None:
+        """A flat client knows no answers: it gets the messages themselves, or has to come again."""
+        if self.flat and snapshot.recovered:
+            created = [change for change in snapshot.changes if change.startswith(b'{"event":"message",')]
+            self.push(b"".join(map(text_frame, created)))
+        elif self.flat:
+            self._line.close_soon(Close.OVERLOADED, "too much was missed")
+
+    def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
+        """After the answer: what was buffered and is newer; live from then on."""
+        complete = subscription.fits(snapshot.seq)
+        if frames := subscription.settle(snapshot.seq):
+            self.push(frames)
+        self._services.fanout.opened(subscription.room, snapshot.seq, snapshot.members_version)
+        if not complete:
+            self.resync(subscription)
+
+    # Telling.
+
+    def _answer(self, snapshot: Snapshot) -> dict[str, Any]:
+        return {
+            "conversation_id": snapshot.conversation_id,
+            "epoch": self._conversations.epoch,
+            "seq": snapshot.seq,
+            "recovered": snapshot.recovered,
+            "changes": [msgspec.Raw(change) for change in snapshot.changes],
+            "has_more": snapshot.has_more,
+            "unread": snapshot.unread,
+            "receipts": snapshot.receipts,
+        }
+
+    def _tell_unsubscribed(self, conversation_id: int, error: ChatError) -> None:
+        self._tell(event("unsubscribed", conversation_id=conversation_id, code=error.code, message=str(error)))
+
+    def _tell(self, payload: bytes) -> None:
+        if not self.flat:
+            self._line.push(text_frame(payload))

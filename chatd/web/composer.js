@@ -1,0 +1,80 @@
+/** Where messages are written and edited. What was written is handed on; nothing here knows of a server. */
+import { $, ROOMS } from "./shared.js";
+
+export class Composer {
+  #box = $("content");
+  #editing = null; // the message that is being edited
+  #draft = ""; // what had been begun before
+
+  /** `send(content)`, `edit(id, content)`; `latest()` is the message that the arrow upwards edits. */
+  constructor({ send, edit, latest }) {
+    Object.assign(this, { send, edit, latest });
+    this.#box.addEventListener("keydown", (event) => this.#key(event));
+    this.#box.addEventListener("input", () => this.#fit());
+    $("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#submit();
+      this.#box.focus();
+    });
+    $("cancel").addEventListener("click", () => this.stopEditing());
+    this.#fit();
+  }
+
+  /** For another room, or one that the server closed to this user. */
+  draw({ id, refusal }) {
+    this.#box.disabled = Boolean(refusal);
+    this.#box.placeholder = refusal ?? `Message #${ROOMS.get(id)}`;
+  }
+
+  startEditing(message) {
+    if (!this.#editing) this.#draft = this.#box.value;
+    this.#editing = message;
+    this.#write(message.content);
+    this.#box.focus();
+  }
+
+  stopEditing() {
+    if (!this.#editing) return;
+    this.#editing = null;
+    this.#write(this.#draft);
+    this.#draft = "";
+  }
+
+  #submit() {
+    const content = this.#box.value.trim();
+    if (!content || this.#box.disabled) return;
+    if (this.#editing) {
+      this.edit(this.#editing.id, content);
+      this.stopEditing();
+    } else {
+      this.#write("");
+      this.send(content);
+    }
+  }
+
+  #key(event) {
+    if (event.isComposing) return; // Enter ends the composition of a character, Escape discards it
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault();
+      this.#submit();
+    } else if (event.key === "Escape") {
+      this.stopEditing();
+    } else if (event.key === "ArrowUp" && !this.#box.value && this.latest()) {
+      event.preventDefault();
+      this.startEditing(this.latest());
+    }
+  }
+
+  #write(text) {
+    this.#box.value = text;
+    this.#fit();
+  }
+
+  /** As high as what is in it. */
+  #fit() {
+    this.#box.style.height = "auto";
+    this.#box.style.height = `${this.#box.scrollHeight + 2}px`; // 2: its borders
+    $("editing").hidden = !this.#editing;
+    $("composer").querySelector(".send").disabled = !this.#box.value.trim();
+  }
+}
