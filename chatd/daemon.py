@@ -28,7 +28,7 @@ from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import Hub
-from chatd.listen import open_socket
+from chatd.listen import open_sockets
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
@@ -46,8 +46,7 @@ log: FilteringBoundLogger = structlog.get_logger()
 async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    api_socket = open_socket("api.bind", config.api.bind)
-    hub_socket = open_socket("hub.bind", config.hub.bind)
+    api_socket, hub_socket = open_sockets(("api.bind", config.api.bind), ("hub.bind", config.hub.bind))
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 

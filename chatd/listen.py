@@ -12,6 +12,19 @@ BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
 
 
+def open_sockets(*binds: tuple[str, str]) -> list[socket.socket]:
+    """All of them, given as (key, bind), or none."""
+    opened: list[socket.socket] = []
+    try:
+        for key, bind in binds:
+            opened.append(open_socket(key, bind))
+    except OperatorError:
+        for one in opened:
+            one.close()
+        raise
+    return opened
+
+
 def open_socket(key: str, bind: str) -> socket.socket:
     """A bound, listening socket for `host:port`. Raises OperatorError that names the key."""
     host, port = split_bind(bind)

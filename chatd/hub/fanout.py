@@ -16,6 +16,7 @@ from msgspec import Struct
 from chatd import metrics
 from chatd.errors import Unavailable
 from chatd.hub.rooms import Piece, Room, Rooms, Subscription, pieces
+from chatd.limits import READY_BYTES
 from chatd.model import Change, MemberChange, State
 from chatd.protocol import event, text_frame
 from chatd.store import reads
@@ -23,6 +24,8 @@ from chatd.store.reads import Reader
 
 QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
 SIGNAL_BYTES = 256  # what a signal counts for
+# Bytes of one room at once. More would overrun the outbox of a client that does read: it is told to page back.
+BURST_BYTES = READY_BYTES
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 RETRY = 1.0  # seconds between attempts while the database does not answer
@@ -177,26 +180,36 @@ class Fanout:
     async def _advance(self, room: Room, changes: Sequence[Change], unreal: Set[int] = frozenset()) -> None:
         ready = room.accept(changes)
         room.forget(unreal)
-        for piece in pieces(ready):
-            await self._push(room, piece)
+        if sum(len(change.payload) for change in ready) > BURST_BYTES:
+            await self._to_all(room, restart)
+        else:
+            for piece in pieces(ready):
+                await self._push(room, piece)
         if room.behind:
             self._repair_soon(room, HOLE_WAIT if self._up and not room.stale else 0)
 
     async def _push(self, room: Room, piece: Piece) -> None:
-        delivered = 0
-        for count, subscription in enumerate(list(room.subscriptions), 1):
-            delivered += subscription.deliver(piece)
-            if count % YIELD_EVERY == 0:
-                await trio.lowlevel.checkpoint()
+        delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
         metrics.DELIVERED.inc(delivered * (piece.last - piece.first + 1))
 
-    async def _announce(self, item: Foreign) -> None:
-        room = self._rooms.get(item.conversation_id)
-        for count, subscription in enumerate(list(room.subscriptions) if room else [], 1):
-            if item.flat or not subscription.listener.flat:
-                subscription.announce(item.frame)
+    @staticmethod
+    async def _to_all(room: Room, act: Callable[[Subscription], object]) -> int:
+        """Over those who are there now; who leaves meanwhile says so itself. How many said yes."""
+        yes = 0
+        for count, subscription in enumerate(list(room.subscriptions), 1):
+            if act(subscription):
+                yes += 1
             if count % YIELD_EVERY == 0:
                 await trio.lowlevel.checkpoint()
+        return yes
+
+    async def _announce(self, item: Foreign) -> None:
+        def announce(subscription: Subscription) -> None:
+            if item.flat or not subscription.listener.flat:
+                subscription.announce(item.frame)
+
+        if room := self._rooms.get(item.conversation_id):
+            await self._to_all(room, announce)
 
     async def _tell_members(self, change: MemberChange) -> None:
         room = self._rooms.get(change.conversation_id)
@@ -256,10 +269,7 @@ class Fanout:
         """Each subscription reads the room anew, as if it had asked."""
         room.repairing = False
         room.skip_to(head)
-        for count, subscription in enumerate(list(room.subscriptions), 1):
-            restart(subscription)
-            if count % YIELD_EVERY == 0:
-                await trio.lowlevel.checkpoint()
+        await self._to_all(room, restart)
         await self._advance(room, [])
 
     # The sweep.

@@ -102,8 +102,8 @@ class Session:
             self.close(Close.PROTOCOL_ERROR, str(error))
             return
         except protocol.CommandError as error:
-            self._limit_requests(error.ref)
-            self._push(protocol.error_event(error.error, error.ref))
+            if self._limit_requests(error.ref):
+                self._push(protocol.error_event(error.error, error.ref))
             return
         if self._limit_requests(command.ref):
             await self._guard(self._handle, command)

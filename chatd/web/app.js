@@ -155,7 +155,9 @@ async function alter(id, note, promise, conversation = current) {
   changed();
 }
 
-const latest = () => current.items().findLast((item) => item.user_id === me && !item.state && !item.deleted_at);
+function latest() {
+  return current.items().findLast((item) => item.user_id === me && !item.state && !item.deleted_at);
+}
 
 /** The buttons of a message. */
 function act(what, id, clientId) {
