@@ -94,9 +94,9 @@ def _entered(replies: BufferedReader, room: int) -> None:
 
 
 def _next_text(replies: BufferedReader) -> bytes:
-    first, size = replies.read(2)
+    first, size = replies.read(2) or (0, 0)
     if first != 0x81 or size > 126:
-        raise Failure(f"a frame begins with {first:#x} {size:#x}")
+        raise Failure(f"a client was not let in: a frame begins with {first:#x} {size:#x}")
     return replies.read(int.from_bytes(replies.read(2), "big") if size == 126 else size)
 
 

@@ -159,7 +159,7 @@ def command(subscribers: int, count: int, size: int, rounds: int) -> None:
         os.sched_setaffinity(0, {cores[-1 if len(cores) == 1 else 1]})
         click.echo(_heading(cores, subscribers, count, size, rounds))
         arrivals, bursts = _measure(cores[0], subscribers, count, size, rounds)
-    except Failure as failure:
+    except (Failure, OSError) as failure:
         raise click.ClickException(f"this run does not count: {failure}.") from failure
     finally:
         os.sched_setaffinity(0, cores)

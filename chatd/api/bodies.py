@@ -118,7 +118,7 @@ def decode(kind: type[S], raw: str | bytes | msgspec.Raw) -> S:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError:
         raise _explain(kind, raw) from None
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise NotJSON("The body is no JSON.") from None
 
 
@@ -142,7 +142,7 @@ def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw) -> BadRequest:
         data = msgspec.json.decode(raw)
     except msgspec.ValidationError:
         return BadRequest("The body holds a number that is out of range.")
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NotJSON("The body is no JSON.")
     if not isinstance(data, dict):
         return BadRequest("The body must be a JSON object.")

@@ -1,103 +1,38 @@
-"""The Quart application and how Hypercorn serves it inside our nursery."""
+"""Hypercorn inside our nursery: its settings, and how it starts and ends with the daemon."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import socket
 from functools import partial
-from typing import Any
 
 import hypercorn.trio
+import hypercorn.trio.run
 import trio
 from hypercorn.config import Config as HypercornConfig
-from quart import request
-from quart_schema import Info, QuartSchema
-from quart_trio import QuartTrio
-from quart_trio.asgi import TrioASGIHTTPConnection
-from quart_trio.wrappers import TrioRequest
+from hypercorn.trio.tcp_server import TCPServer
 
-from chatd import __version__
-from chatd.api import conversations, demo, errors, health, messages, tokens
+from chatd.api.app import create_app
 from chatd.api.health import Health
-from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
 from chatd.config import Config
-from chatd.errors import Unauthorized
 from chatd.listen import BACKLOG
 
-BODY_BYTES = 256 * 1024  # of a request; a batch may be longer
-BODY_SECONDS = 10  # a backend has for its body
-RESPONSE_SECONDS = 10  # a backend has for reading the answer
 KEEP_ALIVE = 75.0  # seconds; longer than a pool of a backend holds idle connections
 GRACE = 3.0  # seconds for requests in progress when the daemon stops
 
-OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
 
-
-class HTTPConnection(TrioASGIHTTPConnection):
-    """Shields the response.
-
-    Hypercorn tells the application of the end of the request while it is still in its last `send`, and
-    quart-trio takes that for a client that hung up and cancels it: the connection would never be closed or
-    reused in time.
+class Peer(TCPServer):
+    """Ends with its peer. Hypercorn's own waits out the keep-alive timer after the peer has hung up, and a
+    backend that connects anew for each request would soon hold all descriptors.
     """
 
-    async def handle_request(  # type: ignore[override]  # quart-trio hands a nursery over
-        self, nursery: trio.Nursery, request: Any, send: Any
-    ) -> None:
-        response = await self.app.handle_request(request)
-        with trio.move_on_after(RESPONSE_SECONDS, shield=True):
-            await self._send_response(send, response)
-        nursery.cancel_scope.cancel()
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
 
 
-class ChatRequest(TrioRequest):
-    """Quart holds a body's length against its limit as soon as it knows the path, before any view runs."""
-
-    def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
-        options["max_content_length"] = BATCH_BYTES if path == BATCH_PATH else BODY_BYTES
-        super().__init__(method, scheme, path, *rest, **options)
-
-
-class ChatApp(QuartTrio):
-    asgi_http_class = HTTPConnection
-    request_class = ChatRequest
-
-
-def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
-    app = ChatApp("chatd", static_folder=None)
-    app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
-    _guard(app, config)
-    errors.install(app)
-    app.register_blueprint(health.blueprint(healthy))
-    app.register_blueprint(messages.blueprint(chat))
-    app.register_blueprint(conversations.blueprint(chat))
-    app.register_blueprint(tokens.blueprint(chat, config.auth.token_ttl))
-    if config.demo:
-        app.register_blueprint(demo.blueprint(chat, config))
-    QuartSchema(
-        app,
-        openapi_path="/openapi.json",
-        redoc_ui_path=None,
-        scalar_ui_path=None,
-        swagger_ui_path=None,
-        conversion_preference="msgspec",
-        info=Info(title="chatd", version=__version__),
-    )
-    return app
-
-
-def _guard(app: ChatApp, config: Config) -> None:
-    """Every path wants the token, also those that do not exist, but for the open ones."""
-    expected = config.api.internal_token.encode()
-    open_paths = OPEN_PATHS | demo.OPEN_PATHS if config.demo else OPEN_PATHS
-
-    @app.before_request
-    async def check_token() -> None:
-        given = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
-        if request.path not in open_paths and not hmac.compare_digest(given, expected):
-            raise Unauthorized()
+hypercorn.trio.run.TCPServer = Peer  # type: ignore[attr-defined]  # Hypercorn offers no other way in
 
 
 async def serve(
@@ -114,14 +49,14 @@ async def serve(
     app = create_app(config, chat, healthy)
     try:
         async with trio.open_nursery() as nursery:
-            run = partial(hypercorn.trio.serve, app, _hypercorn(listening), shutdown_trigger=stop.wait)
+            run = partial(hypercorn.trio.serve, app, _settings(listening), shutdown_trigger=stop.wait)
             await nursery.start(run)
             task_status.started(finished)
     finally:
         finished.set()
 
 
-def _hypercorn(listening: socket.socket) -> HypercornConfig:
+def _settings(listening: socket.socket) -> HypercornConfig:
     settings = HypercornConfig()
     settings.bind = [f"fd://{listening.detach()}"]
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise

@@ -43,7 +43,7 @@ _EXPECTED = (
     trio.BrokenResourceError,
     trio.ClosedResourceError,
     OSError,
-    UnicodeDecodeError,
+    UnicodeError,
 )
 
 log = structlog.get_logger()
@@ -88,8 +88,8 @@ async def _serve(
             message_queue_size=1,
             receive_buffer_size=RECEIVE_BYTES,
         )
-        handshake = _read(request)
         try:
+            handshake = _read(request)
             peer = str(stream.socket.getpeername()[0])
             admission = registry.admit(handshake, registry.address_of(peer, handshake.forwarded_for))
         except Refused as refusal:
@@ -117,7 +117,10 @@ async def _refuse(request: WebSocketRequest, outbox: Outbox, refusal: Refused) -
 
 def _read(request: WebSocketRequest) -> Handshake:
     headers = {name.lower(): value.decode("latin-1") for name, value in request.headers}
-    parts = urlsplit(request.path)
+    try:
+        parts = urlsplit(request.path)
+    except ValueError:
+        raise Refused(404, "not_found") from None
     scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
     return Handshake(
         path=parts.path,

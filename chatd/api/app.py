@@ -1,0 +1,98 @@
+"""The Quart application: routes, the token in front of them, and Quart's seams mended."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+import trio
+from quart import request
+from quart_schema import Info, QuartSchema
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest
+
+from chatd import __version__
+from chatd.api import conversations, demo, errors, health, messages, tokens
+from chatd.api.health import Health
+from chatd.api.messages import BATCH_BYTES, BATCH_PATH
+from chatd.chat import Chat
+from chatd.config import Config
+from chatd.errors import Unauthorized
+
+BODY_BYTES = 256 * 1024  # of a request; a batch may be longer
+BODY_SECONDS = 10  # a backend has for its body
+RESPONSE_SECONDS = 10  # a backend has for reading the answer
+
+OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
+
+
+class HTTPConnection(TrioASGIHTTPConnection):
+    """Shields the response.
+
+    Hypercorn tells the application of the end of the request while it is still in its last `send`, and
+    quart-trio takes that for a client that hung up and cancels it: the connection would never be closed or
+    reused in time.
+    """
+
+    async def handle_request(  # type: ignore[override]  # quart-trio hands a nursery over
+        self, nursery: trio.Nursery, request: Any, send: Any
+    ) -> None:
+        response = await self.app.handle_request(request)
+        with trio.move_on_after(RESPONSE_SECONDS, shield=True):
+            await self._send_response(send, response)
+        nursery.cancel_scope.cancel()
+
+    def _create_request_from_scope(self, send: Any) -> Any:
+        # A target that is no path (`GET ?`, `GET http://[`) is for Quart a reason to fail before any check.
+        if not self.scope["path"].startswith("/"):
+            self.scope["path"] = "/" + self.scope["path"]
+        return super()._create_request_from_scope(send)
+
+
+class ChatRequest(TrioRequest):
+    """Quart holds a body's length against its limit as soon as it knows the path, before any view runs."""
+
+    def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
+        options["max_content_length"] = BATCH_BYTES if path == BATCH_PATH else BODY_BYTES
+        super().__init__(method, scheme, path, *rest, **options)
+
+
+class ChatApp(QuartTrio):
+    asgi_http_class = HTTPConnection
+    request_class = ChatRequest
+
+
+def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
+    app = ChatApp("chatd", static_folder=None)
+    app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
+    _guard(app, config)
+    errors.install(app)
+    app.register_blueprint(health.blueprint(healthy))
+    app.register_blueprint(messages.blueprint(chat))
+    app.register_blueprint(conversations.blueprint(chat))
+    app.register_blueprint(tokens.blueprint(chat, config.auth.token_ttl))
+    if config.demo:
+        app.register_blueprint(demo.blueprint(chat, config))
+    QuartSchema(
+        app,
+        openapi_path="/openapi.json",
+        redoc_ui_path=None,
+        scalar_ui_path=None,
+        swagger_ui_path=None,
+        conversion_preference="msgspec",
+        info=Info(title="chatd", version=__version__),
+    )
+    return app
+
+
+def _guard(app: ChatApp, config: Config) -> None:
+    """Every path wants the token, also those that do not exist, but for the open ones."""
+    expected = config.api.internal_token.encode()
+    open_paths = OPEN_PATHS | demo.OPEN_PATHS if config.demo else OPEN_PATHS
+
+    @app.before_request
+    async def check_token() -> None:
+        given = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
+        if request.path not in open_paths and not hmac.compare_digest(given, expected):
+            raise Unauthorized()
