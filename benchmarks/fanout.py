@@ -221,7 +221,7 @@ def _heading(cores: list[int], subscribers: int, count: int, size: int, rounds: 
     libraries = ", ".join(f"{name} {version(name)}" for name in ("trio", "trio-websocket", "wsproto"))
     return (
         f"fanout: {subscribers:,} subscribers of one room, {count} messages of {size} bytes,"
-        f" {rounds} interleaved rounds\n"
+        f" rounds: {rounds}, interleaved\n"
         f"{pinned}; loopback\n"
         f"chatd {__version__}, Python {platform.python_version()}, {libraries}, Linux {platform.release()}\n"
     )

@@ -19,7 +19,7 @@ import pytest
 from tests.daemon import Daemon
 
 try:
-    from playwright.sync_api import Browser, Error, Page, WebSocketRoute, expect, sync_playwright
+    from playwright.sync_api import BrowserContext, Error, Page, WebSocketRoute, expect, sync_playwright
 except ImportError:
     sync_playwright = None
 
@@ -42,19 +42,19 @@ Open = Callable[..., "Page"]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[BrowserContext]:
     if sync_playwright is None:
         pytest.fail("These tests need Playwright: pip install -e '.[dev]'", pytrace=False)
     if CHROMIUM is None:
         pytest.fail("These tests need Chromium: apt-get install chromium, or set CHROMIUM.", pytrace=False)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
+        yield browser.new_context(viewport={"width": 1280, "height": 800})
         browser.close()
 
 
 @pytest.fixture(scope="module")
-def only_daemon(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def only_daemon(browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     directory = tmp_path_factory.mktemp("demo")
     daemon = Daemon(directory, demo=True, limits__sends_per_second=SENDS_PER_SECOND)
     yield daemon.start()
@@ -77,13 +77,10 @@ def room(conversation: int) -> int:
 
 
 @pytest.fixture
-def open_page(demo: Daemon, browser: Browser, room: int) -> Iterator[Open]:
-    """Opens the page as somebody, each in a profile of its own.
-
-    No page may throw, offend against the CSP, or send what the daemon does not know.
-    """
+def open_page(demo: Daemon, browser: BrowserContext, room: int) -> Iterator[Open]:
+    """Opens the page as somebody. It may not throw, offend against the CSP, or send unknown events."""
     offences: list[str] = []
-    contexts = []
+    pages: list[Page] = []
 
     def note(text: str | bytes) -> None:
         if any(word in str(text) for word in ("Content Security Policy", "Trusted", "unknown_event")):
@@ -92,9 +89,8 @@ def open_page(demo: Daemon, browser: Browser, room: int) -> Iterator[Open]:
     def open_as(
         user: int, *, socket: Callable[[WebSocketRoute], None] | None = None, clock: bool = False
     ) -> Page:
-        context = browser.new_context(viewport={"width": 1280, "height": 800})
-        contexts.append(context)
-        page = context.new_page()
+        page = browser.new_page()
+        pages.append(page)
         page.on("console", lambda message: note(message.text))
         page.on("pageerror", lambda error: offences.append(str(error)))
         page.on("websocket", lambda socket: socket.on("framereceived", note))
@@ -107,8 +103,8 @@ def open_page(demo: Daemon, browser: Browser, room: int) -> Iterator[Open]:
         return page
 
     yield open_as
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert offences == []
 
 
@@ -224,7 +220,7 @@ def test_text_is_never_markup(demo: Daemon, open_page: Open, room: int) -> None:
 
 
 def test_editing_and_deleting(open_page: Open) -> None:
-    ada, grace = open_page(ADA), open_page(GRACE)
+    grace, ada = open_page(GRACE), open_page(ADA)  # the mouse wants hers in front
     write(ada, "frist")
     write(ada, "second")
     expect_messages(ada, "frist", "second")
@@ -368,7 +364,7 @@ def test_a_lost_reply_makes_no_second_message(open_page: Open) -> None:
 
 
 @pytest.fixture
-def blank(demo: Daemon, browser: Browser) -> Iterator[Page]:
+def blank(demo: Daemon, browser: BrowserContext) -> Iterator[Page]:
     page = browser.new_page()
     page.goto(f"{demo.url}/healthz")
     yield page

@@ -145,6 +145,7 @@ class Connection:
 
     def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery) -> None:
         self._ws, self._outbox, self.nursery = ws, outbox, nursery
+        self.push = outbox.push  # called for each delivery, so nothing stands between
         self._goodbye: tuple[Close, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
@@ -188,14 +189,10 @@ class Connection:
     def congested(self) -> bool:
         return self._outbox.congested
 
-    def push(self, frames: bytes) -> None:
-        """Send frames, unless a goodbye is on its way: nothing follows that."""
-        if self._goodbye is None and self._ws.closed is None:
-            self._outbox.push(frames)
-
     def close_soon(self, code: Close, reason: str) -> None:
         if self._goodbye is None:
             self._goodbye = (code, reason)
+            self._outbox.ended = True
             self._reading.cancel()
 
     def close_at(self, deadline: float, code: Close, reason: str) -> None:

@@ -23,6 +23,26 @@ _LINGER_ZERO = struct.pack("ii", 1, 0)
 
 
 class Outbox(trio.abc.Stream):
+    # A push finds all it needs in this one object: among many connections, memory is what Python waits for.
+    __slots__ = (
+        "_descriptor",
+        "_drained",
+        "_flushing",
+        "_limit",
+        "_nursery",
+        "_peer_finished",
+        "_queue",
+        "_queued",
+        "_stream",
+        "_unfinished_bytes",
+        "_unfinished_most",
+        "_unfinished_reads",
+        "cut",
+        "ended",
+        "last_heard",
+        "too_slow",
+    )
+
     def __init__(
         self,
         stream: trio.SocketStream,
@@ -43,6 +63,7 @@ class Outbox(trio.abc.Stream):
         self._unfinished_bytes = 0
         self._unfinished_reads = 0
         self._peer_finished = False
+        self.ended = False  # a goodbye was said or is due: no event follows it
         self.cut = False  # ended without a goodbye
         self.too_slow = False  # … because the peer did not read
         self.last_heard = trio.current_time()
@@ -58,11 +79,18 @@ class Outbox(trio.abc.Stream):
         return self._queued > self._limit // 2
 
     def push(self, frames: bytes) -> None:
-        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut."""
+        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut.
+
+        After a goodbye nothing is sent any more.
+        """
+        if not self.ended:
+            self._put(frames)
+
+    def _put(self, frames: bytes) -> None:
         if self.cut:
             return
         data: bytes | memoryview = frames
-        if not self._queue:
+        if not self._queued:
             sent = self._write(frames)
             if sent == len(frames) or self.cut:
                 return
@@ -117,7 +145,8 @@ class Outbox(trio.abc.Stream):
             raise trio.BrokenResourceError("the connection was cut")
         if data[:1] == b"\x8a":  # a pong: the ping that it answers was no unfinished message
             self._allow_control_frame(len(data))
-        self.push(bytes(data))
+        self.ended = self.ended or data[:1] == b"\x88"  # a goodbye
+        self._put(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         await self.uncongested()

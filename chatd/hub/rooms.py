@@ -84,6 +84,8 @@ class Subscription:
     __slots__ = (
         "_buffer",
         "_buffered",
+        "_flat",
+        "_push",
         "_unopened",
         "cursor",
         "entitled",
@@ -95,6 +97,7 @@ class Subscription:
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
         self.room, self.listener, self.entitled = room, listener, entitled
+        self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
         self.joined = True
         self.hold()
@@ -132,6 +135,10 @@ class Subscription:
         if self._buffer is not None:
             self._keep(piece, len(piece.joined))
             return False
+        if piece.first == self.cursor + 1 and not self._flat:  # nearly always
+            self.cursor = piece.last
+            self._push(piece.joined)
+            return True
         frames = self._advance(piece)
         if frames:
             self.listener.push(frames)

@@ -29,6 +29,7 @@ class Subscriptions:
 
     def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
         self._services, self._line, self.flat = services, line, flat
+        self.push = line.push  # nothing stands between a room and the line: it is called for each delivery
         self._conversations = services.chat.conversations
         self._most = services.config.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
@@ -55,9 +56,6 @@ class Subscriptions:
             subscription.entitled = still
 
     # For the fanout: synchronous.
-
-    def push(self, frames: bytes) -> None:
-        self._line.push(frames)
 
     def resync(self, subscription: Subscription) -> None:
         if subscription.buffering:
