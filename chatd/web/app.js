@@ -117,8 +117,9 @@ const linkFor = (user) => `/?user=${user}&room=${current.id}`;
 
 function curlFor(room, sender) {
   const body = JSON.stringify({ conversation_id: room, sender_id: sender, content: "Hello" });
-  return `curl -X POST ${location.origin}/api/ws/messages -H "Content-Type: application/json" -H "Accept: application/json" `
-    + `-H "X-Internal-Token: secret" -d '${body}'`;
+  const headers = ["Content-Type: application/json", "Accept: application/json", "X-Internal-Token: secret"];
+  const lines = [`curl -X POST ${location.origin}/api/ws/messages`, ...headers.map((header) => `-H "${header}"`), `-d '${body}'`];
+  return lines.join(" \\\n  ");
 }
 
 // Writing
