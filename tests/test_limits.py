@@ -74,7 +74,7 @@ def user() -> int:
     return next(_next_user)
 
 
-def token(user_id: Any, ttl: float = 60, **claims: Any) -> str:
+def token(user_id: Any, ttl: float = 3600, **claims: Any) -> str:
     moment = time.time()
     return jwt.encode({"sub": user_id, "iat": moment, "exp": moment + ttl} | claims, SECRET, "HS256")
 
