@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -73,8 +72,6 @@ def serve(path: Path | None, demo: bool) -> None:
     faulthandler.enable()  # systemd's watchdog ends a stuck process with SIGABRT: say where it was stuck
     settings = config.load(path, demo=demo)
     logs.configure(settings.logs.level, settings.logs.format)
-    # trio says this of every process that installed its own handler first; ours does not.
-    warnings.simplefilter("default")
     store = database.open_store(settings.database)
     on_ready = partial(_welcome, settings) if demo else lambda: None
     from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
@@ -83,13 +80,18 @@ def serve(path: Path | None, demo: bool) -> None:
         trio.run(partial(daemon.run, settings, store, on_ready=on_ready))
     except* OperatorError as group:
         raise _first(group) from None
+    finally:
+        store.close()
 
 
 @main.command("check-config")
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
 @with_config
 def check_config(path: Path | None, demo: bool) -> None:
-    """Say everything that is wrong with the configuration; exit code 78 if anything is."""
+    """Report every mistake in the configuration.
+
+    The exit code is 78 if there is one.
+    """
     settings = config.load(path, demo=demo)
     place = "PostgreSQL" if settings.database.url.startswith("postgres") else "SQLite"
     bus = "Redis" if settings.redis.url else "no Redis"
@@ -123,6 +125,7 @@ def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ..
     logs.configure("warning", settings.logs.format)
     secret = settings.auth.secret
     if not secret:
+        database.require(settings.database)
         store = database.open_store(settings.database)
         secret = store.token_secret
         store.close()

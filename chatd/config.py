@@ -116,6 +116,7 @@ SECTIONS: dict[str, type[Struct]] = {
 Data = dict[str, dict[str, Any]]
 
 _DEMO: Data = {
+    "database": {"url": "sqlite:///chatd-demo.db"},  # not in the way of a real one in the same directory
     "api": {"internal_token": DEMO_TOKEN},
     "hub": {"allow_query_token": True},
     "rooms": {"access": "open"},
@@ -144,11 +145,13 @@ def load(
             data.setdefault(section, {}).update(values)
     sections = {name: _section(name, kind, data.pop(name, {}), found) for name, kind in SECTIONS.items()}
     found += [f"[{name}]: there is no such section{suggestion(name, SECTIONS)}." for name in data]
-    if not found:
-        config = Config(**sections, demo=demo)  # type: ignore[arg-type]
-        found += _contradictions(config)
-        if require_token and not config.api.internal_token:
-            found.append(_NO_TOKEN)
+    # A section that could not be read is judged no further; the others are.
+    readable = {name: section for name, section in sections.items() if section is not None}
+    config = Config(**readable, demo=demo)  # type: ignore[arg-type]
+    further = list(_contradictions(config))
+    if require_token and not config.api.internal_token:
+        further.append(_NO_TOKEN)
+    found += [mistake for mistake in further if mistake.partition(".")[0] in readable]
     if found:
         raise ConfigError(*found)
     return config
@@ -168,7 +171,7 @@ def _file(path: Path | None, found: list[str]) -> Data:
     try:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        found.append(f"{path}: {error.strerror}. Name the file with --config.")
+        found.append(f"{path}: {error.strerror}.")
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         found.append(f"{path}: this is not TOML: {error}.")
@@ -197,6 +200,7 @@ def _environment(environ: Mapping[str, str], found: list[str]) -> Data:
     if environ.get("REDIS_HOST"):
         url = f"redis://{environ['REDIS_HOST']}:{environ.get('REDIS_PORT') or 6379}/0"
         data.setdefault("redis", {})["url"] = url
+    found += [f"{name}: write {better}, with two underscores." for name, better in _misspelt(environ)]
     for name, section, key in _our_variables(environ):
         if section not in SECTIONS:
             found.append(f"{name}: there is no section {section}{suggestion(section, SECTIONS)}.")
@@ -214,6 +218,15 @@ def _our_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]
         section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
         if name.startswith(_PREFIX) and separator:
             yield name, section, key
+
+
+def _misspelt(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Variables that name an option with one underscore, CHATD_HUB_BIND say: nobody would ever read them."""
+    for section, kind in SECTIONS.items():
+        for key in kind.__struct_fields__:
+            name = f"{_PREFIX}{section}_{key}".upper()
+            if name in environ:
+                yield name, f"{_PREFIX}{section}__{key}".upper()
 
 
 def _secret(path: Path, origin: str, found: list[str]) -> str:
@@ -248,7 +261,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         try:
             host, _ = split_bind(bind)
         except ValueError:
-            yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080."
+            yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080 (65535 at most)."
             continue
         if config.demo and not _is_loopback(host):
             yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
@@ -257,23 +270,35 @@ def _contradictions(config: Config) -> Iterator[str]:
     for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
-    if urlsplit(config.database.url).scheme not in ("sqlite", "postgresql"):
+    if _scheme(config.database.url) not in ("sqlite", "postgresql"):
         yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
     elif config.database.url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
         yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
-    if config.redis.url and urlsplit(config.redis.url).scheme not in ("redis", "rediss", "unix"):
+    if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
         yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
     if config.redis.accept_foreign and not config.redis.url:
         yield "redis.accept_foreign: needs redis.url."
     for origin in config.hub.origins:
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path:
+        if not _is_origin(origin):
             yield f"hub.origins: {origin!r} is no origin; write https://chat.example.com, without a path."
     for network in config.limits.trusted_proxies:
         try:
             ipaddress.ip_network(network)
         except ValueError:
             yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
+
+
+def _scheme(url: str) -> str:
+    """Of a URL that can be read to its port; empty for any other."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme if parts.port is None or parts.port else ""
+    except ValueError:
+        return ""
+
+
+def _is_origin(text: str) -> bool:
+    return _scheme(text) in ("http", "https") and bool(urlsplit(text).netloc) and not urlsplit(text).path
 
 
 def _is_loopback(host: str) -> bool:

@@ -27,7 +27,7 @@ from chatd.chat import Chat
 from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
-from chatd.hub.server import Hub
+from chatd.hub.server import DRAIN_GRACE, Hub
 from chatd.listen import open_sockets
 from chatd.store.database import Store
 from chatd.store.writer import Writer
@@ -65,25 +65,30 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(fanout.run)
         await nursery.start(hub.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))])
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
-        nursery.start_soon(_report_to_systemd, hub)
+        nursery.start_soon(_report_to_systemd, hub, stop)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        log.info("ready", node=node, api=config.api.bind, hub=config.hub.bind, bus=type(bus).__name__)
+        log.info(
+            "ready",
+            node=node,
+            api=config.api.bind,
+            hub=config.hub.bind,
+            bus="redis" if config.redis.url else "memory",
+        )
         systemd.ready("serving")
         on_ready()
 
         await stop.wait()
         log.info("stopping", connections=len(hub.connections))
         systemd.stopping("draining")
-        _end_anyhow_after(config.server.drain_window + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
+        _end_anyhow_after(config.server.drain_window + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
         api_stop.set()
         await hub.drain(config.server.drain_window)
         with trio.move_on_after(API_GRACE):
             await api_served.wait()
         await _flush(writer)
         nursery.cancel_scope.cancel()
-    store.close()
     log.info("stopped")
 
 
@@ -131,11 +136,12 @@ def _end_anyhow_after(seconds: float) -> None:
     timer.start()
 
 
-async def _report_to_systemd(hub: Hub) -> None:
+async def _report_to_systemd(hub: Hub, stop: trio.Event) -> None:
     """The watchdog's ping proves that the loop turns, and nothing else: no restart cures a database."""
     period = systemd.watchdog_period()
     if period is None:
         return
     while True:
-        systemd.notify("WATCHDOG=1", f"STATUS=serving {len(hub.connections)} connections")
+        systemd.notify("WATCHDOG=1")
+        systemd.status(f"{'draining' if stop.is_set() else 'serving'} {len(hub.connections)} connections")
         await trio.sleep(period)

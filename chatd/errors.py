@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 class Close(IntEnum):
     """Why the server ends a connection. The client's rule: 4500–4999 stop, everything else reconnects."""
 
-    GOING_AWAY = 1001
     TOO_BIG = 1009
     SERVER_ERROR = 1011
     RESTART = 1012

@@ -29,9 +29,17 @@ class TokenBucket:
 
     def take(self, now: float) -> float:
         """Take one: 0.0 when there was one, else the seconds until there is."""
-        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
-        self._then = now
+        self._refill(now)
         if self._level >= 1:
             self._level -= 1
             return 0.0
         return (1 - self._level) / self._rate
+
+    def used(self, now: float) -> bool:
+        """Whether it is not full again yet."""
+        self._refill(now)
+        return self._level < self._burst
+
+    def _refill(self, now: float) -> None:
+        self._level = min(self._burst, self._level + (now - self._then) * self._rate)
+        self._then = now

@@ -26,14 +26,20 @@ def open_sockets(*binds: tuple[str, str]) -> list[socket.socket]:
 
 
 def open_socket(key: str, bind: str) -> socket.socket:
-    """A bound, listening socket for `host:port`. Raises OperatorError that names the key."""
+    """A bound, listening socket for `host:port`; without a host for every address, IPv6 and IPv4.
+
+    Raises OperatorError that names the key.
+    """
     host, port = split_bind(bind)
     try:
+        everywhere = not host and socket.has_dualstack_ipv6()
         family, _, _, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            "::" if everywhere else host or "0.0.0.0", port, type=socket.SOCK_STREAM
         )[0]
         opened = socket.socket(family, socket.SOCK_STREAM)
         try:
+            if everywhere:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
             opened.bind(address)
@@ -42,14 +48,19 @@ def open_socket(key: str, bind: str) -> socket.socket:
         except OSError:
             opened.close()
             raise
-    except OSError as error:
-        raise OperatorError(f"{key}: cannot listen on {bind}: {_advice(error)}") from error
+    except (OSError, UnicodeError) as error:
+        raise OperatorError(f"{key}: cannot listen on {bind}: {_advice(key, error)}") from error
     return opened
 
 
-def _advice(error: OSError) -> str:
+def _advice(key: str, error: OSError | UnicodeError) -> str:
+    variable = f"CHATD_{key.replace('.', '__')}".upper()
+    if isinstance(error, UnicodeError):
+        return "this is no host name."
     if error.errno == errno.EADDRINUSE:
-        return "another program has this port. Stop that one, or choose another port."
+        return (
+            f"another program has this port. Stop that one, or choose another: {variable}=127.0.0.1:18080, say."
+        )
     if error.errno == errno.EACCES:
         return "ports below 1024 need a right that this user does not have. Choose a higher one."
     return f"{error.strerror or error}."

@@ -205,6 +205,8 @@ async def test_members_only_may_enter_and_leave_no_trace_to_others(daemons: Daem
         assert foreign["code"] == "not_found"
         for event, fields in (("history", {}), ("send", {"content": "x"})):
             assert (await grace.request(event, conversation_id=1, **fields))["code"] == "not_found"
+        theirs, nobodys = [await grace.request("delete", conversation_id=1, id=id) for id in (1, 999)]
+        assert theirs | {"ref": 0} == nobodys | {"ref": 0}
 
         await in_thread(daemon.request, "PUT", "/api/ws/conversations/1/members/2", {"role": "guest"})
         assert await ada.expect("member") == {

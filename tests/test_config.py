@@ -49,7 +49,9 @@ def test_all_mistakes_are_reported_at_once_with_their_keys(tmp_path: Path) -> No
         CHATD_API__BIND="8080",
     )
     keys = [mistake.split(":")[0] for mistake in found]
-    assert sorted(keys) == ["[lim]", "hub.bnid", "hub.ping_interval", "limits.frame_bytes"]
+    assert sorted(keys) == [
+        "[lim]", "api.bind", "database.url", "hub.bnid", "hub.ping_interval", "limits.frame_bytes",
+    ]  # fmt: skip
     assert "did you mean bind?" in found[keys.index("hub.bnid")]
     found = mistakes(
         '[database]\nurl = "mysql://x"\n[hub]\norigins = ["example.com"]', tmp_path, CHATD_API__BIND="8080"
@@ -94,6 +96,10 @@ def test_the_names_of_the_original_deployment_still_work() -> None:
         ({"CHATD_AUTH__BACKEND_URL": "http://x"}, "auth.backend_url"),
         ({"CHATD_REDIS__ACCEPT_FOREIGN": "true"}, "redis.accept_foreign"),
         ({"CHATD_REDIS__URL": "localhost:6379"}, "redis.url"),
+        ({"CHATD_REDIS__URL": "redis://h:abc/0"}, "redis.url"),
+        ({"CHATD_DATABASE__URL": "postgresql://h:abc/db"}, "database.url"),
+        ({"CHATD_DATABASE__URL": "postgresql://["}, "database.url"),
+        ({"CHATD_HUB__ORIGINS": "https://["}, "hub.origins"),
         ({"CHATD_DATABASE__URL": "sqlite://"}, "database.url"),
         ({"CHATD_LIMITS__TRUSTED_PROXIES": "proxy"}, "limits.trusted_proxies"),
         ({"CHATD_SERVER__WORKERS": "2"}, "server.workers"),
@@ -146,6 +152,8 @@ def test_a_wrong_configuration_ends_with_78_and_every_mistake(tmp_path: Path) ->
 
 def test_no_token_is_needed_where_no_backend_is_served(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, api__internal_token="")
+    early = daemon.command("token", "7")
+    assert (early.returncode, "no token would be valid" in early.stderr) == (1, True)
     migrated = daemon.command("migrate")
     assert (migrated.returncode, migrated.stdout) == (0, "The schema went from nothing to version 0001.\n")
     assert daemon.command("migrate").stdout == "The schema is at version 0001 already.\n"

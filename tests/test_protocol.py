@@ -75,9 +75,7 @@ def test_the_ping_frame_is_a_ping() -> None:
     assert (frame.opcode, bytes(frame.payload)) == (9, b"")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "nope", "[]", "5", "null", '"x"', "[" * 10_000, '{"a":' * 10_000, "\ud800"]
-)
+@pytest.mark.parametrize("text", ["", "nope", "[]", "5", "null", '"x"', "[" * 10_000, '{"a":' * 10_000])
 def test_what_is_no_object_is_no_frame(text: str) -> None:
     with pytest.raises(NotJSON):
         protocol.decode_command(text.encode("utf-8", "surrogatepass"))
@@ -97,6 +95,8 @@ def test_what_is_no_object_is_no_frame(text: str) -> None:
         ('{"event":"auth","ref":1,"token":"t","rooms":"all"}', "bad_request", "rooms", 1),
         ('{"event":"history","ref":1,"conversation_id":1,"limit":101}', "bad_request", "limit", 1),
         ('{"event":"send","ref":1,"conversation_id":1,"content":""}', "bad_request", "content", 1),
+        ('{"event":"send","ref":1,"conversation_id":1,"content":"\\ud83d"}', "bad_request", None, 1),
+        ('{"event":"send","ref":1,"conversation_id":1,"content":"x","meta":1e999}', "bad_request", "meta", 1),
         (
             '{"event":"send","ref":1,"conversation_id":1,"content":"x","client_id":""}',
             "bad_request",
@@ -105,7 +105,7 @@ def test_what_is_no_object_is_no_frame(text: str) -> None:
         ),
     ],
 )
-def test_what_is_no_command_says_why_and_where(text: str, code: str, field: str, ref: Any) -> None:
+def test_what_is_no_command_says_why_and_where(text: str, code: str, field: str | None, ref: Any) -> None:
     with pytest.raises(protocol.CommandError) as refused:
         protocol.decode_command(text)
     assert (refused.value.error.code, refused.value.error.field, refused.value.ref) == (code, field, ref)

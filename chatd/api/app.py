@@ -7,7 +7,7 @@ from typing import Any
 
 import trio
 from quart import request
-from quart_schema import Info, QuartSchema
+from quart_schema import APIKeySecurityScheme, Info, QuartSchema
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
@@ -82,6 +82,8 @@ def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
         swagger_ui_path=None,
         conversion_preference="msgspec",
         info=Info(title="chatd", version=__version__),
+        security=[{"internal": []}],
+        security_schemes={"internal": APIKeySecurityScheme(in_="header", name="X-Internal-Token")},
     )
     return app
 

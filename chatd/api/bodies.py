@@ -53,6 +53,8 @@ class BatchResult(Struct, frozen=True, kw_only=True):
     code: str | UnsetType = UNSET
     message: str | UnsetType = UNSET
     errors: dict[str, list[str]] | UnsetType = UNSET
+    retry_after: float | UnsetType = UNSET
+    incident: str | UnsetType = UNSET
 
 
 class BatchResults(Struct, frozen=True):
@@ -105,7 +107,8 @@ class Token(Struct, frozen=True):
 
 
 def answer(body: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, content_type="application/json")
+    # The newline is for people: a shell prompt does not stick to the answer.
+    return Response(msgspec.json.encode(body) + b"\n", status, content_type="application/json")
 
 
 async def posted(kind: type[S]) -> S:
@@ -119,7 +122,7 @@ def decode(kind: type[S], raw: str | bytes | msgspec.Raw) -> S:
     except msgspec.ValidationError:
         raise _explain(kind, raw) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise NotJSON("The body is no JSON.") from None
+        raise _not_json() from None
 
 
 def asked(kind: type[S]) -> S:
@@ -143,10 +146,15 @@ def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw) -> BadRequest:
     except msgspec.ValidationError:
         return BadRequest("The body holds a number that is out of range.")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return NotJSON("The body is no JSON.")
+        return _not_json()
     if not isinstance(data, dict):
         return BadRequest("The body must be a JSON object.")
     return _refuse(mistakes(kind, data))
+
+
+def _not_json() -> NotJSON:
+    kind = request.mimetype
+    return NotJSON("The body is no JSON." + (f" It was sent as {kind}." if "json" not in kind and kind else ""))
 
 
 def _refuse(errors: dict[str, list[str]]) -> BadRequest:

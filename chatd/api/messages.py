@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import UNSET
 from quart import Blueprint, Response, request
@@ -11,7 +13,6 @@ from chatd.api.bodies import (
     Alteration,
     Altered,
     Batch,
-    BatchResult,
     BatchResults,
     NewMessage,
     Stored,
@@ -54,7 +55,7 @@ def blueprint(chat: Chat) -> Blueprint:
         if len(batch.messages) > BATCH_MESSAGES:
             raise BadRequest(f"At most {BATCH_MESSAGES} messages in a batch.", field="messages")
         outcomes = await chat.messages.post_all([_checked(chat, raw) for raw in batch.messages])
-        return answer(BatchResults([_result(outcome) for outcome in outcomes]))
+        return answer({"results": [_result(outcome) for outcome in outcomes]})
 
     @routes.patch("/<int:message_id>")
     @document_request(Alteration)
@@ -108,6 +109,6 @@ def _stored(created: Created) -> Stored:
     return Stored(id=created.id, seq=created.seq, created_at=created.created_at, duplicate=duplicate)
 
 
-def _result(outcome: Created | ChatError) -> BatchResult:
-    body = body_of(outcome) if isinstance(outcome, ChatError) else msgspec.to_builtins(_stored(outcome))
-    return msgspec.convert(body, BatchResult)
+def _result(outcome: Created | ChatError) -> Stored | dict[str, Any]:
+    """As `BatchResult` describes it."""
+    return body_of(outcome) if isinstance(outcome, ChatError) else _stored(outcome)

@@ -16,6 +16,7 @@ import random
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
@@ -37,8 +38,9 @@ from chatd.protocol import RESERVED_EVENTS
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 
-QUEUE = 20_000  # changes and signals that may wait for Redis; the outbox has the changes that do not fit
-PIPELINE = 1000  # changes and signals in one round trip
+QUEUE = 20_000  # changes that may wait for Redis; the outbox has what does not fit
+PIPELINE = 1000  # changes in one round trip
+SIGNALS_KEPT = 10_000
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
 SOCKET_TIMEOUT = 2.0  # seconds
@@ -104,6 +106,8 @@ class RedisBus:
         self._outbox, self._settle = outbox, settle
         self._waiting: deque[Group] = deque()
         self._weight = 0
+        # Kept until Redis has taken them, for no outbox does. Past the bound the oldest go, for the sweep.
+        self._signals: deque[MemberChange] = deque(maxlen=SIGNALS_KEPT)
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
         self._behind = True
         self._relayed = 0  # own outbox rows up to here are published
@@ -116,8 +120,10 @@ class RedisBus:
 
     def publish(self, group: Group) -> None:
         give_to(self._receiver, group)
-        self._waiting.append(group)
-        self._weight += _weight(group)
+        self._signals.extend(group.members)
+        if group.changes:
+            self._waiting.append(group)
+            self._weight += len(group.changes)
         if self._weight > QUEUE:
             self._fall_behind()
         self._wake.set()
@@ -172,7 +178,9 @@ class RedisBus:
     async def _publish_link(self, client: redis.Redis) -> None:
         self._fall_behind()
         while True:
-            if self._behind:
+            if self._signals:  # first: who was removed shall not hear what comes after
+                await self._send_signals(client)
+            elif self._behind:
                 await self._catch_up(client)
             elif self._waiting:
                 await self._publish_waiting(client)
@@ -180,12 +188,12 @@ class RedisBus:
                 self._wake = trio.Event()
                 with trio.move_on_after(RELAY_EVERY):
                     await self._wake.wait()
-                if not self._waiting:
+                if not self._wake.is_set():
                     await self._in_thread(client.ping)
             self._set_link("publish", True)
 
     def _fall_behind(self) -> None:
-        """Let go of what waits: changes are in the outbox and read from there; lost signals the sweep finds."""
+        """Let go of what waits: it is in the outbox, and read from there in order."""
         self._behind = True
         self._waiting.clear()
         self._weight = 0
@@ -195,7 +203,8 @@ class RedisBus:
         self._behind = False  # set again by an overflow while we read
 
         def publish(rows: Sequence[Left]) -> None:
-            self._send(client, [(row.node, row.payloads) for row in rows], [])
+            for row in rows:
+                self._send(client, [(row.node, row.payloads)])
 
         while True:
             count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)
@@ -207,8 +216,7 @@ class RedisBus:
         taken = self._take()
         fresh = [group for group in taken if group.outbox_id is not None and group.outbox_id > self._relayed]
         groups = [(self._node, [change.payload for change in group.changes]) for group in fresh]
-        signals = [member for group in taken for member in group.members]
-        await self._in_thread(self._send, client, groups, signals)
+        await self._in_thread(self._send, client, groups)
         if ids := [group.outbox_id for group in fresh if group.outbox_id is not None]:
             self._relayed = ids[-1]
             self._settle(ids)
@@ -216,27 +224,36 @@ class RedisBus:
     def _take(self) -> list[Group]:
         taken: list[Group] = []
         weight = 0
-        while self._waiting and (not taken or weight + _weight(self._waiting[0]) <= PIPELINE):
+        while self._waiting and (not taken or weight + len(self._waiting[0].changes) <= PIPELINE):
             taken.append(self._waiting.popleft())
-            weight += _weight(taken[-1])
+            weight += len(taken[-1].changes)
         self._weight -= weight
         return taken
 
-    def _send(
-        self,
-        client: redis.Redis,
-        groups: Sequence[tuple[str, Sequence[bytes]]],
-        signals: Sequence[MemberChange],
-    ) -> None:
+    def _send(self, client: redis.Redis, groups: Sequence[tuple[str, Sequence[bytes]]]) -> None:
+        """`groups` are (node, payloads)."""
         with client.pipeline(transaction=False) as pipeline:
             for node, payloads in groups:
                 for payload in payloads:
                     entry: Any = {"m": payload, "n": node}
                     pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
                     pipeline.publish(MESSAGES, _with_node(payload, node))
-            for change in signals:
-                pipeline.publish(SIGNALS, msgspec.json.encode(_MemberSignal(self._node, change)))
             pipeline.execute()
+
+    async def _send_signals(self, client: redis.Redis) -> None:
+        taken = list(islice(self._signals, PIPELINE))
+
+        def send() -> None:
+            with client.pipeline(transaction=False) as pipeline:
+                for change in taken:
+                    pipeline.publish(SIGNALS, msgspec.json.encode(_MemberSignal(self._node, change)))
+                pipeline.execute()
+
+        await self._in_thread(send)
+        for change in taken:
+            # Those that came meanwhile may have pushed these out already.
+            if self._signals and self._signals[0] is change:
+                self._signals.popleft()
 
     async def _relay_foreign(self) -> None:
         """What dead nodes left: `_catch_up` relays it with our own."""
@@ -349,10 +366,6 @@ class RedisBus:
     async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
         # A limiter of its own: a thread that waits in Redis shall not take a place from anybody.
         return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
-
-
-def _weight(group: Group) -> int:
-    return len(group.changes) + len(group.members)
 
 
 def _with_node(payload: bytes, node: str) -> bytes:

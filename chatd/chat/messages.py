@@ -13,7 +13,7 @@ from chatd.config import Limits
 from chatd.errors import BadRequest, ChatError
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.store import reads
-from chatd.store.commands import Changed, Create, Created, Delete, Edit, Rights
+from chatd.store.commands import Changed, Create, Created, Delete, Edit
 from chatd.store.reads import Page, Reader
 from chatd.store.writer import Submission, Writer
 
@@ -71,7 +71,7 @@ class Messages:
     async def history_for(
         self,
         user_id: int,
-        rights: Rights,
+        entitled: bool,
         conversation_id: int,
         before: int | None,
         after: int | None,
@@ -79,7 +79,6 @@ class Messages:
     ) -> Page:
         """A page for a user. Raises NotFound where the user may not look."""
         _check_page(before, after)
-        entitled = rights is Rights.ENTITLED
         return await self._read(reads.history_for, user_id, entitled, conversation_id, before, after, limit)
 
 

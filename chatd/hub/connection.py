@@ -27,6 +27,7 @@ from chatd.hub.outbox import Outbox
 from chatd.hub.registry import Handshake, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
+from chatd.limits import TokenBucket
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
@@ -47,6 +48,7 @@ _EXPECTED = (
 )
 
 log = structlog.get_logger()
+_refusals = TokenBucket(rate=1, burst=10, now=0)  # lines in the log
 
 
 async def serve(services: Services, stream: trio.SocketStream, connected: dict[Connection, None]) -> None:
@@ -94,18 +96,27 @@ async def _serve(
             admission = registry.admit(handshake, registry.address_of(peer, handshake.forwarded_for))
         except Refused as refusal:
             metrics.REFUSED.labels(refusal.reason).inc()
+            _log_refusal(refusal, request)
             await _refuse(request, outbox, refusal)
             return
     with admission:
         with trio.fail_after(services.config.hub.handshake_timeout):
             ws = await request.accept(subprotocol=_chosen(handshake))
         outbox.message_finished()
-        connection = Connection(ws, outbox, nursery)
+        connection = Connection(ws, outbox, nursery, flat=handshake.flat)
         connected[connection] = None
         try:
             await connection.run(Session(services, connection, handshake))
         finally:
             del connected[connection]
+
+
+def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
+    """An operator must see why browsers stay away; a flood must not fill the log."""
+    if not _refusals.take(trio.current_time()):
+        origin = next((value for name, value in request.headers if name.lower() == b"origin"), b"")
+        advice = {"advice": "add it to hub.origins"} if refusal.reason == "foreign_origin" else {}
+        log.warning("handshake_refused", reason=refusal.reason, origin=repr(origin[:200]), **advice)
 
 
 async def _refuse(request: WebSocketRequest, outbox: Outbox, refusal: Refused) -> None:
@@ -143,20 +154,18 @@ def _chosen(handshake: Handshake) -> str | None:
 class Connection:
     """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
 
-    def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery) -> None:
-        self._ws, self._outbox, self.nursery = ws, outbox, nursery
+    def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
+        self._ws, self._outbox, self.nursery, self._flat = ws, outbox, nursery, flat
         self.push = outbox.push  # called for each delivery, so nothing stands between
         self._goodbye: tuple[Close, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
         self._pinged_at = 0.0
         self.name = secrets.token_hex(8)
-        self.session: Session | None = None
 
     async def run(self, session: Session) -> None:
-        self.session = session
         try:
-            with self._reading, session:
+            with self._reading:
                 await session.run(self._messages())
             if self._goodbye is None and self._reading.cancelled_caught:
                 self._goodbye = self._at_deadline
@@ -179,15 +188,12 @@ class Connection:
             code = Close.TOO_SLOW
         elif self._ws.closed is not None and self._goodbye is None:
             code = self._ws.closed.code
-        metrics.CLOSED.labels(str(int(code))).inc()
+        # A peer may close with any of thousands of codes: they are not all worth a time series.
+        metrics.CLOSED.labels(str(int(code)) if code in set(Close) else "peer").inc()
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await self._ws.aclose(int(code), reason)
 
     # For the session and the hub: synchronous.
-
-    @property
-    def congested(self) -> bool:
-        return self._outbox.congested
 
     def close_soon(self, code: Close, reason: str) -> None:
         if self._goodbye is None:
@@ -205,9 +211,9 @@ class Connection:
         silent = now - self._outbox.last_heard
         if silent > interval + timeout:
             self.close_soon(Close.NO_PONG, "no sign of life")
-        elif silent >= interval and self._pinged_at <= self._outbox.last_heard and self.session is not None:
+        elif silent >= interval and self._pinged_at <= self._outbox.last_heard:
             self._pinged_at = now
-            if self.session.flat:
+            if self._flat:
                 self._outbox.expect_pong(PING_FRAME)
                 self.push(PING_FRAME)
             else:

@@ -305,20 +305,17 @@ class Fanout:
 
     async def check_rights(self, room: Room) -> None:
         """End the subscriptions of those who may not be in a room any more."""
-        present = list(room.subscriptions)  # who joins meanwhile has a snapshot of its own
+        present = list(room.subscriptions)
         users = list({subscription.listener.user_id for subscription in present})
         version, states = await self._read(reads.rights, room.conversation_id, users)
         for subscription in present:
             state = states.get(subscription.listener.user_id)
             if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
                 subscription.listener.dropped(subscription)
-        room.members_version = version
+        # Who joined meanwhile may have come with an older snapshot: the next sweep looks again then.
+        if room.subscriptions.keys() <= set(present):
+            room.members_version = version
 
 
 def restart(subscription: Subscription) -> None:
-    """Have a subscription read its room anew; one that is just doing so must do it again."""
-    if subscription.buffering:
-        subscription.torn = True
-    else:
-        metrics.RESYNCS.inc()
-        subscription.listener.resync(subscription)
+    subscription.listener.resync(subscription)

@@ -35,6 +35,11 @@ class Handshake(Struct, frozen=True):
     forwarded_for: str
     subprotocols: tuple[str, ...]
 
+    @property
+    def flat(self) -> bool:
+        """The trivial client's URL, `/ws?token=…&conversation_id=1`: it hears messages and nothing else."""
+        return "token" in self.query
+
 
 class Refused(Exception):
     """A handshake that gets an HTTP status instead of a WebSocket."""
@@ -127,6 +132,8 @@ class Registry:
             parsed = ipaddress.ip_address(address)
         except ValueError:
             return False
+        # A socket for both families sees IPv4 peers as ::ffff:192.0.2.1.
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
         return any(parsed in network for network in self._proxies)
 
     # Who is connected.
@@ -145,8 +152,15 @@ class Registry:
     def forget(self, guest: Guest) -> None:
         user = self._users[guest.user_id]
         user.guests.discard(guest)
-        if not user.guests:
+        if not user.guests and not (user.sends and user.sends.used(trio.current_time())):
             del self._users[guest.user_id]
+
+    def tidy(self) -> None:
+        """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
+        now = trio.current_time()
+        for user_id, user in list(self._users.items()):
+            if not user.guests and not (user.sends and user.sends.used(now)):
+                del self._users[user_id]
 
     def take_send(self, user_id: int) -> float:
         """0.0, or the seconds until this user may send again."""
@@ -154,7 +168,7 @@ class Registry:
         return sends.take(trio.current_time()) if sends else 0.0
 
     def users(self) -> list[int]:
-        return list(self._users)
+        return [user_id for user_id, user in self._users.items() if user.guests]
 
     def guests_of(self, user_id: int) -> list[Guest]:
         user = self._users.get(user_id)

@@ -86,7 +86,6 @@ class Subscription:
         "_buffered",
         "_flat",
         "_push",
-        "_unopened",
         "cursor",
         "entitled",
         "joined",
@@ -115,12 +114,11 @@ class Subscription:
         self._buffer: list[Piece | bytes] | None = []  # None: live
         self._buffered = 0
         self.torn = False  # the buffer has lost something
-        self._unopened = self.room.head is None  # nothing is pushed to be buffered before the room is opened
 
     def fits(self, seq: int) -> bool:
         """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out."""
-        opened_late = self._unopened and self.room.opened_at is not None
-        return not self.torn and not (opened_late and seq < self.room.opened_at)  # type: ignore[operator]
+        # What lies below the head that the room was opened at has been pushed to nobody.
+        return not self.torn and seq >= (self.room.opened_at or 0)
 
     def settle(self, seq: int) -> bytes:
         """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""

@@ -55,8 +55,8 @@ class Hub:
         self._accepting.cancel()
         started = trio.current_time()
         with trio.move_on_after(window + DRAIN_GRACE):
-            leaving = sorted((started + random.uniform(0, window), id(c), c) for c in self.connections)
-            for moment, _, one in leaving:
+            moments = sorted(started + random.uniform(0, window) for _ in self.connections)
+            for moment, one in zip(moments, list(self.connections), strict=True):
                 await trio.sleep_until(moment)
                 one.close_soon(Close.RESTART, "the server restarts")
             while self.connections:
@@ -77,6 +77,7 @@ class Hub:
 
     async def check_standings(self) -> None:
         """End the sessions of users whose tokens were revoked or who were banned. Part of the sweep."""
+        self._registry.tidy()
         users = self._registry.users()
         for start in range(0, len(users), YIELD_EVERY):
             part = users[start : start + YIELD_EVERY]

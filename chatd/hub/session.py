@@ -6,10 +6,10 @@ order; their replies come when they are committed, and may overtake each other.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import structlog
 import trio
@@ -20,6 +20,7 @@ from chatd.errors import (
     ChatError,
     Close,
     Forbidden,
+    LimitExceeded,
     NotJSON,
     RateLimited,
     Unauthorized,
@@ -44,12 +45,12 @@ log = structlog.get_logger()
 
 
 class Session:
-    """One client. Ends with its connection: `with session:` leaves all rooms."""
+    """One client, for as long as its connection lives."""
 
     def __init__(self, services: Services, line: Line, handshake: Handshake) -> None:
         self._services, self._line, self._handshake = services, line, handshake
         self._config, self._chat = services.config, services.chat
-        self.flat = "token" in handshake.query
+        self.flat = handshake.flat
         self._rooms = Subscriptions(services, line, flat=self.flat)
         self._slots = trio.Semaphore(WAITING_REQUESTS)
         clock = trio.current_time()
@@ -58,18 +59,16 @@ class Session:
         self.identity: Identity | None = None
         self.user_id = 0
 
-    def __enter__(self) -> Self:
-        self._rooms.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._rooms.__exit__(kind, error, trace)
-        if self.identity is not None:
-            self._services.registry.forget(self)
-
     async def run(self, messages: AsyncIterator[str | bytes]) -> None:
+        """Until there are no more messages, or it is cancelled; has left all rooms then."""
+        try:
+            with self._rooms:
+                await self._run(messages)
+        finally:
+            if self.identity is not None:
+                self._services.registry.forget(self)
+
+    async def _run(self, messages: AsyncIterator[str | bytes]) -> None:
         if self._handshake.subprotocols and protocol.SUBPROTOCOL not in self._handshake.subprotocols:
             self.close(Close.UNSUPPORTED_VERSION, f"this server speaks {protocol.SUBPROTOCOL}")
             return
@@ -103,7 +102,7 @@ class Session:
             return
         except protocol.CommandError as error:
             if self._limit_requests(error.ref):
-                self._push(protocol.error_event(error.error, error.ref))
+                self._tell_error(error.error, error.ref)
             return
         if self._limit_requests(command.ref):
             await self._guard(self._handle, command)
@@ -115,7 +114,7 @@ class Session:
         return False
 
     def _refuse_rate(self, ref: Any, wait: float) -> None:
-        self._push(protocol.error_event(RateLimited(retry_after=round(wait, 3)), ref))
+        self._tell_error(RateLimited(retry_after=round(wait, 3)), ref)
         if self._strikes.take(trio.current_time()):
             self.close(Close.TOO_MANY_REQUESTS, "too many requests")
 
@@ -124,7 +123,7 @@ class Session:
         try:
             await work(subject, *rest)
         except ChatError as error:
-            self._push(protocol.error_event(error, getattr(subject, "ref", None)))
+            self._tell_error(error, subject.ref)
 
     async def _handle(self, command: protocol.AnyCommand) -> None:
         match command:
@@ -169,10 +168,10 @@ class Session:
         try:
             conversation_id = _id_from_text(self._handshake.query.get("conversation_id", ""))
             identity = await self._sign_in(self._handshake.query["token"], None)
-            if identity is not None and self._become(identity):
+            if identity is not None and self._become(identity, None):
                 await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
         except ChatError as error:
-            self._push(protocol.error_event(error))
+            self._tell_error(error)
             code = Close.PROTOCOL_ERROR if isinstance(error, BadRequest) else Close.REVOKED
             self.close(Close.SERVER_ERROR if error.retryable else code, str(error))
 
@@ -183,7 +182,7 @@ class Session:
         if self.identity is not None and self.identity.user_id != identity.user_id:
             raise Forbidden("this connection belongs to another user", field="token")
         first = self.identity is None
-        if not self._become(identity):
+        if not self._become(identity, command.ref):
             return
         if first:
             log.info("authenticated", user_id=self.user_id)
@@ -195,22 +194,26 @@ class Session:
         await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
 
     async def _sign_in(self, token: str, ref: Any) -> Identity | None:
+        if self.identity is None:
+            # It has come in time; how long the answer takes is not the client's fault.
+            self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
         try:
             return await self._chat.logins.sign_in(token)
         except Unauthorized as error:
-            self._push(protocol.error_event(error, ref))
+            log.info("login_refused", code=error.code, reason=str(error))
+            self._tell_error(error, ref)
             self.close(error.close, str(error))
         except Unavailable as error:
-            self._push(protocol.error_event(error, ref))
+            self._tell_error(error, ref)
             self.close(Close.AUTH_UNAVAILABLE, str(error))
         return None
 
-    def _become(self, identity: Identity) -> bool:
+    def _become(self, identity: Identity, ref: Any) -> bool:
         """Take on an identity, for the first time or refreshed."""
         if self.identity is None:
             self.user_id = identity.user_id
             if not self._services.registry.register(self):
-                self.user_id = 0
+                self._tell_error(LimitExceeded("too many connections of this user"), ref)
                 self.close(Close.TOO_MANY_CONNECTIONS, "too many connections of this user")
                 return False
         self.identity = identity
@@ -225,7 +228,7 @@ class Session:
             return
         if fresh.user_id != identity.user_id:
             raise Forbidden("the new token is another user's", field="token")
-        self._become(fresh)
+        self._become(fresh, command.ref)
         self._ok(command.ref, expires_in=_seconds_left(fresh))
 
     # Reading.
@@ -236,7 +239,7 @@ class Session:
     async def _history(self, command: protocol.History, identity: Identity) -> None:
         page = await self._chat.messages.history_for(
             identity.user_id,
-            self._chat.conversations.rights(identity, command.conversation_id),
+            self._chat.conversations.entitled(identity, command.conversation_id),
             command.conversation_id,
             command.before,
             command.after,
@@ -307,9 +310,12 @@ class Session:
         if ref is not None:
             self._push(event("ok", ref, **fields))
 
+    def _tell_error(self, error: ChatError, ref: Any = None) -> None:
+        self._line.push(text_frame(protocol.error_event(error, ref)))
+
     def _push(self, payload: bytes) -> None:
-        """Events of our own; a flat client gets none of them but errors."""
-        if not self.flat or payload.startswith(b'{"event":"error"'):
+        """An event of our own: a flat client gets none of them but errors."""
+        if not self.flat:
             self._line.push(text_frame(payload))
 
     def _hello(self) -> bytes:

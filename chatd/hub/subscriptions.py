@@ -13,6 +13,7 @@ from typing import Any, Self
 import msgspec
 import trio
 
+from chatd import metrics
 from chatd.errors import ChatError, Close, LimitExceeded, NotFound, Unavailable
 from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
@@ -59,8 +60,9 @@ class Subscriptions:
 
     def resync(self, subscription: Subscription) -> None:
         if subscription.buffering:
-            subscription.torn = True
+            subscription.torn = True  # what is being read just now must be read again
         else:
+            metrics.RESYNCS.inc()
             subscription.hold()
             self._line.nursery.start_soon(self._start_over, subscription)
 
@@ -140,20 +142,21 @@ class Subscriptions:
 
     async def _start_over(self, subscription: Subscription) -> None:
         """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
+        while subscription.joined and subscription.buffering:
+            try:
+                await self._read_anew(subscription)
+            except Unavailable:
+                await trio.sleep(RESYNC_RETRY)
+            except NotFound:
+                if subscription.joined:
+                    self.dropped(subscription)
+
+    async def _read_anew(self, subscription: Subscription) -> None:
         async with self._one_snapshot:
-            while subscription.joined:
-                try:
-                    snapshot = await self._snapshot(subscription, subscription.cursor, None)
-                except Unavailable:
-                    await trio.sleep(RESYNC_RETRY)
-                except NotFound:
-                    if subscription.joined:
-                        self.dropped(subscription)
-                else:
-                    self._tell(event("subscribed", **self._answer(snapshot)))
-                    self._catch_up_flat(snapshot)
-                    self._settle(subscription, snapshot)
-                    return
+            snapshot = await self._snapshot(subscription, subscription.cursor, None)
+            self._tell(event("subscribed", **self._answer(snapshot)))
+            self._catch_up_flat(snapshot)
+            self._settle(subscription, snapshot)
 
     def _catch_up_flat(self, snapshot: Snapshot) -> None:
         """A flat client knows no answers: it gets the messages themselves, or has to come again."""

@@ -60,6 +60,16 @@ def open_store(config: Database) -> Store:
         engine.dispose()
 
 
+def require(config: Database) -> None:
+    """Raises OperatorError where opening the store would make a new SQLite database."""
+    name = make_url(config.url).database
+    if config.url.startswith("sqlite") and not Path(name or "").exists():
+        raise OperatorError(
+            f"database.url: there is no {name} here yet, so no token would be valid."
+            " Run this where `chatd serve` runs, with the same configuration."
+        )
+
+
 def migrate(config: Database) -> tuple[str | None, str]:
     """The schema's revision before and after. Raises OperatorError."""
     engine = writing_engine(config.url)

@@ -61,6 +61,7 @@ def _engine(url: str, *, pool_size: int, isolation: str) -> Engine:
         "pool_size": pool_size,
         "max_overflow": 0,
         "pool_timeout": 5,
+        "hide_parameters": True,  # an error in the log tells no message's text
         "json_serializer": lambda value: msgspec.json.encode(value).decode(),
         "json_deserializer": msgspec.json.decode,
     }

@@ -59,16 +59,18 @@ CURSORS = (
 )
 CURSOR_OF_USER = CURSORS.where(reads.c.user_id == _one("user_id"))
 
-# Counted no further than `most`, so that a room of a million messages costs no more than this.
-UNREAD = _count(
-    select(messages.c.id)
-    .where(
-        messages.c.chat_conversation_id == _one("conversation_id"),
-        messages.c.id > _one("read"),
-        messages.c.user_id != _one("user_id"),
-        messages.c.deleted_at.is_(None),
-    )
+# Looked for among the newest `most` messages, so that a room of a million costs no more than this.
+_newer = (
+    select(messages.c.user_id, messages.c.deleted_at)
+    .where(messages.c.chat_conversation_id == _one("conversation_id"), messages.c.id > _one("read"))
+    .order_by(messages.c.id.desc())
     .limit(_one("most"))
+    .subquery()
+)
+UNREAD = (
+    select(func.count())
+    .select_from(_newer)
+    .where(_newer.c.user_id != _one("user_id"), _newer.c.deleted_at.is_(None))
 )
 MEMBER_COUNT = _count(
     select(members.c.user_id)

@@ -52,6 +52,7 @@ class Transaction:
         self._now = now()
         self._places: dict[int, int] = {}  # message id → its conversation
         self._conversations: dict[int, Row] = {}
+        self._touched: set[int] = set()
         self._members: dict[tuple[int, int], Row] = {}
         self._earlier: dict[tuple[int, int, str], Row] = {}
         self._messages: dict[int, Row] = {}
@@ -110,8 +111,9 @@ class Transaction:
             rows = [{"id": id, "updated_at": self._now} for id in missing]
             self._connection.execute(statements.CREATE_CONVERSATIONS[self._dialect], rows)
 
-    def _lock_conversations(self, ids: Iterable[int | None]) -> None:
-        self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
+    def _lock_conversations(self, ids: set[int | None]) -> None:
+        if ids:
+            self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
 
     def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
         conversation = self._conversation_of(command)
@@ -211,7 +213,7 @@ class Transaction:
         if row is None or elsewhere:
             raise NotFound(field="id")
         if command.user_id is not None:
-            self._check_rights(row["chat_conversation_id"], command.user_id, command.rights)
+            self._check_rights(row["chat_conversation_id"], command.user_id, command.rights, field="id")
             self._check_mute(row["chat_conversation_id"], command.user_id, command.rights)
             if row["user_id"] != command.user_id:
                 raise Forbidden("only its author may change a message", field="id")
@@ -219,13 +221,15 @@ class Transaction:
             raise NotFound(field="id")
         return row
 
-    def _check_rights(self, conversation_id: int, user_id: int, rights: Rights) -> None:
+    def _check_rights(
+        self, conversation_id: int, user_id: int, rights: Rights, *, field: str = "conversation_id"
+    ) -> None:
         if rights is Rights.TRUSTED:
             return
         member = self._members.get((conversation_id, user_id))
         allowed = member["state"] == State.ACTIVE if member else rights is Rights.ENTITLED
         if not allowed or conversation_id not in self._conversations:
-            raise NotFound(field="conversation_id")
+            raise NotFound(field=field)
 
     def _check_mute(self, conversation_id: int, user_id: int, rights: Rights) -> None:
         member = self._members.get((conversation_id, user_id))
@@ -263,14 +267,14 @@ class Transaction:
             "updated_at": self._now,
         }
         self._conversations[conversation_id]["members_version"] += 1
-        self._conversations[conversation_id]["touched"] = True
+        self._touched.add(conversation_id)
         if announce:
             self._member_changes.append(MemberChange(conversation_id, user_id, state, role))
 
     def _number(self, kind: Kind, row: Row) -> Step:
         conversation = self._conversations[row["chat_conversation_id"]]
         conversation["last_seq"] += 1
-        conversation["touched"] = True
+        self._touched.add(conversation["id"])
         step = Step(kind, conversation["last_seq"], row)
         self._steps.append(step)
         return step
@@ -285,8 +289,8 @@ class Transaction:
         self._execute(statements.UPDATE_MESSAGES, [self._altered(row) for row in self._changed.values()])
         self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
         self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
-        touched = [row for row in self._conversations.values() if "touched" in row]
-        self._execute(statements.UPDATE_CONVERSATIONS, [self._advanced(row) for row in touched])
+        touched = [self._advanced(self._conversations[id]) for id in sorted(self._touched)]
+        self._execute(statements.UPDATE_CONVERSATIONS, touched)
 
     def _execute(self, statement: Executable, rows: list[Row]) -> None:
         if rows:

@@ -132,7 +132,8 @@ class Writer:
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
         metrics.count_outcomes(outcomes)
         for group in groups:
-            self._on_commit(group)
+            if group.changes or group.members:
+                self._on_commit(group)
         answers = iter(outcomes)
         for submission in submissions:
             submission.resolve([next(answers) for _ in submission.commands])
