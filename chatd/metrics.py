@@ -17,6 +17,7 @@ SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions of connections to ro
 CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
 REFUSED = Counter("chatd_handshakes_refused_total", "WebSocket handshakes refused", ["reason"])
 HOSTILE = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
+HTTP_FAILED = Counter("chatd_http_connections_failed_total", "HTTP connections that ended in an error")
 WRITES = Counter("chatd_writes_total", "Commands by outcome", ["outcome"])
 COMMIT_SECONDS = Histogram("chatd_commit_seconds", "Time of one group commit")
 DELIVERED = Counter("chatd_deliveries_total", "Changes handed to a connection")

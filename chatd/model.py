@@ -38,12 +38,17 @@ class Kind(StrEnum):
 
 
 class Change(Struct, frozen=True):
-    """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody."""
+    """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody.
+
+    `members_version` is the conversation's when this was committed, 0 if that is not known: who was removed
+    before shall not hear it.
+    """
 
     conversation_id: int
     seq: int
     kind: Kind
     payload: bytes
+    members_version: int = 0
 
 
 class State(StrEnum):
@@ -55,12 +60,13 @@ class State(StrEnum):
 
 
 class MemberChange(Struct, frozen=True):
-    """Somebody was added to or removed from a conversation."""
+    """Somebody was added to or removed from a conversation, whose `members_version` that made `version`."""
 
     conversation_id: int
     user_id: int
     state: State
     role: str | None
+    version: int
 
 
 class Group(Struct, frozen=True):

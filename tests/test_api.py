@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from http.client import HTTPConnection
 from typing import Any
 
@@ -284,3 +285,41 @@ async def test_a_revoked_user_is_sent_away_and_stays_away(daemons: Daemons) -> N
         await client.send("auth", ref=1, token=token)
         assert (await client.next())["code"] == "unauthorized"
         assert (await client.closed())[0] == 4503
+
+
+def upgrade(*headers: bytes, target: bytes = b"/") -> bytes:
+    lines = [b"GET " + target + b" HTTP/1.1", b"Host: x", *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+H2C = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c")
+WEBSOCKET = (
+    *(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"),
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        upgrade(*H2C, b"HTTP2-Settings: A"),
+        upgrade(*H2C, b"HTTP2-Settings: AAAA"),
+        upgrade(*H2C, b"HTTP2-Settings: AAIAAAAF"),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100,
+        upgrade(*WEBSOCKET, b"Sec-WebSocket-Protocol: \xff"),
+        upgrade(*WEBSOCKET, b"Sec-WebSocket-Extensions: \xff"),
+        upgrade(*WEBSOCKET) + b"\x81\x05hello\xff\xff\xff",
+        upgrade(*WEBSOCKET, target=b"?"),
+        upgrade(*WEBSOCKET, target=b"http://["),
+    ],
+)
+def test_no_http_connection_ends_the_daemon(daemon: Daemon, words: bytes) -> None:
+    pid = daemon.pid
+    with socket.create_connection(("127.0.0.1", daemon.api_port), timeout=5) as peer:
+        peer.sendall(words)
+        peer.shutdown(socket.SHUT_WR)
+        while peer.recv(65536):
+            pass
+    assert daemon.get("/healthz").status == 200
+    assert daemon.pid == pid
+    assert '"exception"' not in daemon.log

@@ -174,6 +174,8 @@ def test_a_postgresql_without_the_schema_says_what_to_run(postgres, tmp_path: Pa
     [
         ("postgresql://127.0.0.1:1/x", "connection"),
         ("sqlite:////nowhere/at/all.db", "there is no directory /nowhere/at"),
+        ("sqlite:///x.db?timeout=abc", "database.url"),
+        ("sqlite:///file:x?mode=memory&uri=true", "database.url"),
     ],
 )
 def test_a_database_that_cannot_be_opened_is_said_in_a_sentence(

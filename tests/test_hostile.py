@@ -694,7 +694,7 @@ async def test_connection_close_gets_its_answer_and_the_end(daemon: Target) -> N
     async with offender(daemon, daemon.api_port) as peer:
         await peer.say(request("GET", "/healthz"))
         fate = await peer.fate(PROMPTLY)
-        assert (fate.status, fate.body) == (200, b'{"status":"ok"}')
+        assert (fate.status, fate.body) == (200, b'{"status":"ok"}\n')
         await peer.gone(0)
 
 

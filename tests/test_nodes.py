@@ -232,6 +232,41 @@ async def test_a_flushed_redis_is_only_a_detour(pair: Pair) -> None:
         await there.silence()
 
 
+async def test_no_payload_in_redis_ends_a_node(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    client = client_of(pair.server)
+    deep = b"[" * 1000 + b"]" * 1000
+    for payload in (b"", b"\xff", b'{"event":"\xff","conversation_id":1,"seq":1}', b'{"a":' + deep + b"}"):
+        client.xadd("chat.stream", {"m": payload})
+        client.xadd("chat.stream", {"n": payload, "v": payload})
+        client.publish("chat.signals", payload)
+        client.publish("chat.messages", payload)
+    client.publish("chat.signals", b'{"signal":"member","node":"\xff"}')
+    client.publish("chat.messages", b'{"conversation_id":1,"x":"\xff"}')
+    client.xadd("chat.stream", {"m": b'{"event":"message","conversation_id":1,"seq":1,"x":' + deep + b"}"})
+    client.close()
+    async with login(pair.second, 2, {"1": None}) as there:
+        await post_many(pair.first, 1, ["still here"])
+        await expect_all(there, ["still here"])
+
+
+async def test_a_removal_that_redis_did_not_take_is_seen_before_the_next_message(pair: Pair) -> None:
+    """G6 without signals: what is committed after a removal says so itself."""
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        await post_many(pair.second, 1, ["heard"])
+        await expect_all(there, ["heard"])
+        with pair.engine.begin() as connection:  # by a node whose link to Redis is cut
+            connection.execute(text("INSERT INTO chat_members VALUES (1, 2, 'removed', NULL, NULL, now())"))
+            connection.execute(text("UPDATE chat_conversations SET members_version = members_version + 1"))
+        await post_many(pair.second, 1, ["unheard"])
+        await post_many(pair.first, 1, ["unheard too"])
+        assert (await there.expect("unsubscribed", patience=1))["code"] == "not_found"
+        await there.silence()
+
+
 async def test_removal_works_on_the_other_nodes_live_connections(pair: Pair) -> None:
     await wait_until_ready(pair.first, "ok")
     await wait_until_ready(pair.second, "ok")

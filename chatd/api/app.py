@@ -62,6 +62,13 @@ class ChatApp(QuartTrio):
     asgi_http_class = HTTPConnection
     request_class = ChatRequest
 
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":  # this is the backend's port: WebSockets have one of their own
+            await receive()
+            await send({"type": "websocket.close"})
+            return
+        await super().asgi_app(scope, receive, send)
+
 
 def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)

@@ -9,11 +9,13 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from quart import Response, request
 
 from chatd.errors import BadRequest, NotJSON
-from chatd.limits import HISTORY_PAGE, MAX_ID
-from chatd.protocol import ClientId, Content, Id, PageSize, TypeName
-from chatd.validation import mistakes
+from chatd.limits import BATCH_MESSAGES, HISTORY_PAGE, MAX_ID
+from chatd.protocol import ClientId, Content, Id, PageSize, TypeName, field_of
+from chatd.validation import mistakes, reason
 
 S = TypeVar("S", bound=Struct)
+
+EXPLAIN_BYTES = 64 * 1024  # of a longer body only the first mistake is named: reading it again takes too long
 
 
 class NewMessage(Struct, frozen=True, kw_only=True):
@@ -39,7 +41,7 @@ class Stored(Struct, frozen=True, kw_only=True):
 
 
 class Batch(Struct, frozen=True):
-    messages: list[msgspec.Raw]
+    messages: Annotated[list[msgspec.Raw], Meta(max_length=BATCH_MESSAGES)]
 
 
 class BatchResult(Struct, frozen=True, kw_only=True):
@@ -119,7 +121,10 @@ async def posted(kind: type[S]) -> S:
 def decode(kind: type[S], raw: str | bytes | msgspec.Raw) -> S:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError:
+    except msgspec.ValidationError as error:
+        if len(raw if isinstance(raw, str) else memoryview(raw)) > EXPLAIN_BYTES:
+            field = field_of(error)
+            raise _refuse({field: [f"The {field} field {reason(error)}."]} if field else {}) from None
         raise _explain(kind, raw) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise _not_json() from None

@@ -8,10 +8,12 @@ from functools import partial
 
 import hypercorn.trio
 import hypercorn.trio.run
+import structlog
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio.tcp_server import TCPServer
 
+from chatd import metrics
 from chatd.api.app import create_app
 from chatd.api.health import Health
 from chatd.chat import Chat
@@ -21,11 +23,23 @@ from chatd.listen import BACKLOG
 KEEP_ALIVE = 75.0  # seconds; longer than a pool of a backend holds idle connections
 GRACE = 3.0  # seconds for requests in progress when the daemon stops
 
+log = structlog.get_logger()
+
 
 class Peer(TCPServer):
-    """Ends with its peer. Hypercorn's own waits out the keep-alive timer after the peer has hung up, and a
-    backend that connects anew for each request would soon hold all descriptors.
+    """One HTTP connection, which harms nobody else and ends with its peer.
+
+    Hypercorn's own lets errors through that a peer can bring about (a malformed HTTP/2 upgrade, bytes that are
+    no text), up into our nursery. And it waits out the keep-alive timer after the peer has hung up: a backend
+    that connects anew for each request would soon hold all descriptors.
     """
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        except* Exception as group:
+            metrics.HTTP_FAILED.inc()
+            log.debug("http_connection_failed", error=repr(group.exceptions[0]))
 
     async def _read_data(self) -> None:
         await super()._read_data()

@@ -87,6 +87,8 @@ class _MemberSignal(Struct, tag_field="signal", tag="member"):
 
 _KINDS = {"message": Kind.CREATED, "message.updated": Kind.EDITED, "message.deleted": Kind.DELETED}
 _OF_A_NODE = re.compile(rb'\{"event":"message(?:\.\w+)?","node":"')
+# What bytes from Redis can be: anybody who may write there may be wrong.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _head = msgspec.json.Decoder(_Head)
 _signal = msgspec.json.Decoder(_MemberSignal)
 
@@ -204,7 +206,7 @@ class RedisBus:
 
         def publish(rows: Sequence[Left]) -> None:
             for row in rows:
-                self._send(client, [(row.node, row.payloads)])
+                self._send(client, [(row.node, payload, 0) for payload in row.payloads])
 
         while True:
             count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)
@@ -215,8 +217,10 @@ class RedisBus:
     async def _publish_waiting(self, client: redis.Redis) -> None:
         taken = self._take()
         fresh = [group for group in taken if group.outbox_id is not None and group.outbox_id > self._relayed]
-        groups = [(self._node, [change.payload for change in group.changes]) for group in fresh]
-        await self._in_thread(self._send, client, groups)
+        entries = [
+            (self._node, change.payload, change.members_version) for group in fresh for change in group.changes
+        ]
+        await self._in_thread(self._send, client, entries)
         if ids := [group.outbox_id for group in fresh if group.outbox_id is not None]:
             self._relayed = ids[-1]
             self._settle(ids)
@@ -230,14 +234,13 @@ class RedisBus:
         self._weight -= weight
         return taken
 
-    def _send(self, client: redis.Redis, groups: Sequence[tuple[str, Sequence[bytes]]]) -> None:
-        """`groups` are (node, payloads)."""
+    def _send(self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int]]) -> None:
+        """`entries` are (node, payload, members_version)."""
         with client.pipeline(transaction=False) as pipeline:
-            for node, payloads in groups:
-                for payload in payloads:
-                    entry: Any = {"m": payload, "n": node}
-                    pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
-                    pipeline.publish(MESSAGES, _with_node(payload, node))
+            for node, payload, version in entries:
+                entry: Any = {"m": payload, "n": node, "v": version}
+                pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
+                pipeline.publish(MESSAGES, _with_node(payload, node))
             pipeline.execute()
 
     async def _send_signals(self, client: redis.Redis) -> None:
@@ -336,7 +339,7 @@ class RedisBus:
     def _take_signal(self, data: bytes) -> None:
         try:
             signal = _signal.decode(data)
-        except msgspec.DecodeError:
+        except _UNREADABLE:
             return  # of a newer version, or not ours
         if signal.node != self._node:
             self._receiver.member(signal.change)
@@ -350,7 +353,7 @@ class RedisBus:
             return
         try:
             payload = msgspec.json.decode(data)
-        except (msgspec.DecodeError, RecursionError):
+        except _UNREADABLE:
             payload = None
         if isinstance(payload, dict) and "node" in payload:
             return
@@ -377,9 +380,11 @@ def _with_node(payload: bytes, node: str) -> bytes:
 def _change(fields: dict[bytes, bytes]) -> Change | None:
     payload = fields.get(b"m", b"")
     try:
+        payload.decode()  # goes to clients as it is, so all of it must be text
         head = _head.decode(payload)
-        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload)
-    except (msgspec.DecodeError, KeyError):
+        version = int(fields.get(b"v", b"0"))
+        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload, version)
+    except (*_UNREADABLE, KeyError, ValueError):
         return None  # of a newer version: the sweep finds what it was about
 
 

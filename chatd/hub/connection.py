@@ -206,6 +206,10 @@ class Connection:
         self._at_deadline = (code, reason)
         self._reading.deadline = deadline
 
+    def excuse(self, now: float) -> None:
+        """Do not hold the peer's silence until now against it."""
+        self._outbox.last_heard = now
+
     def beat(self, now: float, interval: float, timeout: float) -> None:
         """Ask a silent peer for a sign of life, give up one that has had its time."""
         silent = now - self._outbox.last_heard

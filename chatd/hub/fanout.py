@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence, Set
+from contextlib import suppress
 
 import structlog
 import trio
@@ -27,6 +28,7 @@ SIGNAL_BYTES = 256  # what a signal counts for
 # Bytes of one room at once. More would overrun the outbox of a client that does read: it is told to page back.
 BURST_BYTES = READY_BYTES
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
+RIGHTS_WAIT = 0.5  # seconds; who is in a room is asked before a change that comes after a removal
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 RETRY = 1.0  # seconds between attempts while the database does not answer
 SWEEP = 10.0  # seconds between sweeps, and
@@ -180,6 +182,8 @@ class Fanout:
     async def _advance(self, room: Room, changes: Sequence[Change], unreal: Set[int] = frozenset()) -> None:
         ready = room.accept(changes)
         room.forget(unreal)
+        if room.members_version is not None and any(c.members_version > room.members_version for c in ready):
+            await self._check_rights_before(room)
         if sum(len(change.payload) for change in ready) > BURST_BYTES:
             await self._to_all(room, restart)
         else:
@@ -187,6 +191,11 @@ class Fanout:
                 await self._push(room, piece)
         if room.behind:
             self._repair_soon(room, HOLE_WAIT if self._up and not room.stale else 0)
+
+    async def _check_rights_before(self, room: Room) -> None:
+        """Somebody was removed and we were not told. Everybody waits for this, so it may not take long."""
+        with trio.move_on_after(RIGHTS_WAIT), suppress(Unavailable):  # the sweep asks again
+            await self.check_rights(room)
 
     async def _push(self, room: Room, piece: Piece) -> None:
         delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
@@ -215,6 +224,8 @@ class Fanout:
         room = self._rooms.get(change.conversation_id)
         if room is None:
             return
+        if change.version == (room.members_version or 0) + 1:
+            room.members_version = change.version
         active = change.state is State.ACTIVE
         if not active:
             for subscription in list(room.subscriptions):
@@ -253,12 +264,11 @@ class Fanout:
     async def _find_missing(self, room: Room) -> Repaired | StartOver:
         assert room.head is not None
         early = set(room.ahead)
-        changes, complete = await self._read(reads.changes_after, room.conversation_id, room.head)
+        changes, found = await self._read(reads.missing, room.conversation_id, room.head)
         metrics.REPAIRS.inc()
-        if complete:
+        if changes or found is None or found.seq <= room.head:
             return Repaired(room, changes, early)
-        heads = await self._read(reads.heads, [room.conversation_id])
-        return StartOver(room, heads[room.conversation_id].seq)
+        return StartOver(room, found.seq)
 
     async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
         room.repairing = False
@@ -297,11 +307,11 @@ class Fanout:
             await self.also_sweep()
 
     async def _compare(self, room: Room, found: reads.Heads) -> None:
+        if found.members_version != room.members_version:
+            await self.check_rights(room)  # before the repair: who was removed shall not hear what that finds
         if room.head is not None and found.seq > room.head:
             room.stale = True
             self._repair_soon(room, 0)
-        if found.members_version != room.members_version:
-            await self.check_rights(room)
 
     async def check_rights(self, room: Room) -> None:
         """End the subscriptions of those who may not be in a room any more."""

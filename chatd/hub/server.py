@@ -67,10 +67,16 @@ class Hub:
     async def _heartbeat(self) -> None:
         interval, timeout = self._hub.ping_interval, self._hub.ping_timeout
         tick = min(TICK, interval / 4, timeout / 4)
+        before = trio.current_time()
         while True:
             await trio.sleep(tick)
             now = trio.current_time()
+            # Late: it was us who were away (a paused machine, say), so nobody's silence counts.
+            late = now - before > tick + timeout / 2
+            before = now
             for count, one in enumerate(list(self.connections), 1):
+                if late:
+                    one.excuse(now)
                 one.beat(now, interval, timeout)
                 if count % YIELD_EVERY == 0:
                     await trio.lowlevel.checkpoint()

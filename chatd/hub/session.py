@@ -342,7 +342,7 @@ class Session:
 
 
 def _id_from_text(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:17]) <= limits.MAX_ID):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and 1 <= int(text) <= limits.MAX_ID):
         raise BadRequest("conversation_id is no id", field="conversation_id")
     return int(text)
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 from sqlalchemy import Engine, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.config import Database
 from chatd.errors import ConfigError, OperatorError
@@ -47,17 +48,18 @@ class Store:
 
 def open_store(config: Database) -> Store:
     """Raises OperatorError with what to change. Migrates SQLite; PostgreSQL only when told to."""
-    engine = writing_engine(config.url)
-    try:
+    with _opened(config) as engine:
         if is_sqlite(engine):
             _report(_upgrade(config, engine))
         else:
             _check_version(engine)
         return Store(config)
-    except DBAPIError as error:
-        raise OperatorError(f"database.url: {_first_line(error)}") from error
-    finally:
-        engine.dispose()
+
+
+def migrate(config: Database) -> tuple[str | None, str]:
+    """The schema's revision before and after. Raises OperatorError."""
+    with _opened(config) as engine:
+        return _upgrade(config, engine)
 
 
 def require(config: Database) -> None:
@@ -70,15 +72,17 @@ def require(config: Database) -> None:
         )
 
 
-def migrate(config: Database) -> tuple[str | None, str]:
-    """The schema's revision before and after. Raises OperatorError."""
-    engine = writing_engine(config.url)
+@contextmanager
+def _opened(config: Database) -> Iterator[Engine]:
+    """An engine for the block. What a database or its URL is refused for becomes a sentence."""
     try:
-        return _upgrade(config, engine)
-    except DBAPIError as error:
+        engine = writing_engine(config.url)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, TypeError, ValueError) as error:  # the last two: options that no driver knows
         raise OperatorError(f"database.url: {_first_line(error)}") from error
-    finally:
-        engine.dispose()
 
 
 def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:
@@ -134,5 +138,5 @@ def _fact(engine: Engine, key: str, fresh: str) -> str:
     return str(found)
 
 
-def _first_line(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0]
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "orig", error)).strip().splitlines()[0]

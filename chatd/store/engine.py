@@ -20,6 +20,7 @@ POSTGRES_OPTIONS = " ".join(
     f"-c {setting}"
     for setting in (
         "synchronous_commit=on",
+        "timezone=UTC",  # the year 9999 must not become 10000 on the way back
         "statement_timeout=5s",
         "lock_timeout=4s",
         "idle_in_transaction_session_timeout=10s",

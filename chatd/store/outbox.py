@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import trio
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, delete, select
+from sqlalchemy import Connection, Engine, Select, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
@@ -21,7 +22,8 @@ from chatd.store.engine import is_sqlite
 
 FOREIGN_AGE = 30.0  # seconds after which a row's own node is taken to be dead
 EXPIRY = 24 * 3600.0  # seconds after which a row helps nobody any more: listeners read the database
-RELAY_ROWS = 50  # groups in one go
+RELAY_ROWS = 50  # groups in one go, and
+RELAY_BYTES = 4 * 1024 * 1024  # no more than so many, unless it is one
 
 
 class Left(Struct, frozen=True):
@@ -53,24 +55,40 @@ class Outbox:
         return await trio.to_thread.run_sync(self._expire, limiter=self._thread)
 
     def _relay(self, publish: Publish, node: str, above: int) -> tuple[int, int]:
-        table = schema.outbox
-        own = (table.c.node == node) & (table.c.id > above)
-        query = select(table).where(own | (table.c.created_at < _ago(FOREIGN_AGE))).order_by(table.c.id)
         try:
-            with self._claimed(query.limit(RELAY_ROWS)) as rows:
+            ids = self._waiting(node, above)
+            with self._claimed(ids) as rows:
                 if rows:
                     publish(rows)
         except SQLAlchemyError as error:
             raise Unavailable() from error
         return len(rows), max((row.id for row in rows if row.node == node), default=above)
 
+    def _waiting(self, node: str, above: int) -> list[int]:
+        table = schema.outbox
+        own = (table.c.node == node) & (table.c.id > above)
+        query = select(table.c.id, func.length(table.c.payloads).label("size"))
+        query = (
+            query.where(own | (table.c.created_at < _ago(FOREIGN_AGE))).order_by(table.c.id).limit(RELAY_ROWS)
+        )
+        ids: list[int] = []
+        space = RELAY_BYTES
+        with self._engine.begin() as connection:
+            for row in connection.execute(query):
+                space -= row.size
+                if space < 0 and ids:
+                    break
+                ids.append(row.id)
+        return ids
+
     @contextmanager
-    def _claimed(self, query) -> Iterator[list[Left]]:  # type: ignore[no-untyped-def]
+    def _claimed(self, ids: list[int]) -> Iterator[list[Left]]:
         """The rows, removed when the block ends well.
 
         PostgreSQL locks them meanwhile, so that two nodes do not relay the same. SQLite has one lock for
         everything, which must not be held while Redis is waited for.
         """
+        query = select(schema.outbox).where(schema.outbox.c.id.in_(ids)).order_by(schema.outbox.c.id)
         if is_sqlite(self._engine):
             with self._engine.begin() as connection:
                 rows = _left(connection, query)
@@ -92,7 +110,7 @@ class Outbox:
             raise Unavailable() from error
 
 
-def _left(connection: Connection, query) -> list[Left]:  # type: ignore[no-untyped-def]
+def _left(connection: Connection, query: Select[Any]) -> list[Left]:
     return [Left(row.id, row.node, row.payloads.split(b"\n")) for row in connection.execute(query)]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 import trio
 from msgspec import Struct
 from sqlalchemy import Connection, Engine
@@ -25,6 +26,8 @@ from chatd.store.rows import message
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 
 class Cursor(Struct, frozen=True):
@@ -92,6 +95,9 @@ class Reader:
             # A pooled connection that died while idle says so at its first use; a read can be repeated.
             if again and isinstance(error, DBAPIError) and error.connection_invalidated:
                 return self._run(read, arguments, again=False)
+            log.warning(
+                "read_unavailable", read=read.__name__, error=type(getattr(error, "orig", error)).__name__
+            )
             raise Unavailable() from error
 
 
@@ -179,6 +185,16 @@ def changes_after(connection: Connection, conversation_id: int, after: int) -> t
             return found, False
         found.append(Change(conversation_id, row["change_seq"], kind, payload))
     return found, True
+
+
+def missing(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], Heads | None]:
+    """The log after a seq, and where the conversation stands; no changes where those are too many."""
+    head = heads(connection, [conversation_id]).get(conversation_id)
+    changes, complete = changes_after(connection, conversation_id, after)
+    if head is None or not complete:
+        return [], head
+    version = head.members_version
+    return [msgspec.structs.replace(change, members_version=version) for change in changes], head
 
 
 def history(

@@ -267,9 +267,10 @@ class Transaction:
             "updated_at": self._now,
         }
         self._conversations[conversation_id]["members_version"] += 1
+        version = self._conversations[conversation_id]["members_version"]
         self._touched.add(conversation_id)
         if announce:
-            self._member_changes.append(MemberChange(conversation_id, user_id, state, role))
+            self._member_changes.append(MemberChange(conversation_id, user_id, state, role, version))
 
     def _number(self, kind: Kind, row: Row) -> Step:
         conversation = self._conversations[row["chat_conversation_id"]]
@@ -309,8 +310,9 @@ class Transaction:
         return {"key": row["id"], "head": head, "version": version, "moment": self._now}
 
     def _change(self, step: Step) -> Change:
+        id = step.row["chat_conversation_id"]
         payload = change_payload(step.kind, step.seq, message(step.row))
-        return Change(step.row["chat_conversation_id"], step.seq, step.kind, payload)
+        return Change(id, step.seq, step.kind, payload, self._conversations[id]["members_version"])
 
     def _fill_outbox(self, changes: list[Change]) -> int | None:
         if self._node is None or not changes:

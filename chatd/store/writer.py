@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import structlog
 import trio
 from sqlalchemy import Engine
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chatd import metrics
@@ -180,5 +180,10 @@ class Writer:
     @staticmethod
     def _bad(error: Exception) -> Internal:
         incident = secrets.token_hex(6)
-        log.error("write_failed", incident=incident, exc_info=error)
+        if isinstance(error, DBAPIError):
+            # Not all that the driver says: its details show the row, and with it the message.
+            primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+            log.error("write_failed", incident=incident, error=primary or type(error.orig).__name__)
+        else:
+            log.error("write_failed", incident=incident, exc_info=error)
         return Internal(incident=incident)
