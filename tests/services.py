@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,7 +42,7 @@ class ServiceError(RuntimeError):
     """A server is not installed, did not start, or did not end; the message says what to do."""
 
 
-class Service:
+class Service(ABC):
     """A server process: what Redis and PostgreSQL have in common.
 
     A context manager starts it and closes it. Its data lie in `directory`, where its log is, too.
@@ -59,17 +60,17 @@ class Service:
         self._paused: list[int] = []
 
     @property
+    @abstractmethod
     def url(self) -> str:
         """What goes into the configuration of chatd."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self) -> list[str]:
         """The server's command line, in the foreground."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self) -> bool:
         """Whether it takes commands."""
-        raise NotImplementedError
 
     @property
     def running(self) -> bool:

@@ -14,7 +14,6 @@ from wsproto.frame_protocol import FrameDecoder, FrameProtocol
 
 from chatd import protocol
 from chatd.auth.tokens import Tokens
-from chatd.bus.redis import _OF_A_NODE, _change, _with_node
 from chatd.errors import ChatError, NotJSON, TokenExpired, Unauthorized
 from chatd.limits import META_DEPTH, TokenBucket
 from chatd.model import Kind, Message
@@ -47,15 +46,15 @@ def test_a_change_carries_its_own_seq_and_optional_keys_only_with_a_value() -> N
 
 def test_redis_sees_the_node_and_the_stream_does_not() -> None:
     payload = protocol.change_payload(Kind.CREATED, 12, message())
-    shown = _with_node(payload, "n1")
+    shown = payloads.with_node(payload, "n1")
     assert shown.startswith(b'{"event":"message","node":"n1","conversation_id":1,')
-    assert _OF_A_NODE.match(shown)
+    assert payloads.foreign_of(shown) is None, "a node's own"
     assert json.loads(shown) == json.loads(payload) | {"node": "n1"}
-    back = _change({b"m": payload, b"n": b"n1"})
+    back = payloads.change_of({b"m": payload, b"n": b"n1"})
     assert back is not None
     assert (back.conversation_id, back.seq, back.kind, back.payload) == (1, 12, Kind.CREATED, payload)
     for strange in (b"", b"[]", b'{"event":"message"}', b'{"event":"dance","conversation_id":1,"seq":1}'):
-        assert _change({b"m": strange}) is None
+        assert payloads.change_of({b"m": strange}) is None
 
 
 @given(st.binary(max_size=70_000))

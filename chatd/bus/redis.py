@@ -13,28 +13,23 @@ what it did not take stays in the outbox until it does.
 from __future__ import annotations
 
 import random
-import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-import msgspec
 import redis
 import structlog
 import trio
-from msgspec import Struct
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chatd import metrics
-from chatd.bus import Receiver
+from chatd.bus import Receiver, payloads
 from chatd.bus.memory import give_to
 from chatd.config import Redis
 from chatd.errors import ChatError
-from chatd.limits import MAX_ID
-from chatd.model import Change, Group, Kind, MemberChange
-from chatd.protocol import RESERVED_EVENTS
+from chatd.model import Group, MemberChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 
@@ -47,7 +42,6 @@ SOCKET_TIMEOUT = 2.0  # seconds
 BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
 RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect, doubled each time, with jitter
 RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
-FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
 
 log = structlog.get_logger()
 
@@ -70,27 +64,6 @@ class Outbox(Protocol):
         self, publish: Callable[[Sequence[Any]], None], *, node: str, above: int = 0
     ) -> tuple[int, int]: ...
     async def expire(self) -> int: ...
-
-
-class _Head(Struct):
-    """The three keys of an entry that the fanout needs; the rest stays bytes."""
-
-    event: str
-    conversation_id: int
-    seq: int
-
-
-class _MemberSignal(Struct, tag_field="signal", tag="member"):
-    node: str
-    change: MemberChange
-
-
-_KINDS = {"message": Kind.CREATED, "message.updated": Kind.EDITED, "message.deleted": Kind.DELETED}
-_OF_A_NODE = re.compile(rb'\{"event":"message(?:\.\w+)?","node":"')
-# What bytes from Redis can be: anybody who may write there may be wrong.
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_head = msgspec.json.Decoder(_Head)
-_signal = msgspec.json.Decoder(_MemberSignal)
 
 
 class RedisBus:
@@ -238,9 +211,9 @@ class RedisBus:
         """`entries` are (node, payload, members_version)."""
         with client.pipeline(transaction=False) as pipeline:
             for node, payload, version in entries:
-                entry: Any = {"m": payload, "n": node, "v": version}
+                entry = payloads.entry(payload, node, version)
                 pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
-                pipeline.publish(MESSAGES, _with_node(payload, node))
+                pipeline.publish(MESSAGES, payloads.with_node(payload, node))
             pipeline.execute()
 
     async def _send_signals(self, client: redis.Redis) -> None:
@@ -249,7 +222,7 @@ class RedisBus:
         def send() -> None:
             with client.pipeline(transaction=False) as pipeline:
                 for change in taken:
-                    pipeline.publish(SIGNALS, msgspec.json.encode(_MemberSignal(self._node, change)))
+                    pipeline.publish(SIGNALS, payloads.signal(self._node, change))
                 pipeline.execute()
 
         await self._in_thread(send)
@@ -307,7 +280,7 @@ class RedisBus:
     async def _take_batches(self, receive: trio.MemoryReceiveChannel[list[Any]]) -> None:
         own = self._node.encode()
         async for entries in receive:
-            others = (_change(fields) for _, fields in entries if fields.get(b"n") != own)
+            others = (payloads.change_of(fields) for _, fields in entries if fields.get(b"n") != own)
             self._receiver.changes([change for change in others if change is not None])
 
     async def _pubsub_link(self, client: redis.Redis) -> None:
@@ -331,66 +304,18 @@ class RedisBus:
 
     def _take_published(self, batch: list[dict[str, Any]]) -> None:
         for item in batch:
+            data = item["data"]
             if item["channel"] == SIGNALS.encode():
-                self._take_signal(item["data"])
-            else:
-                self._take_foreign(item["data"])
-
-    def _take_signal(self, data: bytes) -> None:
-        try:
-            signal = _signal.decode(data)
-        except _UNREADABLE:
-            return  # of a newer version, or not ours
-        if signal.node != self._node:
-            self._receiver.member(signal.change)
-
-    def _take_foreign(self, data: bytes) -> None:
-        """A payload of somebody else: an object with an integer conversation_id and no node."""
-        if _OF_A_NODE.match(data):
-            return  # told by its first bytes: most of what comes here is our own
-        if len(data) > FOREIGN_BYTES:
-            log.warning("foreign_payload_refused", reason="too large", size=len(data))
-            return
-        try:
-            payload = msgspec.json.decode(data)
-        except _UNREADABLE:
-            payload = None
-        if isinstance(payload, dict) and "node" in payload:
-            return
-        conversation_id = payload.get("conversation_id") if isinstance(payload, dict) else None
-        if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
-            log.warning("foreign_payload_refused", reason="no object with an integer conversation_id")
-            return
-        name = _foreign_name(payload)
-        body = {key: value for key, value in payload.items() if key not in ("event", "seq")}
-        self._receiver.foreign(conversation_id, name, msgspec.json.encode({"event": name} | body))
+                signal = payloads.signal_of(data)
+                if signal is not None and signal.node != self._node:
+                    self._receiver.member(signal.change)
+            elif foreign := payloads.foreign_of(data):
+                self._receiver.foreign(*foreign)
 
     @staticmethod
     async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
         # A limiter of its own: a thread that waits in Redis shall not take a place from anybody.
         return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
-
-
-def _with_node(payload: bytes, node: str) -> bytes:
-    """`{"event":"message","node":"…",` and the rest of the flat message."""
-    event, comma, rest = payload.partition(b",")
-    return b'%b,"node":"%b"%b%b' % (event, node.encode(), comma, rest)
-
-
-def _change(fields: dict[bytes, bytes]) -> Change | None:
-    payload = fields.get(b"m", b"")
-    try:
-        payload.decode()  # goes to clients as it is, so all of it must be text
-        head = _head.decode(payload)
-        version = int(fields.get(b"v", b"0"))
-        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload, version)
-    except (*_UNREADABLE, KeyError, ValueError):
-        return None  # of a newer version: the sweep finds what it was about
-
-
-def _foreign_name(payload: dict[str, Any]) -> str:
-    name = payload.get("event")
-    return name if isinstance(name, str) and name and name not in RESERVED_EVENTS else "message"
 
 
 def _last_id(client: redis.Redis) -> str:

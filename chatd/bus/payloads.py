@@ -1,0 +1,97 @@
+"""What stands in Redis, as bytes: our own payloads, written and read; those of others, read with distrust.
+
+Pure functions for `redis`. Anybody who may write to Redis may be wrong, so nothing here raises for bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from chatd.limits import MAX_ID
+from chatd.model import Change, Kind, MemberChange
+from chatd.protocol import RESERVED_EVENTS
+
+FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
+
+log = structlog.get_logger()
+
+
+class _Head(Struct):
+    """The three keys of a change that the fanout needs; the rest stays bytes."""
+
+    event: str
+    conversation_id: int
+    seq: int
+
+
+class MemberSignal(Struct, tag_field="signal", tag="member"):
+    node: str
+    change: MemberChange
+
+
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_KINDS = {"message": Kind.CREATED, "message.updated": Kind.EDITED, "message.deleted": Kind.DELETED}
+_OF_A_NODE = re.compile(rb'\{"event":"message(?:\.\w+)?","node":"')
+_head = msgspec.json.Decoder(_Head)
+_signal = msgspec.json.Decoder(MemberSignal)
+
+
+def with_node(payload: bytes, node: str) -> bytes:
+    """For the channel: `{"event":"message","node":"…",` and the rest of the flat message."""
+    event, comma, rest = payload.partition(b",")
+    return b'%b,"node":"%b"%b%b' % (event, node.encode(), comma, rest)
+
+
+def entry(payload: bytes, node: str, members_version: int) -> dict[Any, Any]:
+    """For the stream."""
+    return {"m": payload, "n": node, "v": members_version}
+
+
+def change_of(fields: dict[bytes, bytes]) -> Change | None:
+    """An entry of the stream; None for what is wrong or of a newer version: the sweep finds its change."""
+    payload = fields.get(b"m", b"")
+    try:
+        payload.decode()  # goes to clients as it is, so all of it must be text
+        head = _head.decode(payload)
+        version = int(fields.get(b"v", b"0"))
+        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload, version)
+    except (*_UNREADABLE, KeyError, ValueError):
+        return None
+
+
+def signal(node: str, change: MemberChange) -> bytes:
+    return msgspec.json.encode(MemberSignal(node, change))
+
+
+def signal_of(data: bytes) -> MemberSignal | None:
+    try:
+        return _signal.decode(data)
+    except _UNREADABLE:
+        return None
+
+
+def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
+    """(conversation_id, event name, payload) of somebody else's publication: an object without `node`."""
+    if _OF_A_NODE.match(data):
+        return None  # told by its first bytes: most of what comes here is our own
+    try:
+        payload = msgspec.json.decode(data) if len(data) <= FOREIGN_BYTES else None
+    except _UNREADABLE:
+        payload = None
+    if not isinstance(payload, dict):
+        payload = {}
+    if "node" in payload:
+        return None
+    conversation_id = payload.get("conversation_id")
+    if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
+        log.warning("foreign_payload_refused", bytes=len(data), most=FOREIGN_BYTES, wanted="conversation_id")
+        return None
+    name = payload.get("event")
+    name = name if isinstance(name, str) and name and name not in RESERVED_EVENTS else "message"
+    body = {key: value for key, value in payload.items() if key not in ("event", "seq")}
+    return conversation_id, name, msgspec.json.encode({"event": name} | body)
