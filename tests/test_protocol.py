@@ -14,6 +14,7 @@ from wsproto.frame_protocol import FrameDecoder, FrameProtocol
 
 from chatd import protocol
 from chatd.auth.tokens import Tokens
+from chatd.bus import payloads
 from chatd.errors import ChatError, NotJSON, TokenExpired, Unauthorized
 from chatd.limits import META_DEPTH, TokenBucket
 from chatd.model import Kind, Message
