@@ -60,13 +60,17 @@ class State(StrEnum):
 
 
 class MemberChange(Struct, frozen=True):
-    """Somebody was added to or removed from a conversation, whose `members_version` that made `version`."""
+    """Somebody was added to or removed from a conversation, whose `members_version` that made `version`.
+
+    `quiet`: the room is not told. Who becomes a member by posting is announced by the message itself.
+    """
 
     conversation_id: int
     user_id: int
     state: State
     role: str | None
     version: int
+    quiet: bool = False
 
 
 class Group(Struct, frozen=True):

@@ -231,6 +231,8 @@ class Fanout:
             for subscription in list(room.subscriptions):
                 if subscription.listener.user_id == change.user_id:
                     subscription.listener.dropped(subscription)
+        if change.quiet:
+            return
         fields = {"role": change.role} if active and change.role else {}
         payload = event(
             "member",

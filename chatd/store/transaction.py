@@ -166,7 +166,7 @@ class Transaction:
         if command.reply_to is not None and self._places.get(command.reply_to) != command.conversation_id:
             raise BadRequest("There is no such message in this conversation.", field="reply_to")
         if command.rights is Rights.TRUSTED and (command.conversation_id, command.user_id) not in self._members:
-            self._enter(command.conversation_id, command.user_id, State.ACTIVE)
+            self._enter(command.conversation_id, command.user_id, State.ACTIVE, quiet=True)
         row = self._new_row(command)
         self._created.append(row)
         if command.client_id is not None:
@@ -256,6 +256,7 @@ class Transaction:
         muted_until: str | None = None,
         *,
         announce: bool = True,
+        quiet: bool = False,
     ) -> None:
         key = (conversation_id, user_id)
         self._members[key] = self._set[key] = {
@@ -270,7 +271,7 @@ class Transaction:
         version = self._conversations[conversation_id]["members_version"]
         self._touched.add(conversation_id)
         if announce:
-            self._member_changes.append(MemberChange(conversation_id, user_id, state, role, version))
+            self._member_changes.append(MemberChange(conversation_id, user_id, state, role, version, quiet))
 
     def _number(self, kind: Kind, row: Row) -> Step:
         conversation = self._conversations[row["chat_conversation_id"]]
