@@ -66,11 +66,11 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
                 outbox.cut = True
                 nursery.cancel_scope.cancel()
     except* _EXPECTED as group:
-        metrics.HOSTILE.inc()
+        metrics.FAILED.inc()
         log.debug("connection_failed", error=_innermost(group))
     except* Exception as group:
         # A mistake of ours, or of a library: still one connection's matter.
-        metrics.HOSTILE.inc()
+        metrics.FAILED.inc()
         log.warning("connection_error", error=_innermost(group), exc_info=group)
 
 
