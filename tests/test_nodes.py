@@ -267,6 +267,18 @@ async def test_a_removal_that_redis_did_not_take_is_seen_before_the_next_message
         await there.silence()
 
 
+async def test_a_removal_outlives_a_publish_that_failed(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        client = client_of(pair.server)
+        client.client_pause(3000, all=False)  # writes alone: the other node's links stay up
+        client.close()
+        await trio.to_thread.run_sync(pair.first.request, "DELETE", "/api/ws/conversations/1/members/2")
+        ended = await there.expect("unsubscribed", patience=7)  # well before a sweep
+        assert ended["code"] == "not_found"
+
+
 async def test_removal_works_on_the_other_nodes_live_connections(pair: Pair) -> None:
     await wait_until_ready(pair.first, "ok")
     await wait_until_ready(pair.second, "ok")
