@@ -40,8 +40,8 @@ class Kind(StrEnum):
 class Change(Struct, frozen=True):
     """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody.
 
-    `members_version` is the conversation's when this was committed, 0 if that is not known: who was removed
-    before shall not hear it.
+    `members_version` is the conversation's when this was committed: who was removed before shall not hear it.
+    0 says nothing; a huge one, that it is not known any more and the database must be asked.
     """
 
     conversation_id: int

@@ -132,7 +132,8 @@ def _explain(text: str | bytes, error: Exception) -> CommandError:
         raise NotJSON("a frame holds one JSON object")
     try:
         ref = msgspec.convert(data.get("ref"), Ref | None)
-    except msgspec.ValidationError:
+        msgspec.json.encode(ref)  # half of an emoji cannot be echoed
+    except (msgspec.ValidationError, UnicodeEncodeError):
         ref = None
     if not isinstance(error, msgspec.ValidationError):
         return CommandError(BadRequest("the frame holds text or a number that cannot be kept"), ref)

@@ -155,8 +155,10 @@ async def test_errors_carry_code_field_and_ref(daemon: Daemon, conversation: int
         reply = await ada.request("send", conversation_id=conversation, content="x", reply_to=10**9)
         assert (reply["code"], reply["field"]) == ("bad_request", "reply_to")
         await ada.ws.send_message('{"event":"send","ref":"half","conversation_id":1,"content":"\\ud83d"}')
+        await ada.ws.send_message('{"event":"ping","ref":"\\ud800"}')
         half = await ada.expect("error")  # of an emoji: wrong, but nobody is sent away for it
         assert (half["ref"], half["code"]) == ("half", "bad_request")
+        assert "ref" not in await ada.expect("error", code="bad_request")
         assert (await ada.request("send", conversation_id=conversation, content="fine"))["event"] == "ok"
 
 

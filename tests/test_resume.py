@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from chatd.config import Database, Limits
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Membership, Rooms, Subscription, text_frame
-from chatd.model import Change, Kind
+from chatd.model import Change, Kind, MemberChange, State
 from chatd.store import reads
 from chatd.store.commands import Create
 from chatd.store.database import Store, open_store
@@ -266,6 +266,40 @@ async def test_without_redis_in_sight_a_hole_is_read_at_once(
     repairs.fanout._up = False  # as `links(False)` does, without the sweep that goes with it
     repairs.fanout.changes([repairs.changes[250]])
     await repairs.heard(*range(1, 401))
+
+
+async def test_a_late_removal_does_not_undo_a_return(repairs: Repairs) -> None:
+    """The signal outlived an outage; meanwhile the user was added again, and the room knows it."""
+    repairs.fanout._rooms.get(1).members_version = 6  # type: ignore[union-attr]
+    repairs.fanout.member(
+        MemberChange(1, Ear.user_id, State.REMOVED, None, version=5)
+    )  # Ear asserts: not dropped
+    repairs.fanout.changes(repairs.changes[:1])
+    with trio.fail_after(2):
+        while not repairs.ear.heard:
+            await trio.sleep(0.005)
+
+
+async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repairs) -> None:
+    leavers: list[Membership] = []
+
+    class Leaver(Ear):
+        def resync(self, subscription: Subscription) -> None:
+            assert subscription.joined, "its nursery is gone"
+            for one in leavers:
+                one.leave(1)
+
+    for _ in range(400):
+        mine = Membership(repairs.fanout._rooms)
+        repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, 0)
+        next(iter(mine)).settle(0)
+        leavers.append(mine)
+    big = [Change(1, seq, Kind.CREATED, b"x" * 100_000) for seq in range(1, 8)]
+    repairs.fanout.changes(big)
+    with trio.fail_after(2):
+        while not repairs.ear.resynced:
+            await trio.sleep(0.005)
+    await wait_all_tasks_blocked()
 
 
 async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:

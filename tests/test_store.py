@@ -256,6 +256,32 @@ async def test_the_outbox_holds_a_group_until_it_is_settled(database_url: str) -
         assert b.scalar("SELECT count(*) FROM chat_outbox") == 1, "the row of this group alone"
 
 
+async def test_unread_counts_others_messages_up_to_a_thousand(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post(user_id=2) for _ in range(5)], *[post(user_id=3) for _ in range(1100)])
+
+        async def unread(user: int) -> int:
+            return (await b.store.read(reads.snapshot, user, True, 1, None, True, 100)).unread
+
+        assert [await unread(user) for user in (2, 3, 9)] == [1000, 5, 1000]
+
+
+async def test_what_one_node_is_relaying_does_not_hide_the_rest(postgres_url: str) -> None:
+    async with bench(postgres_url, node="n1") as b:
+        for number in range(120):
+            await b.do(post(str(number)))
+        relayed: list[int] = []
+
+        def relay_meanwhile(rows: Any) -> None:
+            """Another node asks while the first holds its rows."""
+            relayed.extend(row.id for row in rows)
+            if len(relayed) <= 50:
+                b.store.outbox._relay(relay_meanwhile, "n1", 0)
+
+        await trio.to_thread.run_sync(b.store.outbox._relay, relay_meanwhile, "n1", 0)
+        assert len(relayed) == len(set(relayed)) == 100
+
+
 async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: str) -> None:
     async with bench(database_url) as b:
         await b.do(*[post(f"m{n}") for n in range(400)])

@@ -29,6 +29,7 @@ from chatd.bus import Receiver, payloads
 from chatd.bus.memory import give_to
 from chatd.config import Redis
 from chatd.errors import ChatError
+from chatd.limits import MAX_ID
 from chatd.model import Group, MemberChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
@@ -179,7 +180,8 @@ class RedisBus:
 
         def publish(rows: Sequence[Left]) -> None:
             for row in rows:
-                self._send(client, [(row.node, payload, 0) for payload in row.payloads])
+                # Its version is not known any more, and removals may have been lost: everybody shall ask.
+                self._send(client, [(row.node, payload, MAX_ID) for payload in row.payloads])
 
         while True:
             count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)

@@ -224,10 +224,12 @@ class Fanout:
         room = self._rooms.get(change.conversation_id)
         if room is None:
             return
+        # Those present were all held against this version or a later one: who came back since shall stay.
+        known = room.members_version is not None and change.version <= room.members_version
         if change.version == (room.members_version or 0) + 1:
             room.members_version = change.version
         active = change.state is State.ACTIVE
-        if not active:
+        if not active and not known:
             for subscription in list(room.subscriptions):
                 if subscription.listener.user_id == change.user_id:
                     subscription.listener.dropped(subscription)
@@ -330,4 +332,5 @@ class Fanout:
 
 
 def restart(subscription: Subscription) -> None:
-    subscription.listener.resync(subscription)
+    if subscription.joined:  # who has left meanwhile has no nursery any more
+        subscription.listener.resync(subscription)

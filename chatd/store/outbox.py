@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import trio
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, Select, delete, func, select
+from sqlalchemy import Connection, Engine, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
@@ -56,48 +55,29 @@ class Outbox:
 
     def _relay(self, publish: Publish, node: str, above: int) -> tuple[int, int]:
         try:
-            ids = self._waiting(node, above)
-            with self._claimed(ids) as rows:
+            with self._claimed(node, above) as rows:
                 if rows:
                     publish(rows)
         except SQLAlchemyError as error:
             raise Unavailable() from error
         return len(rows), max((row.id for row in rows if row.node == node), default=above)
 
-    def _waiting(self, node: str, above: int) -> list[int]:
-        table = schema.outbox
-        own = (table.c.node == node) & (table.c.id > above)
-        query = select(table.c.id, func.length(table.c.payloads).label("size"))
-        query = (
-            query.where(own | (table.c.created_at < _ago(FOREIGN_AGE))).order_by(table.c.id).limit(RELAY_ROWS)
-        )
-        ids: list[int] = []
-        space = RELAY_BYTES
-        with self._engine.begin() as connection:
-            for row in connection.execute(query):
-                space -= row.size
-                if space < 0 and ids:
-                    break
-                ids.append(row.id)
-        return ids
-
     @contextmanager
-    def _claimed(self, ids: list[int]) -> Iterator[list[Left]]:
-        """The rows, removed when the block ends well.
+    def _claimed(self, node: str, above: int) -> Iterator[list[Left]]:
+        """The next rows, removed when the block ends well.
 
         PostgreSQL locks them meanwhile, so that two nodes do not relay the same. SQLite has one lock for
         everything, which must not be held while Redis is waited for.
         """
-        query = select(schema.outbox).where(schema.outbox.c.id.in_(ids)).order_by(schema.outbox.c.id)
         if is_sqlite(self._engine):
             with self._engine.begin() as connection:
-                rows = _left(connection, query)
+                rows = _next(connection, node, above)
             yield rows
             with self._engine.begin() as connection:
                 _remove(connection, rows)
         else:
             with self._engine.begin() as connection:
-                rows = _left(connection, query.with_for_update(skip_locked=True))
+                rows = _next(connection, node, above)
                 yield rows
                 _remove(connection, rows)
 
@@ -110,8 +90,26 @@ class Outbox:
             raise Unavailable() from error
 
 
-def _left(connection: Connection, query: Select[Any]) -> list[Left]:
-    return [Left(row.id, row.node, row.payloads.split(b"\n")) for row in connection.execute(query)]
+def _next(connection: Connection, node: str, above: int) -> list[Left]:
+    """A node's own rows above an id, and any node's that are old enough: what nobody else is relaying."""
+    table = schema.outbox
+    own = (table.c.node == node) & (table.c.id > above)
+    sizes = (
+        select(table.c.id, func.length(table.c.payloads).label("size"))
+        .where(own | (table.c.created_at < _ago(FOREIGN_AGE)))
+        .order_by(table.c.id)
+        .limit(RELAY_ROWS)
+        .with_for_update(skip_locked=True)
+    )
+    ids: list[int] = []
+    space = RELAY_BYTES
+    for row in connection.execute(sizes).all():
+        space -= row.size
+        if space < 0 and ids:
+            break
+        ids.append(row.id)
+    rows = connection.execute(select(table).where(table.c.id.in_(ids)).order_by(table.c.id))
+    return [Left(row.id, row.node, row.payloads.split(b"\n")) for row in rows]
 
 
 def _remove(connection: Connection, rows: Sequence[Left]) -> None:

@@ -59,18 +59,19 @@ CURSORS = (
 )
 CURSOR_OF_USER = CURSORS.where(reads.c.user_id == _one("user_id"))
 
-# Looked for among the newest `most` messages, so that a room of a million costs no more than this.
+# Counted up to `most`, and looked for no further than this: a room of a million messages costs no more.
+UNREAD_SCAN = 10_000
 _newer = (
     select(messages.c.user_id, messages.c.deleted_at)
     .where(messages.c.chat_conversation_id == _one("conversation_id"), messages.c.id > _one("read"))
     .order_by(messages.c.id.desc())
-    .limit(_one("most"))
+    .limit(UNREAD_SCAN)
     .subquery()
 )
-UNREAD = (
-    select(func.count())
-    .select_from(_newer)
+UNREAD = _count(
+    select(_newer.c.user_id)
     .where(_newer.c.user_id != _one("user_id"), _newer.c.deleted_at.is_(None))
+    .limit(_one("most"))
 )
 MEMBER_COUNT = _count(
     select(members.c.user_id)
