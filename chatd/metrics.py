@@ -13,7 +13,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from chatd.errors import ChatError
 
 CONNECTIONS = Gauge("chatd_connections", "WebSocket connections now")
-SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions of connections to rooms now")
 CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
 REFUSED = Counter("chatd_handshakes_refused_total", "WebSocket handshakes refused", ["reason"])
 FAILED = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")

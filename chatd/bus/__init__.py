@@ -37,3 +37,11 @@ class Bus(Protocol):
         """Never waits: called by the writer after each commit."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+
+def give_to(receiver: Receiver, group: Group) -> None:
+    """Members first: a message of the same group shall not reach who was removed by it."""
+    for member in group.members:
+        receiver.member(member)
+    if group.changes:
+        receiver.changes(group.changes)

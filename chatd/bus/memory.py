@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from chatd.bus import Receiver
+from chatd.bus import Receiver, give_to
 from chatd.model import Group
 
 
@@ -19,11 +19,3 @@ class MemoryBus:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
-
-
-def give_to(receiver: Receiver, group: Group) -> None:
-    """Members first: a message of the same group shall not reach who was removed by it."""
-    for member in group.members:
-        receiver.member(member)
-    if group.changes:
-        receiver.changes(group.changes)

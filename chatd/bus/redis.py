@@ -12,6 +12,7 @@ what it did not take stays in the outbox until it does.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,8 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chatd import metrics
-from chatd.bus import Receiver, payloads
-from chatd.bus.memory import give_to
+from chatd.bus import Receiver, give_to, payloads
 from chatd.config import Redis
 from chatd.errors import ChatError
 from chatd.limits import MAX_ID
@@ -36,7 +36,7 @@ STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 
 QUEUE = 20_000  # changes that may wait for Redis; the outbox has what does not fit
 PIPELINE = 1000  # changes in one round trip
-SIGNALS_KEPT = 10_000
+SIGNALS_KEPT = 10_000  # changes of members that wait for Redis, some 100 bytes each
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
 SOCKET_TIMEOUT = 2.0  # seconds
@@ -145,7 +145,13 @@ class RedisBus:
         if self._links[name] is up:
             return
         self._links[name] = up
-        log.log(20 if up else 30, "redis_link", link=name, up=up, **({"error": reason} if reason else {}))
+        log.log(
+            logging.INFO if up else logging.WARNING,
+            "redis_link",
+            link=name,
+            up=up,
+            **({"error": reason} if reason else {}),
+        )
         before, self.up = self.up, all(self._links.values())
         metrics.REDIS_UP.set(self.up)
         if before is not self.up or not up:
