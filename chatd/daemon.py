@@ -82,9 +82,9 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await stop.wait()
         log.info("stopping", connections=len(hub.connections))
         systemd.stopping("draining")
-        _end_anyhow_after(config.server.drain_window + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
-        api_stop.set()
-        await hub.drain(config.server.drain_window)
+        _end_anyhow_after(hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
+        await hub.drain()
+        api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
         with trio.move_on_after(API_GRACE):
             await api_served.wait()
         await _flush(writer)

@@ -47,6 +47,8 @@ _EXPECTED = (
     UnicodeError,
 )
 
+_PING_EVENT = text_frame(b'{"event":"ping"}')
+
 log = structlog.get_logger()
 _refusals = TokenBucket(rate=1, burst=10, now=0)  # lines in the log
 
@@ -195,6 +197,11 @@ class Connection:
 
     # For the session and the hub: synchronous.
 
+    def tell(self, frame: bytes) -> None:
+        """An event of the server's own, which a flat client knows nothing of."""
+        if not self._flat:
+            self.push(frame)
+
     def close_soon(self, code: Close, reason: str) -> None:
         if self._goodbye is None:
             self._goodbye = (code, reason)
@@ -221,7 +228,7 @@ class Connection:
                 self._outbox.expect_pong(PING_FRAME)
                 self.push(PING_FRAME)
             else:
-                self.push(text_frame(b'{"event":"ping"}'))
+                self.push(_PING_EVENT)
 
 
 def _innermost(error: BaseException) -> str:

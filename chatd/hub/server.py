@@ -6,6 +6,7 @@ A connection serves itself (`connection.serve`); who may come in is the registry
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import trio
 
@@ -19,9 +20,11 @@ from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
 from chatd.hub.services import Services
+from chatd.protocol import event, text_frame
 
 TICK = 1.0  # seconds between looks at all connections
 YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms
+DRAIN_RATE = 5000  # goodbyes a second at most: each is a login that another node, or this one, has to serve
 DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 
 
@@ -29,7 +32,7 @@ class Hub:
     def __init__(self, config: Config, chat: Chat, rooms: Rooms, fanout: Fanout) -> None:
         self._registry = Registry(config)
         self._services = Services(config, chat, rooms, fanout, self._registry)
-        self._hub = config.hub
+        self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}
         self._accepting = trio.CancelScope()
 
@@ -49,20 +52,38 @@ class Hub:
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         await connection.serve(self._services, stream, self.connections)
 
-    async def drain(self, window: float) -> None:
-        """Stop accepting and send everybody away, each at a random moment of the window (seconds)."""
+    def drain_window(self) -> float:
+        """Seconds over which `drain` spreads the goodbyes: as configured, longer for very many."""
+        return max(self._drain_window, len(self.connections) / DRAIN_RATE)
+
+    async def drain(self) -> None:
+        """Stop accepting, ask everybody to move, and send away who is still here at a random moment each."""
         self._registry.closed = True
         self._accepting.cancel()
-        started = trio.current_time()
+        started, window = trio.current_time(), self.drain_window()
         with trio.move_on_after(window + DRAIN_GRACE):
-            moments = sorted(started + random.uniform(0, window) for _ in self.connections)
-            for moment, one in zip(moments, list(self.connections), strict=True):
+            leaving = list(self.connections)
+            moments = sorted(started + random.uniform(0, window) for _ in leaving)
+            await self._ask_to_reconnect(leaving, window)
+            for moment, one in zip(moments, leaving, strict=True):
                 await trio.sleep_until(moment)
                 one.close_soon(Close.RESTART, "the server restarts")
             while self.connections:
                 for one in list(self.connections):  # a handshake may have been on its way
                     one.close_soon(Close.RESTART, "the server restarts")
                 await trio.sleep(0.02)
+
+    @staticmethod
+    async def _ask_to_reconnect(connections: Sequence[Connection], window: float) -> None:
+        """Who has another node to go to can be there before this one says goodbye."""
+        milliseconds = round(window * 1000)
+        frame = text_frame(
+            event("reconnect", reason="restart", delay=[0, milliseconds], deadline_ms=milliseconds)
+        )
+        for count, one in enumerate(connections, 1):
+            one.tell(frame)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
 
     async def _heartbeat(self) -> None:
         interval, timeout = self._hub.ping_interval, self._hub.ping_timeout

@@ -28,14 +28,16 @@ def _count(rows: Select[Any]) -> Select[Any]:
 
 PING = select(1)
 
-CONVERSATION = select(conversations).where(conversations.c.id == _one("conversation_id"))
-
 HEADS = select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version).where(
     conversations.c.id.in_(_several("conversation_ids"))
 )
 
 STATES = select(members.c.user_id, members.c.state).where(
     members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
+)
+
+STATES_OF_USER = select(members.c.conversation_id, members.c.state).where(
+    members.c.user_id == _one("user_id"), members.c.conversation_id.in_(_several("conversation_ids"))
 )
 
 # The log, with the messages as they are now.
@@ -52,31 +54,52 @@ NEWEST_MESSAGES = _page.order_by(messages.c.id.desc()).limit(_one("most"))
 MESSAGES_BEFORE = NEWEST_MESSAGES.where(messages.c.id < _one("before"))
 MESSAGES_AFTER = _page.where(messages.c.id > _one("after")).order_by(messages.c.id).limit(_one("most"))
 
+# Of several conversations at once: a client that comes back to hundreds of rooms costs as many queries as one
+# that comes back to one.
 CURSORS = (
-    select(reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
-    .where(reads.c.conversation_id == _one("conversation_id"))
-    .order_by(reads.c.user_id)
+    select(reads.c.conversation_id, reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
+    .where(reads.c.conversation_id.in_(_several("conversation_ids")))
+    .order_by(reads.c.conversation_id, reads.c.user_id)
 )
-CURSOR_OF_USER = CURSORS.where(reads.c.user_id == _one("user_id"))
 
 # Counted up to `most`, and looked for no further than this: a room of a million messages costs no more.
 UNREAD_SCAN = 10_000
 _newer = (
     select(messages.c.user_id, messages.c.deleted_at)
-    .where(messages.c.chat_conversation_id == _one("conversation_id"), messages.c.id > _one("read"))
+    .where(
+        messages.c.chat_conversation_id == conversations.c.id,
+        messages.c.id > func.coalesce(reads.c.read_id, 0),
+    )
     .order_by(messages.c.id.desc())
     .limit(UNREAD_SCAN)
+    .correlate(conversations, reads)
     .subquery()
 )
-UNREAD = _count(
+_unread = _count(
     select(_newer.c.user_id)
     .where(_newer.c.user_id != _one("user_id"), _newer.c.deleted_at.is_(None))
     .limit(_one("most"))
 )
-MEMBER_COUNT = _count(
+_members = _count(
     select(members.c.user_id)
-    .where(members.c.conversation_id == _one("conversation_id"), members.c.state == State.ACTIVE.value)
-    .limit(_one("most"))
+    .where(members.c.conversation_id == conversations.c.id, members.c.state == State.ACTIVE.value)
+    .limit(_one("members_detail") + 1)
+    .correlate(conversations)
+)
+# Where they stand, and where one user stands in them. `members` counts no further than it matters.
+ROOMS = (
+    select(
+        conversations.c.id,
+        conversations.c.last_seq,
+        conversations.c.low_seq,
+        conversations.c.members_version,
+        func.coalesce(reads.c.read_id, 0).label("read_id"),
+        func.coalesce(reads.c.delivered_id, 0).label("delivered_id"),
+        _unread.scalar_subquery().label("unread"),
+        _members.scalar_subquery().label("members"),
+    )
+    .outerjoin(reads, (reads.c.conversation_id == conversations.c.id) & (reads.c.user_id == _one("user_id")))
+    .where(conversations.c.id.in_(_several("conversation_ids")))
 )
 
 STANDINGS = select(users).where(users.c.user_id.in_(_several("user_ids")))

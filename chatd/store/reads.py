@@ -5,7 +5,7 @@ Plain functions of a connection, run by `Reader` in threads; each call is one sn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -115,20 +115,11 @@ def snapshot(
     members_detail: int,
 ) -> Snapshot:
     """Raises NotFound where the user may not look. `entitled`: enough unless a row says otherwise."""
-    row = connection.execute(queries.CONVERSATION, {"conversation_id": conversation_id}).mappings().first()
-    check_rights(connection, conversation_id, user_id, entitled)
-    head, version, low = (row["last_seq"], row["members_version"], row["low_seq"]) if row else (0, 0, 0)
-    changes, recovered, has_more = _missed(connection, conversation_id, after, head, low, same_epoch)
-    return Snapshot(
-        conversation_id=conversation_id,
-        seq=head,
-        members_version=version,
-        recovered=recovered,
-        changes=changes,
-        has_more=has_more,
-        unread=_unread(connection, conversation_id, user_id),
-        receipts=_receipts(connection, conversation_id, user_id, members_detail),
-    )
+    rooms = [(conversation_id, after, entitled)]
+    found = snapshots(connection, user_id, rooms, same_epoch, members_detail)[conversation_id]
+    if isinstance(found, NotFound):
+        raise found
+    return found
 
 
 def snapshots(
@@ -139,17 +130,65 @@ def snapshots(
     members_detail: int,
 ) -> dict[int, Snapshot | NotFound]:
     """Several conversations, as of one moment; `rooms` are (conversation_id, after, entitled)."""
+    asked = {"user_id": user_id, "conversation_ids": [id for id, _, _ in rooms]}
+    states = {id: State(state) for id, state in connection.execute(queries.STATES_OF_USER, asked)}
+    allowed = [id for id, _, entitled in rooms if _may(states.get(id), entitled)]
+    standing = _rooms(connection, user_id, allowed, members_detail)
+    receipts = _receipts(connection, user_id, standing.values(), members_detail)
     found: dict[int, Snapshot | NotFound] = {}
     space = limits.READY_BYTES
-    for conversation_id, after, entitled in rooms:
-        try:
-            one = snapshot(connection, user_id, entitled, conversation_id, after, same_epoch, members_detail)
-        except NotFound as error:
-            found[conversation_id] = error
+    for id, after, entitled in rooms:
+        if not _may(states.get(id), entitled):
+            found[id] = NotFound(field="conversation_id")
             continue
-        found[conversation_id] = one if one.size <= space else without_messages(one)
+        room = standing.get(id) or _Standing(id)
+        one = _snapshot(connection, room, after, same_epoch, receipts.get(id, []))
+        found[id] = one if one.size <= space else without_messages(one)
         space -= min(one.size, space)
     return found
+
+
+class _Standing(Struct, frozen=True):
+    """A row of `ROOMS`. The defaults are those of a room that nobody has written to yet."""
+
+    id: int
+    last_seq: int = 0
+    low_seq: int = 0
+    members_version: int = 0
+    read_id: int = 0
+    delivered_id: int = 0
+    unread: int = 0
+    members: int = 0
+
+
+def _rooms(
+    connection: Connection, user_id: int, conversation_ids: Sequence[int], members_detail: int
+) -> dict[int, _Standing]:
+    asked = {
+        "user_id": user_id,
+        "conversation_ids": conversation_ids,
+        "most": limits.UNREAD_MAX,
+        "members_detail": members_detail,
+    }
+    return {row.id: _Standing(*row) for row in connection.execute(queries.ROOMS, asked)}
+
+
+def _snapshot(
+    connection: Connection, room: _Standing, after: int | None, same_epoch: bool, receipts: list[Cursor]
+) -> Snapshot:
+    changes, recovered, has_more = _missed(
+        connection, room.id, after, room.last_seq, room.low_seq, same_epoch
+    )
+    return Snapshot(
+        conversation_id=room.id,
+        seq=room.last_seq,
+        members_version=room.members_version,
+        recovered=recovered,
+        changes=changes,
+        has_more=has_more,
+        unread=room.unread,
+        receipts=receipts,
+    )
 
 
 def without_messages(snapshot: Snapshot) -> Snapshot:
@@ -161,7 +200,7 @@ def _missed(
     connection: Connection, conversation_id: int, after: int | None, head: int, low: int, same_epoch: bool
 ) -> tuple[list[bytes], bool, bool]:
     """(changes, recovered, has_more)"""
-    if after is None:
+    if after is None or (same_epoch and after == head):
         return [], True, False
     if same_epoch and low <= after <= head and head - after <= limits.REPLAY_CHANGES:
         changes, complete = changes_after(connection, conversation_id, after)
@@ -232,9 +271,12 @@ def history_for(
 
 def check_rights(connection: Connection, conversation_id: int, user_id: int, entitled: bool) -> None:
     """A row decides; without one the token or an open deployment does."""
-    state = states(connection, conversation_id, [user_id]).get(user_id)
-    if not (state == State.ACTIVE if state else entitled):
+    if not _may(states(connection, conversation_id, [user_id]).get(user_id), entitled):
         raise NotFound(field="conversation_id")
+
+
+def _may(state: State | None, entitled: bool) -> bool:
+    return state is State.ACTIVE if state else entitled
 
 
 def states(connection: Connection, conversation_id: int, user_ids: Sequence[int]) -> dict[int, State]:
@@ -265,14 +307,17 @@ def conversations_of(connection: Connection, user_id: int, most: int) -> list[in
     return list(connection.scalars(queries.CONVERSATIONS_OF_USER, {"user_id": user_id, "most": most}))
 
 
-def _unread(connection: Connection, conversation_id: int, user_id: int) -> int:
-    asked = {"conversation_id": conversation_id, "user_id": user_id, "most": limits.UNREAD_MAX}
-    cursor = connection.execute(queries.CURSOR_OF_USER, asked).first()
-    return connection.scalar(queries.UNREAD, asked | {"read": cursor.read_id if cursor else 0}) or 0
-
-
-def _receipts(connection: Connection, conversation_id: int, user_id: int, members_detail: int) -> list[Cursor]:
-    asked = {"conversation_id": conversation_id, "user_id": user_id, "most": members_detail + 1}
-    crowded = members_detail and (connection.scalar(queries.MEMBER_COUNT, asked) or 0) > members_detail
-    query = queries.CURSOR_OF_USER if crowded else queries.CURSORS
-    return [Cursor(*row) for row in connection.execute(query, asked)]
+def _receipts(
+    connection: Connection, user_id: int, rooms: Iterable[_Standing], members_detail: int
+) -> dict[int, list[Cursor]]:
+    """By conversation. In a crowded one only the user's own: those of all would be most of the answer."""
+    found: dict[int, list[Cursor]] = {}
+    quiet = []
+    for room in rooms:
+        if not members_detail or room.members <= members_detail:
+            quiet.append(room.id)
+        elif room.read_id or room.delivered_id:
+            found[room.id] = [Cursor(user_id, room.read_id, room.delivered_id)]
+    for id, *cursor in connection.execute(queries.CURSORS, {"conversation_ids": quiet}) if quiet else ():
+        found.setdefault(id, []).append(Cursor(*cursor))
+    return found
