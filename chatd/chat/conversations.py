@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from chatd.config import Limits, Rooms
 from chatd.errors import NotFound
+from chatd.limits import INBOX_ROOMS
 from chatd.model import Identity
 from chatd.store import reads
 from chatd.store.commands import Rights
@@ -17,7 +18,6 @@ class Conversations:
         self._read, self.epoch = read, epoch
         self._open = rooms.access == "open"
         self._members_detail = config.members_detail
-        self._rooms_per_connection = config.rooms_per_connection
 
     def entitled(self, identity: Identity, conversation_id: int) -> bool:
         """Whether the user may enter if no row of `chat_members` says otherwise."""
@@ -49,5 +49,5 @@ class Conversations:
         return await self._read(reads.snapshots, identity.user_id, wanted, same_epoch, self._members_detail)
 
     async def inbox(self, identity: Identity) -> list[int]:
-        """The user's conversations, the most recently active first, as many as one connection may be in."""
-        return await self._read(reads.conversations_of, identity.user_id, self._rooms_per_connection)
+        """The user's conversations, the most recently active first."""
+        return await self._read(reads.conversations_of, identity.user_id, INBOX_ROOMS)

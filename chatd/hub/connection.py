@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, urlsplit
 
 import structlog
@@ -158,11 +159,12 @@ class Connection:
 
     def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
         self._ws, self._outbox, self.nursery, self._flat = ws, outbox, nursery, flat
-        self.push = outbox.push  # called for each delivery, so nothing stands between
+        self.push, self.offer = outbox.push, outbox.offer  # called for each delivery, so nothing stands between
         self._goodbye: tuple[Close, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
         self._pinged_at = 0.0
+        self._one_answer = trio.Lock()
         self.name = secrets.token_hex(8)
 
     async def run(self, session: Session) -> None:
@@ -182,6 +184,13 @@ class Connection:
             message = await self._ws.get_message()
             self._outbox.message_finished()
             yield message
+
+    @asynccontextmanager
+    async def unhurried(self) -> AsyncIterator[None]:
+        """A block for a long answer. A client that asked for thirty pages of history is no slow reader."""
+        async with self._one_answer:
+            await self._outbox.uncongested()
+            yield
 
     async def _say_goodbye(self) -> None:
         code: int

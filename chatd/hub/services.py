@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,12 +26,18 @@ class Services:
 
 
 class Line(Protocol):
-    """A session's connection, as the session sees it. Nothing here waits."""
+    """A session's connection, as the session sees it. Nothing here waits but `unhurried`."""
 
     name: str
     nursery: trio.Nursery  # ends with the connection
 
     def push(self, frames: bytes) -> None: ...
+    def offer(self, frames: bytes) -> None:
+        """Push what may be left out, for a peer that reads too slowly."""
+
+    def unhurried(self) -> AbstractAsyncContextManager[None]:
+        """A block for a long answer: one at a time, and not before the peer has read most of what it has."""
+
     def close_soon(self, code: Close, reason: str) -> None: ...
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
         """Say this goodbye at a moment of trio's clock, unless told otherwise before."""

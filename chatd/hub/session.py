@@ -186,12 +186,11 @@ class Session:
             return
         if first:
             log.info("authenticated", user_id=self.user_id)
-        if command.rooms == "*":
-            wanted = dict.fromkeys(await self._chat.conversations.inbox(identity))
-        else:
-            wanted = command.rooms or {}
         ready = {"user_id": self.user_id, "session": self._line.name, "expires_in": _seconds_left(identity)}
-        await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
+        if command.rooms == "*":
+            await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
+        else:
+            await self._rooms.enter_all(command.rooms or {}, command.epoch, command.ref, **ready)
 
     async def _sign_in(self, token: str, ref: Any) -> Identity | None:
         if self.identity is None:
@@ -237,15 +236,16 @@ class Session:
         await self._rooms.enter(subscription, command.after, command.epoch, command.ref)
 
     async def _history(self, command: protocol.History, identity: Identity) -> None:
-        page = await self._chat.messages.history_for(
-            identity.user_id,
-            self._chat.conversations.entitled(identity, command.conversation_id),
-            command.conversation_id,
-            command.before,
-            command.after,
-            command.limit,
-        )
-        self._push(event("history", command.ref, messages=page.messages, has_more=page.has_more))
+        async with self._line.unhurried():
+            page = await self._chat.messages.history_for(
+                identity.user_id,
+                self._chat.conversations.entitled(identity, command.conversation_id),
+                command.conversation_id,
+                command.before,
+                command.after,
+                command.limit,
+            )
+            self._push(event("history", command.ref, messages=page.messages, has_more=page.has_more))
 
     # Writing.
 

@@ -30,11 +30,11 @@ class Subscriptions:
 
     def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
         self._services, self._line, self.flat = services, line, flat
-        self.push = line.push  # nothing stands between a room and the line: it is called for each delivery
+        # Nothing stands between a room and the line: these are called for each delivery.
+        self.push, self.offer = line.push, line.offer
         self._conversations = services.chat.conversations
         self._most = services.config.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
-        self._one_snapshot = trio.Lock()  # a client with 200 rooms has them read one after the other
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -87,7 +87,7 @@ class Subscriptions:
 
     async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
         """Read the snapshot and answer. Raises NotFound or Unavailable, and has left the room then."""
-        async with self._one_snapshot:
+        async with self._line.unhurried():
             try:
                 snapshot = await self._snapshot(subscription, after, epoch)
             except BaseException:
@@ -97,6 +97,13 @@ class Subscriptions:
             self._tell(event("subscribed", ref, **self._answer(snapshot)))
             self._settle(subscription, snapshot)
 
+    async def enter_inbox(self, epoch: str | None, ref: Any, **ready: Any) -> None:
+        """Enter all of the user's conversations, heads only. Others may be entered beside them."""
+        assert self.identity is not None
+        inbox = await self._conversations.inbox(self.identity)
+        self._most += len(set(inbox) - {one.conversation_id for one in self._rooms})
+        await self.enter_all(dict.fromkeys(inbox), epoch, ref, **ready)
+
     async def enter_all(
         self, wanted: Mapping[int, int | None], epoch: str | None, ref: Any, **ready: Any
     ) -> None:
@@ -105,7 +112,7 @@ class Subscriptions:
         if len(wanted.keys() | {one.conversation_id for one in self._rooms}) > self._most:
             raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
         joined = {conversation_id: self.join(conversation_id) for conversation_id in wanted}
-        async with self._one_snapshot:
+        async with self._line.unhurried():
             for subscription in joined.values():
                 subscription.hold()
             try:
@@ -152,7 +159,7 @@ class Subscriptions:
                     self.dropped(subscription)
 
     async def _read_anew(self, subscription: Subscription) -> None:
-        async with self._one_snapshot:
+        async with self._line.unhurried():
             snapshot = await self._snapshot(subscription, subscription.cursor, None)
             self._tell(event("subscribed", **self._answer(snapshot)))
             self._catch_up_flat(snapshot)

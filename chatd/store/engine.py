@@ -11,6 +11,7 @@ import msgspec
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from chatd import metrics
 from chatd.errors import ConfigError
 
 # A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
@@ -41,7 +42,7 @@ def is_sqlite(engine: Engine) -> bool:
 
 def writing_engine(url: str) -> Engine:
     """Two connections: the writer's, and one for the outbox and for housekeeping."""
-    engine = _engine(url, pool_size=2, isolation="READ COMMITTED")
+    engine = _engine(url, name="write", pool_size=2, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")
@@ -50,13 +51,20 @@ def writing_engine(url: str) -> Engine:
 
 def reading_engine(url: str, readers: int) -> Engine:
     """Every transaction is one snapshot: rights, head and missed changes belong together."""
-    engine = _engine(url, pool_size=readers, isolation="REPEATABLE READ")
+    engine = _engine(url, name="read", pool_size=readers, isolation="REPEATABLE READ")
     if is_sqlite(engine):
         _begin_with(engine, "BEGIN")
     return engine
 
 
-def _engine(url: str, *, pool_size: int, isolation: str) -> Engine:
+def _engine(url: str, *, name: str, pool_size: int, isolation: str) -> Engine:
+    engine = _create(url, pool_size, isolation)
+    count = metrics.STATEMENTS.labels(name).inc
+    event.listen(engine, "before_cursor_execute", lambda *_: count())
+    return engine
+
+
+def _create(url: str, pool_size: int, isolation: str) -> Engine:
     parsed = _parse(url)
     common: dict[str, Any] = {
         "pool_size": pool_size,

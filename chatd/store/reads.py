@@ -23,6 +23,7 @@ from chatd.protocol import change_payload
 from chatd.store import queries
 from chatd.store.rows import message
 
+ROOM_BYTES, RECEIPT_BYTES = 200, 50  # what a room and a receipt take of an answer, without messages
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
 
 T = TypeVar("T")
@@ -52,7 +53,8 @@ class Snapshot(Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.changes))
+        """Bytes on the wire, about."""
+        return ROOM_BYTES + sum(map(len, self.changes)) + RECEIPT_BYTES * len(self.receipts)
 
 
 class Heads(Struct, frozen=True):
@@ -143,8 +145,10 @@ def snapshots(
             continue
         room = standing.get(id) or _Standing(id)
         one = _snapshot(connection, room, after, same_epoch, receipts.get(id, []))
-        found[id] = one if one.size <= space else without_messages(one)
-        space -= min(one.size, space)
+        if one.size > space:
+            one = _reduced(one, user_id)
+        found[id] = one
+        space -= one.size
     return found
 
 
@@ -176,9 +180,7 @@ def _rooms(
 def _snapshot(
     connection: Connection, room: _Standing, after: int | None, same_epoch: bool, receipts: list[Cursor]
 ) -> Snapshot:
-    changes, recovered, has_more = _missed(
-        connection, room.id, after, room.last_seq, room.low_seq, same_epoch
-    )
+    changes, recovered, has_more = _missed(connection, room.id, after, room.last_seq, room.low_seq, same_epoch)
     return Snapshot(
         conversation_id=room.id,
         seq=room.last_seq,
@@ -191,9 +193,15 @@ def _snapshot(
     )
 
 
-def without_messages(snapshot: Snapshot) -> Snapshot:
-    """What is left of a snapshot whose messages do not fit into an answer."""
-    return msgspec.structs.replace(snapshot, recovered=False, changes=[], has_more=snapshot.seq > 0)
+def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
+    """What is left of a snapshot that does not fit into an answer: no messages, and nobody else's receipts."""
+    return msgspec.structs.replace(
+        snapshot,
+        recovered=snapshot.recovered and not snapshot.changes,
+        changes=[],
+        has_more=bool(snapshot.changes) or snapshot.has_more,
+        receipts=[cursor for cursor in snapshot.receipts if cursor.user_id == user_id],
+    )
 
 
 def _missed(
