@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence, Set
-from contextlib import suppress
 
 import structlog
 import trio
@@ -28,7 +27,6 @@ SIGNAL_BYTES = 256  # what a signal counts for
 # Bytes of one room at once. More would overrun the outbox of a client that does read: it is told to page back.
 BURST_BYTES = READY_BYTES
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
-RIGHTS_WAIT = 0.5  # seconds; who is in a room is asked before a change that comes after a removal
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 RETRY = 1.0  # seconds between attempts while the database does not answer
 SWEEP = 10.0  # seconds between sweeps, and
@@ -38,12 +36,13 @@ SWEEP_ROOMS = 500  # rooms in one query
 log = structlog.get_logger()
 
 
-class Foreign(Struct):
-    """A payload of somebody else, for a room: no seq, not stored."""
+class Announcement(Struct):
+    """Something for a room that has no seq and is not stored: a foreign payload, say."""
 
     conversation_id: int
     frame: bytes
     flat: bool  # whether a listener that knows nothing but messages gets it
+    ephemeral: bool = False  # whether who reads too slowly does without
 
 
 class Repaired(Struct):
@@ -52,6 +51,13 @@ class Repaired(Struct):
     room: Room
     changes: list[Change]
     early: set[int]
+
+
+class Checked(Struct):
+    """Who is in a room was held against the database after these seqs were known of."""
+
+    room: Room
+    seqs: set[int]
 
 
 class StartOver(Struct):
@@ -67,7 +73,7 @@ class Kick(Struct):
     room: Room
 
 
-Item = Change | MemberChange | Foreign | Repaired | StartOver | Kick
+Item = Change | MemberChange | Announcement | Repaired | Checked | StartOver | Kick
 
 
 class Fanout:
@@ -110,7 +116,8 @@ class Fanout:
         if self._queued + len(frame) > QUEUE_BYTES:
             return  # not stored anywhere: there is nothing to repair it from
         self._queued += len(frame)
-        self._put(Foreign(conversation_id, frame, name == "message"))
+        is_message = name == "message"
+        self._put(Announcement(conversation_id, frame, flat=is_message, ephemeral=not is_message))
 
     def links(self, up: bool) -> None:
         self._up = up
@@ -128,7 +135,7 @@ class Fanout:
     def opened(self, room: Room, head: int, members_version: int) -> None:
         """A session has read a snapshot of a room that it is in."""
         room.open(head, members_version)
-        if room.behind:
+        if room.behind or room.in_doubt:
             self._put(Kick(room))
 
     def _put(self, item: Item) -> None:
@@ -162,11 +169,15 @@ class Fanout:
                 case MemberChange():
                     self._queued -= SIGNAL_BYTES
                     await self._tell_members(item)
-                case Foreign():
+                case Announcement():
                     self._queued -= len(item.frame)
                     await self._announce(item)
                 case Repaired(room, changes, early):
                     await self._repaired(room, changes, early)
+                case Checked(room, seqs):
+                    room.checking = False
+                    room.clear_doubt(seqs)
+                    await self._advance(room, [])
                 case StartOver(room, head):
                     await self._start_over(room, head)
                 case Kick(room):
@@ -182,20 +193,15 @@ class Fanout:
     async def _advance(self, room: Room, changes: Sequence[Change], unreal: Set[int] = frozenset()) -> None:
         ready = room.accept(changes)
         room.forget(unreal)
-        if room.members_version is not None and any(c.members_version > room.members_version for c in ready):
-            await self._check_rights_before(room)
         if sum(len(change.payload) for change in ready) > BURST_BYTES:
             await self._to_all(room, restart)
         else:
             for piece in pieces(ready):
                 await self._push(room, piece)
-        if room.behind:
+        if room.in_doubt:
+            self._check_soon(room)
+        elif room.behind:
             self._repair_soon(room, HOLE_WAIT if self._up and not room.stale else 0)
-
-    async def _check_rights_before(self, room: Room) -> None:
-        """Somebody was removed and we were not told. Everybody waits for this, so it may not take long."""
-        with trio.move_on_after(RIGHTS_WAIT), suppress(Unavailable):  # the sweep asks again
-            await self.check_rights(room)
 
     async def _push(self, room: Room, piece: Piece) -> None:
         delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
@@ -212,9 +218,13 @@ class Fanout:
                 await trio.lowlevel.checkpoint()
         return yes
 
-    async def _announce(self, item: Foreign) -> None:
+    async def _announce(self, item: Announcement) -> None:
         def announce(subscription: Subscription) -> None:
-            if item.flat or not subscription.listener.flat:
+            if not item.flat and subscription.listener.flat:
+                return
+            if item.ephemeral:
+                subscription.offer(item.frame)
+            else:
                 subscription.announce(item.frame)
 
         if room := self._rooms.get(item.conversation_id):
@@ -243,7 +253,26 @@ class Fanout:
             change="added" if active else "removed",
             **fields,
         )
-        await self._announce(Foreign(change.conversation_id, text_frame(payload), flat=False))
+        await self._announce(Announcement(change.conversation_id, text_frame(payload), flat=False))
+
+    # Doubt: somebody was removed, and we were not told. The room waits for the database, the others do not.
+
+    def _check_soon(self, room: Room) -> None:
+        if not room.checking:
+            room.checking = True
+            self._nursery.start_soon(self._check, room)
+
+    async def _check(self, room: Room) -> None:
+        while room.in_doubt and self._rooms.get(room.conversation_id) is room:
+            seqs = set(room.ahead)
+            try:
+                await self.check_rights(room)
+            except Unavailable:
+                await trio.sleep(RETRY)
+            else:
+                self._put(Checked(room, seqs))
+                return
+        room.checking = False
 
     # Repair.
 
@@ -277,7 +306,7 @@ class Fanout:
     async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
         room.repairing = False
         # What is still early was never committed, whoever put it on the stream: the database does not know it.
-        await self._advance(room, changes, unreal=early)
+        await self._advance(room, changes, unreal=early - {change.seq for change in changes})
 
     async def _start_over(self, room: Room, head: int) -> None:
         """Each subscription reads the room anew, as if it had asked."""

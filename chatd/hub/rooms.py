@@ -13,10 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+from msgspec.structs import replace
+
 from chatd.model import Change, Kind
 from chatd.protocol import text_frame
 
-AHEAD_CHANGES = 1000  # changes a room holds while a hole before them is being read
+# What a room holds while a hole before it, or who may hear it, is being read: changes, and bytes of them.
+AHEAD_CHANGES = 1000
+AHEAD_BYTES = 1024 * 1024
 BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is being read
 PIECE_BYTES = 64 * 1024  # frames joined into one write
 
@@ -28,6 +32,9 @@ class Listener(Protocol):
     flat: bool
 
     def push(self, frames: bytes) -> None: ...
+    def offer(self, frames: bytes) -> None:
+        """Push what may be left out."""
+
     def resync(self, subscription: Subscription) -> None:
         """Read the room anew for this subscription and answer unasked."""
 
@@ -151,6 +158,11 @@ class Subscription:
         else:
             self.listener.push(frame)
 
+    def offer(self, frame: bytes) -> None:
+        """Something that is worth nothing later: who is not live, or reads too slowly, does without."""
+        if self.joined and self._buffer is None:
+            self.listener.offer(frame)
+
     def _advance(self, piece: Piece) -> bytes:
         if piece.last <= self.cursor:
             return b""
@@ -175,24 +187,30 @@ class Subscription:
 
 class Room:
     __slots__ = (
-        *("ahead", "conversation_id", "head", "members_version", "opened_at", "repairing", "stale"),
-        "subscriptions",
+        *("_ahead_bytes", "ahead", "checking", "conversation_id", "head", "members_version", "opened_at"),
+        *("repairing", "stale", "subscriptions"),
     )
 
     def __init__(self, conversation_id: int) -> None:
         self.conversation_id = conversation_id
         self.head: int | None = None  # None until a first snapshot says it
         self.opened_at: int | None = None  # what it said
-        self.members_version: int | None = None
+        self.members_version: int | None = None  # everybody here was held against it, or a later one
         self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
-        self.ahead: dict[int, Change] = {}  # changes past a hole, by seq
+        self.ahead: dict[int, Change] = {}  # changes past a hole or in doubt, by seq
+        self._ahead_bytes = 0
         self.stale = False  # changes were dropped: only the database knows which
-        self.repairing = False
+        self.repairing = self.checking = False  # somebody reads what is missing, or who may be here
 
     @property
     def behind(self) -> bool:
         """Something is known to be missing. Not before the first snapshot: that reads everything."""
-        return self.head is not None and (self.stale or bool(self.ahead))
+        return self.head is not None and (self.stale or bool(self.ahead)) and not self.in_doubt
+
+    @property
+    def in_doubt(self) -> bool:
+        """The next change is there, but who may hear it is not known."""
+        return self.head is not None and self.head + 1 in self.ahead
 
     def open(self, head: int, members_version: int) -> None:
         """A snapshot says where the conversation stands. The lowest version makes the sweep look again."""
@@ -203,29 +221,53 @@ class Room:
             self.members_version = members_version
 
     def accept(self, changes: Sequence[Change]) -> list[Change]:
-        """Advance the head over what follows it without a hole; returns that, in order. Old is dropped."""
+        """Advance the head over what follows it without a hole or a doubt; returns that, in order.
+
+        Old is dropped. What cannot be kept is read again later.
+        """
         for change in changes:
             if self.head is None or change.seq > self.head:
+                self.forget([change.seq])  # what the database says replaces what others claimed
                 self.ahead[change.seq] = change
-        if len(self.ahead) > AHEAD_CHANGES and (self.head is None or self.head + 1 not in self.ahead):
-            self.ahead.clear()
-            self.stale = True
+                self._ahead_bytes += len(change.payload)
         ready: list[Change] = []
-        if self.head is not None:
-            while self.head + 1 in self.ahead:
-                self.head += 1
-                ready.append(self.ahead.pop(self.head))
+        while following := self._next():
+            ready.append(following)
+        if len(self.ahead) > AHEAD_CHANGES or self._ahead_bytes > AHEAD_BYTES:
+            self._drop_ahead()
+            self.stale = True
         return ready
+
+    def _next(self) -> Change | None:
+        if self.head is None:
+            return None
+        change = self.ahead.get(self.head + 1)
+        if change is None or change.members_version > (self.members_version or 0):
+            return None
+        self.head += 1
+        self._ahead_bytes -= len(change.payload)
+        return self.ahead.pop(self.head)
+
+    def clear_doubt(self, seqs: Iterable[int]) -> None:
+        """Everybody here was held against the database after these had been committed."""
+        for seq in seqs:
+            if change := self.ahead.get(seq):
+                self.ahead[seq] = replace(change, members_version=0)
 
     def forget(self, seqs: Iterable[int]) -> None:
         """Do not wait any more for the hole before these."""
         for seq in seqs:
-            self.ahead.pop(seq, None)
+            if change := self.ahead.pop(seq, None):
+                self._ahead_bytes -= len(change.payload)
 
     def skip_to(self, head: int) -> None:
         """Go on from `head`; what lies before is read by each subscription on its own."""
         self.head = max(head, self.head or 0)
-        self.ahead = {seq: change for seq, change in self.ahead.items() if seq > self.head}
+        self.forget([seq for seq in self.ahead if seq <= self.head])
+
+    def _drop_ahead(self) -> None:
+        self.ahead.clear()
+        self._ahead_bytes = 0
 
 
 class Rooms:
