@@ -14,33 +14,41 @@ from chatd.bus import Bus
 from chatd.errors import Unavailable
 from chatd.store import reads
 from chatd.store.reads import Reader
+from chatd.store.writer import Writer
 
 REMEMBER = 1.0  # seconds that a look at the database serves all who ask
 DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
 
 
 class Health:
-    def __init__(self, read: Reader, bus: Bus, stopping: trio.Event, *, redis: bool) -> None:
+    def __init__(self, read: Reader, writer: Writer, bus: Bus, stopping: trio.Event, *, redis: bool) -> None:
         """`redis`: whether the bus is one that can be down."""
-        self._read, self._bus, self._stopping, self._redis = read, bus, stopping, redis
-        self._database = True
+        self._read, self._writer, self._bus = read, writer, bus
+        self._stopping, self._redis = stopping, redis
+        self._answered = True
         self._looked = -REMEMBER
 
     async def report(self) -> tuple[int, dict[str, Any]]:
         """Without Redis posts succeed and this node's clients are served: degraded, but ready."""
-        database = await self._database_answers()
-        checks = {"database": "ok" if database else "down"}
+        database = await self._database_state()
+        checks = {"database": database}
         if self._redis:
             checks["redis"] = "ok" if self._bus.up else "down"
         if self._stopping.is_set():
             return 503, {"status": "stopping", "checks": checks}
-        if not database:
+        if database != "ok":
             return 503, {"status": "unavailable", "checks": checks}
         return 200, {"status": "ok" if self._bus.up else "degraded", "checks": checks}
 
+    async def _database_state(self) -> str:
+        """`read_only`: the last write found it locked, full or gone; the writer goes on trying."""
+        if not await self._database_answers():
+            return "down"
+        return "read_only" if self._writer.failing else "ok"
+
     async def _database_answers(self) -> bool:
         if trio.current_time() - self._looked < REMEMBER:
-            return self._database
+            return self._answered
         self._looked = trio.current_time()
         answered = False
         with trio.move_on_after(DATABASE_DEADLINE):
@@ -49,7 +57,7 @@ class Health:
                 answered = True
             except Unavailable:
                 pass
-        self._database = answered
+        self._answered = answered
         return answered
 
 

@@ -34,8 +34,9 @@ from chatd.model import Group, MemberChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 
-QUEUE = 20_000  # changes that may wait for Redis; the outbox has what does not fit
-PIPELINE = 1000  # changes in one round trip
+QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
+PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the loop waiting for the interpreter
+PIPELINE = 1000  # signals in one
 SIGNALS_KEPT = 10_000  # changes of members that wait for Redis, some 100 bytes each
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
@@ -81,7 +82,7 @@ class RedisBus:
         self._config, self._receiver, self._node = config, receiver, node
         self._outbox, self._settle = outbox, settle
         self._waiting: deque[Group] = deque()
-        self._weight = 0
+        self._waiting_bytes = 0
         # Kept until Redis has taken them, for no outbox does. Past the bound the oldest go, for the sweep.
         self._signals: deque[MemberChange] = deque(maxlen=SIGNALS_KEPT)
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
@@ -99,8 +100,8 @@ class RedisBus:
         self._signals.extend(group.members)
         if group.changes:
             self._waiting.append(group)
-            self._weight += len(group.changes)
-        if self._weight > QUEUE:
+            self._waiting_bytes += _size(group)
+        if self._waiting_bytes > QUEUE_BYTES:
             self._fall_behind()
         self._wake.set()
 
@@ -178,7 +179,7 @@ class RedisBus:
         """Let go of what waits: it is in the outbox, and read from there in order."""
         self._behind = True
         self._waiting.clear()
-        self._weight = 0
+        self._waiting_bytes = 0
 
     async def _catch_up(self, client: redis.Redis) -> None:
         await self._in_thread(client.ping)
@@ -208,11 +209,11 @@ class RedisBus:
 
     def _take(self) -> list[Group]:
         taken: list[Group] = []
-        weight = 0
-        while self._waiting and (not taken or weight + len(self._waiting[0].changes) <= PIPELINE):
+        size = 0
+        while self._waiting and (not taken or size + _size(self._waiting[0]) <= PIPELINE_BYTES):
             taken.append(self._waiting.popleft())
-            weight += len(taken[-1].changes)
-        self._weight -= weight
+            size += _size(taken[-1])
+        self._waiting_bytes -= size
         return taken
 
     def _send(self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int]]) -> None:
@@ -324,6 +325,10 @@ class RedisBus:
     async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
         # A limiter of its own: a thread that waits in Redis shall not take a place from anybody.
         return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
+
+
+def _size(group: Group) -> int:
+    return sum(len(change.payload) for change in group.changes)
 
 
 def _last_id(client: redis.Redis) -> str:

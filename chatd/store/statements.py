@@ -11,7 +11,7 @@ from sqlalchemy import BindParameter, bindparam, delete, insert, select, tuple_,
 from sqlalchemy.dialects import postgresql, sqlite
 
 from chatd.store.rows import MESSAGE_COLUMNS
-from chatd.store.schema import changes, conversations, members, messages, outbox
+from chatd.store.schema import changes, conversations, facts, members, messages, outbox
 
 
 def _several(name: str) -> BindParameter[Any]:
@@ -76,3 +76,10 @@ SETTLE_OUTBOX = delete(outbox).where(
         select(outbox.c.id).where(outbox.c.id.in_(_several("ids"))).with_for_update(skip_locked=True)
     )
 )
+
+
+def _set_fact(into: Any) -> Any:
+    return into.on_conflict_do_update(index_elements=[facts.c.key], set_={"value": into.excluded.value})
+
+
+SET_FACT = {name: _set_fact(into(facts)) for name, into in _insert_of.items()}

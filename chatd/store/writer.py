@@ -17,14 +17,17 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chatd import metrics
 from chatd.errors import ChatError, Internal, Unavailable
-from chatd.model import Group
-from chatd.store.commands import AnyCommand, Result
+from chatd.model import Group, now
+from chatd.store import statements
+from chatd.store.commands import AnyCommand, Create, Edit, Result
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
-QUEUE = 10_000  # commands that may wait, a few seconds of a slow disk
+# What may wait: a few seconds of a slow disk, and no more memory than a daemon can spare.
+QUEUE = 10_000  # commands, and
+QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
-SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying
+SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying, or a failed database untried
 
 # The server is gone, overloaded or locked. What was sent may or may not have been committed.
 _LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout)
@@ -36,10 +39,11 @@ log = structlog.get_logger()
 class Submission:
     """Commands on their way. They are committed whole or not at all, whoever waits for them or not."""
 
-    __slots__ = ("_done", "_outcomes", "commands")
+    __slots__ = ("_done", "_outcomes", "chars", "commands")
 
     def __init__(self, commands: Sequence[AnyCommand]) -> None:
         self.commands = commands
+        self.chars = sum(map(_chars, commands))
         self._outcomes: list[Outcome] = []
         self._done = trio.Event()
 
@@ -62,12 +66,20 @@ class Submission:
         return outcome
 
 
+def _chars(command: AnyCommand) -> int:
+    written = command.content if isinstance(command, Create | Edit) else None
+    return len(written) if isinstance(written, str) else 0
+
+
 class Writer:
+    """`failing`: the last write found no database that takes any. It is tried again also when nobody writes."""
+
     def __init__(self, engine: Engine, *, node: str | None, on_commit: Callable[[Group], None]) -> None:
         """`node`: fill the outbox under this name; None: no outbox."""
         self._engine, self._node, self._on_commit = engine, node, on_commit
         self._waiting: deque[Submission] = deque()
-        self._count = 0
+        self._count = self._chars = 0
+        self.failing = False
         self._settled: set[int] = set()
         self._thread = trio.CapacityLimiter(1)
         self._wake = trio.Event()
@@ -78,11 +90,12 @@ class Writer:
         """Queue commands, in the order of the calls. Raises Unavailable when too many wait already."""
         if self._closed:
             raise Unavailable("the daemon is stopping")
-        if self._count and self._count + len(commands) > QUEUE:
-            raise Unavailable("too many writes are waiting")
         submission = Submission(commands)
+        count, chars = self._count + len(commands), self._chars + submission.chars
+        if self._waiting and (count > QUEUE or chars > QUEUE_CHARS):
+            raise Unavailable("too many writes are waiting")
         self._waiting.append(submission)
-        self._count += len(commands)
+        self._count, self._chars = count, chars
         self._wake.set()
         return submission
 
@@ -105,7 +118,7 @@ class Writer:
             self._wake = trio.Event()
             with trio.move_on_after(SETTLE_AFTER):
                 await self._wake.wait()
-            if not self._waiting and self._settled:
+            if not self._waiting and (self._settled or self.failing):
                 await self._commit_group([])
         if self._settled:
             await self._commit_group([])
@@ -117,6 +130,7 @@ class Writer:
         while self._waiting and (not taken or count + len(self._waiting[0].commands) <= GROUP):
             taken.append(self._waiting.popleft())
             count += len(taken[-1].commands)
+            self._chars -= taken[-1].chars
         self._count -= count
         return taken
 
@@ -144,11 +158,13 @@ class Writer:
         try:
             outcomes, group = self._transact(commands, settled)
         except _LOST as error:
+            self.failing = True
             return [self._lost(error)] * len(commands), [], False
         except Exception as error:
             if len(commands) > 1:  # one of them is bad: the others shall not suffer
                 return self._commit_singly(commands)
             return [self._bad(error)] * len(commands), [], False
+        self.failing = False
         return outcomes, [group], True
 
     def _commit_singly(self, commands: list[AnyCommand]) -> tuple[list[Outcome], list[Group], bool]:
@@ -163,6 +179,10 @@ class Writer:
     def _transact(self, commands: list[AnyCommand], settled: set[int]) -> tuple[list[Outcome], Group]:
         with self._engine.connect() as connection, connection.begin() as transaction:
             written = Transaction(connection, self._node).run(commands, settled)
+            if self.failing and not commands:  # an empty transaction would succeed on a full disk
+                connection.execute(
+                    statements.SET_FACT[connection.dialect.name], {"key": "tried", "value": now()}
+                )
             try:
                 transaction.commit()
             except Exception as error:
