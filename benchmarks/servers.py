@@ -29,7 +29,7 @@ from chatd.chat import Chat
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms, Subscription
 from chatd.hub.server import Hub
-from chatd.listen import open_socket
+from chatd.listen import client_places, open_socket, raise_descriptor_limit
 from chatd.model import Change, Group, Kind, Message
 from chatd.protocol import change_payload
 from chatd.store.database import Store, open_store
@@ -123,7 +123,8 @@ class ChatdServer:
         async with trio.open_nursery() as nursery:
             await nursery.start(writer.run)
             await nursery.start(fanout.run)
-            await nursery.start(hub.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listening))])
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+            await nursery.start(hub.serve, [listener], client_places(raise_descriptor_limit()))
             status.started(listening.getsockname()[1])
 
     async def _one_by_one(self, changes: Sequence[Change], pause: float) -> None:

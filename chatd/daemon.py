@@ -28,7 +28,7 @@ from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
-from chatd.listen import open_sockets
+from chatd.listen import client_places, open_sockets, raise_descriptor_limit
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
@@ -56,14 +56,15 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     chat = Chat(config, store, writer)
     hub = Hub(config, chat, rooms, fanout)
     fanout.also_sweep = hub.check_standings
-    health = api.Health(store.read, bus, stop, redis=bool(config.redis.url))
+    health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)
         await nursery.start(writer.run)
         await nursery.start(bus.run)
         await nursery.start(fanout.run)
-        await nursery.start(hub.serve, [trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))])
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))
+        await nursery.start(hub.serve, [listener], client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
         gc.collect()

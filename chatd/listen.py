@@ -1,15 +1,59 @@
-"""Listening sockets, opened before anything else so that a taken port is said in a sentence."""
+"""Listening sockets, opened before anything else so that a taken port is said in a sentence.
+
+And how many connections they may bring: a daemon whose clients hold every descriptor could neither serve its
+backend nor reach its database.
+"""
 
 from __future__ import annotations
 
 import errno
+import resource
 import socket
+
+import trio
 
 from chatd.config import split_bind
 from chatd.errors import OperatorError
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
+
+RESERVED = 256  # descriptors that are left to the API, the database and Redis, or
+RESERVED_SHARE = 4  # a quarter of them, where there are few
+RAISED_MOST = 1_048_576  # where the hard limit is none
+
+
+class Gate(trio.abc.Listener[trio.SocketStream]):
+    """A listener with room for so many connections. Beyond it the others wait in the kernel's backlog."""
+
+    def __init__(self, listener: trio.SocketListener, places: trio.Semaphore) -> None:
+        self._listener, self._places = listener, places
+
+    async def accept(self) -> trio.SocketStream:
+        """The caller gives the place back with `places.release()` when the connection has ended."""
+        await self._places.acquire()
+        try:
+            return await self._listener.accept()
+        except BaseException:
+            self._places.release()
+            raise
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
+def raise_descriptor_limit() -> int:
+    """As many open files as the system allows this process; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = RAISED_MOST if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def client_places(descriptors: int) -> int:
+    """How many of so many open files may be connections of clients."""
+    return descriptors - min(RESERVED, descriptors // RESERVED_SHARE)
 
 
 def open_sockets(*binds: tuple[str, str]) -> list[socket.socket]:

@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 import structlog
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+SELDOM = 10.0  # seconds between two lines about the same trouble
+
+
+class _Seldom(logging.Filter):
+    """A line now and then, without a traceback: an accept loop without descriptors tries ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -SELDOM
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        if time.monotonic() - self._last < SELDOM:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 def configure(level: str, form: str) -> None:
@@ -35,3 +53,4 @@ def configure(level: str, form: str) -> None:
     )
     # Quart, Hypercorn and Alembic use the standard library: only what is wrong with them is of interest.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trio.serve_listeners").addFilter(_Seldom())

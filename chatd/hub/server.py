@@ -20,6 +20,7 @@ from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
 from chatd.hub.services import Services
+from chatd.listen import Gate
 from chatd.protocol import event, text_frame
 
 TICK = 1.0  # seconds between looks at all connections
@@ -38,19 +39,27 @@ class Hub:
 
     async def serve(
         self,
-        listeners: list[trio.SocketListener],
+        listeners: Sequence[trio.SocketListener],
+        places: int,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept until `drain`; the connections live in this nursery until they end or it is cancelled."""
+        """Accept until `drain`, as many as there are places; the connections live in this nursery until they
+        end or it is cancelled.
+        """
+        self._places = trio.Semaphore(places)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             task_status.started()
             with self._accepting:
-                await trio.serve_listeners(self._serve_one, listeners, handler_nursery=nursery)
+                gates = [Gate(listener, self._places) for listener in listeners]
+                await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
-        await connection.serve(self._services, stream, self.connections)
+        try:
+            await connection.serve(self._services, stream, self.connections)
+        finally:
+            self._places.release()
 
     def drain_window(self) -> float:
         """Seconds over which `drain` spreads the goodbyes: as configured, longer for very many."""
