@@ -103,6 +103,29 @@ async def test_past_the_limit_a_slow_reader_is_cut(nursery: trio.Nursery) -> Non
             await outbox.send_all(b"refused")
 
 
+async def test_what_may_be_left_out_is_left_out_past_half_of_the_limit(nursery: trio.Nursery) -> None:
+    """G8: messages keep their place, and the connection its life, for longer."""
+    ours, theirs = pair(small=True)
+    async with ours, theirs:
+        outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
+        outbox.offer(b"typing")
+        assert await read_exactly(theirs, 6) == b"typing"
+        sent = b""
+        while not outbox.congested:
+            outbox.push(b"m" * 1000)
+            sent += b"m" * 1000
+        queued = outbox.queued
+        for _ in range(1000):
+            outbox.offer(b"typing" * 100)
+        assert outbox.queued == queued
+        assert not outbox.cut
+        outbox.push(b"a message")
+        assert await read_exactly(theirs, len(sent) + 9) == sent + b"a message"
+        await wait_all_tasks_blocked()
+        outbox.offer(b"typing again")
+        assert await read_exactly(theirs, 12) == b"typing again"
+
+
 async def test_nothing_more_is_read_for_a_peer_that_does_not_read(nursery: trio.Nursery) -> None:
     ours, theirs = pair(small=True)
     async with ours, theirs:

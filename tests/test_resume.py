@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import random
+import sqlite3
+from contextlib import closing
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
-from chatd.config import Database, Limits
-from chatd.hub.fanout import Fanout
-from chatd.hub.rooms import Membership, Rooms, Subscription, text_frame
-from chatd.model import Change, Kind, MemberChange, State
-from chatd.store import reads
-from chatd.store.commands import Create
-from chatd.store.database import Store, open_store
+from chatd.config import Limits
 from tests.client import Client, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -145,6 +139,191 @@ async def test_readers_that_come_and_go_in_a_storm_of_writes_see_every_seq_once(
         nursery.start_soon(write, nursery)
 
 
+BIG = "x" * 8000  # characters: the most of a message
+
+
+def batch(daemon: Daemon, conversation: int, contents: list[str], sender: int = 9) -> None:
+    messages = [{"conversation_id": conversation, "sender_id": sender, "content": c} for c in contents]
+    answer = daemon.request("POST", "/api/ws/messages/batch", {"messages": messages})
+    assert answer.status == 200
+    assert all(result.get("status") == "ok" for result in answer.json["results"]), answer.json
+
+
+async def page_back(client: Client, conversation: int, before: int) -> list[str]:
+    """All contents before a message, read page by page."""
+    contents: list[str] = []
+    has_more = True
+    while has_more:
+        page = await client.request("history", conversation_id=conversation, before=before, limit=100)
+        contents = [m["content"] for m in page["messages"]] + contents
+        has_more = page["has_more"]
+        before = page["messages"][0]["id"]
+    return contents
+
+
+async def test_three_hundred_long_messages_are_paged_back_on_a_connection_that_lives(
+    daemon: Daemon, conversation: int
+) -> None:
+    """2.4 MB were missed, more than any outbox holds: bounded in bytes, never cut off for it."""
+    contents = [f"{number:04}{BIG[4:]}" for number in range(300)]
+    await trio.to_thread.run_sync(batch, daemon, conversation, contents)
+    async with login(daemon, 1, {str(conversation): 0}) as ada:
+        room = ada.ready["rooms"][str(conversation)]  # type: ignore[attr-defined]
+        assert (room["recovered"], room["seq"], room["has_more"]) == (False, 300, True)
+        newest = [m["content"] for m in room["changes"]]
+        assert 20 < len(newest) < 50
+        assert await page_back(ada, conversation, room["changes"][0]["id"]) + newest == contents
+        await ada.silence()
+
+
+async def test_pipelined_pages_of_history_do_not_cut_off_who_reads(daemon: Daemon, conversation: int) -> None:
+    """Thirty-two requests may wait; their answers, 256 KiB each, come as fast as they are read."""
+    await trio.to_thread.run_sync(batch, daemon, conversation, [BIG] * 100)
+    async with login(daemon, 1) as ada:
+        for ref in range(32):
+            await ada.send("history", ref=ref + 100, conversation_id=conversation, limit=100)
+        await trio.sleep(0.5)  # it dawdles: more is on its way than an outbox holds
+        answered = set()
+        for _ in range(32):
+            page = await ada.expect("history")
+            assert len(page["messages"]) > 20
+            answered.add(page["ref"])
+        assert answered == set(range(100, 132))
+        await ada.silence()
+
+
+async def test_messages_changed_while_away_come_as_they_are_now(daemon: Daemon, conversation: int) -> None:
+    first = await trio.to_thread.run_sync(daemon.post, conversation, 9, "heard")
+    async with login(daemon, 1, {str(conversation): None}) as ada:
+        cursor = ada.ready["rooms"][str(conversation)]["seq"]  # type: ignore[attr-defined]
+    second = await trio.to_thread.run_sync(daemon.post, conversation, 9, "missed")
+    third = await trio.to_thread.run_sync(daemon.post, conversation, 9, "missed too")
+    for method, id, body in (
+        ("PATCH", first["id"], {"content": "heard, edited"}),
+        ("PATCH", first["id"], {"content": "heard, edited twice"}),
+        ("PATCH", second["id"], {"content": "missed, edited"}),
+        ("DELETE", third["id"], None),
+    ):
+        answer = await trio.to_thread.run_sync(daemon.request, method, f"/api/ws/messages/{id}", body)
+        assert answer.status == 200
+    async with login(daemon, 1, {str(conversation): cursor}) as ada:
+        room = ada.ready["rooms"][str(conversation)]  # type: ignore[attr-defined]
+        assert room["recovered"]
+        assert [(c["seq"], c["event"], c["id"], c["content"]) for c in room["changes"]] == [
+            (2, "message", second["id"], "missed, edited"),
+            (3, "message", third["id"], None),
+            (4, "message.updated", first["id"], "heard, edited twice"),
+            (5, "message.updated", first["id"], "heard, edited twice"),
+            (6, "message.updated", second["id"], "missed, edited"),
+            (7, "message.deleted", third["id"], None),
+        ]
+        await trio.to_thread.run_sync(daemon.post, conversation, 9, "live")
+        assert (await ada.expect("message"))["seq"] == 8
+
+
+async def test_who_was_removed_while_away_gets_nothing(daemons: Daemons) -> None:
+    daemon = daemons(rooms__access="members")
+    member = "/api/ws/conversations/1/members/1"
+    await post(daemon, 1, "heard")
+    await trio.to_thread.run_sync(daemon.request, "PUT", member)
+    async with login(daemon, 1, {"1": 0}) as ada:
+        assert [c["content"] for c in ada.ready["rooms"]["1"]["changes"]] == ["heard"]  # type: ignore[attr-defined]
+    await trio.to_thread.run_sync(daemon.request, "DELETE", member)
+    await post(daemon, 1, "not for Ada")
+    token = await trio.to_thread.run_sync(lambda: daemon.token_for(1, conversations=[1]))
+    async with login(daemon, 1, {"1": 1}, token=token) as ada:
+        assert ada.ready["rooms"] == {}  # type: ignore[attr-defined]
+        assert (await ada.expect("unsubscribed", conversation_id=1))["code"] == "not_found"
+        for event, fields in (("subscribe", {"after": 1}), ("history", {})):
+            refused = await ada.request(event, conversation_id=1, **fields)
+            assert (refused["event"], refused["code"]) == ("error", "not_found")
+        await post(daemon, 1, "nor this")
+        await ada.silence()
+        await trio.to_thread.run_sync(daemon.request, "PUT", member)
+        back = await ada.request("subscribe", conversation_id=1, after=1)
+        assert [c["content"] for c in back["changes"]] == ["not for Ada", "nor this"]
+
+
+async def test_many_rooms_come_back_in_one_auth(daemon: Daemon, conversation: int) -> None:
+    """Two hundred rooms with 3 MB of missed messages: what does not fit comes without, and is asked for."""
+    rooms = [conversation * 1000 + number for number in range(200)]
+    async with trio.open_nursery() as nursery:
+        for start in range(0, 200, 50):
+            messages = [
+                {"conversation_id": room, "sender_id": 9, "content": f"{number} {BIG[:7900]}"}
+                for room in rooms[start : start + 50]
+                for number in range(2)
+            ]
+            body = {"messages": messages}
+            nursery.start_soon(trio.to_thread.run_sync, daemon.request, "POST", "/api/ws/messages/batch", body)
+    async with login(daemon, 1, {str(room): 0 for room in rooms}) as ada:
+        answered = ada.ready["rooms"]  # type: ignore[attr-defined]
+        assert set(answered) == {str(room) for room in rooms}
+        whole = [room for room in answered.values() if room["recovered"]]
+        assert len(whole) > 20
+        assert all(len(room["changes"]) == 2 for room in whole)
+        rest = [room for room in answered.values() if not room["recovered"]]
+        assert all((room["seq"], room["changes"], room["has_more"]) == (2, [], True) for room in rest)
+        for room in rest:  # all at once: the answers wait for the reader
+            await ada.send(
+                "subscribe", ref=room["conversation_id"], conversation_id=room["conversation_id"], after=0
+            )
+        for _ in rest:
+            caught_up = await ada.expect("subscribed")
+            assert (caught_up["recovered"], len(caught_up["changes"])) == (True, 2)
+        await post(daemon, rooms[-1], "live")
+        assert (await ada.expect("message"))["conversation_id"] == rooms[-1]
+        await ada.silence()
+
+
+async def test_an_inbox_of_five_hundred_rooms_is_whole_and_leaves_room_for_others(
+    daemon: Daemon, conversation: int
+) -> None:
+    user = 200_000 + conversation
+    rooms = [conversation * 1000 + number for number in range(500)]
+    messages = [{"conversation_id": room, "sender_id": user, "content": "mine"} for room in rooms]
+    body = {"messages": messages}
+    await trio.to_thread.run_sync(daemon.request, "POST", "/api/ws/messages/batch", body)
+    async with login(daemon, user, "*") as inbox:
+        answered = inbox.ready["rooms"]  # type: ignore[attr-defined]
+        assert set(answered) == {str(room) for room in rooms}
+        assert all(
+            (room["seq"], room["recovered"], room["changes"]) == (1, True, []) for room in answered.values()
+        )
+        for room in (rooms[0], rooms[-1]):
+            await post(daemon, room, "news")
+            assert (await inbox.expect("message"))["conversation_id"] == room
+        other = await inbox.request("subscribe", conversation_id=conversation)
+        assert other["event"] == "subscribed"
+        again = await inbox.request("subscribe", conversation_id=rooms[0], after=0)
+        assert [c["content"] for c in again["changes"]] == ["mine", "news"]
+
+
+async def test_after_a_restore_a_new_epoch_makes_clients_start_over(daemons: Daemons) -> None:
+    """A copy from before is put back, and grows past the client's cursor with other messages."""
+    daemon = daemons()
+    database = daemon.directory / "chatd.db"
+    await post(daemon, 1, "one", "two")
+    await trio.to_thread.run_sync(daemon.stop)
+    copy = database.read_bytes()
+    await trio.to_thread.run_sync(daemon.start)
+    async with login(daemon, 1, {"1": 0}) as ada:
+        epoch = ada.ready["epoch"]  # type: ignore[attr-defined]
+        await post(daemon, 1, "lost three", "lost four")
+        cursor = (await ada.messages(2))[-1]["seq"]
+    await trio.to_thread.run_sync(daemon.stop)
+    database.write_bytes(copy)
+    with closing(sqlite3.connect(database)) as restored, restored:
+        restored.execute("UPDATE chat_meta SET value = 'after the restore' WHERE key = 'epoch'")
+    await trio.to_thread.run_sync(daemon.start)
+    await post(daemon, 1, "new three", "new four", "new five")
+    async with login(daemon, 1, {"1": cursor}, epoch=epoch) as ada:
+        room = ada.ready["rooms"]["1"]  # type: ignore[attr-defined]
+        assert ada.ready["epoch"] == "after the restore"  # type: ignore[attr-defined]
+        assert (room["recovered"], room["seq"]) == (False, 5)
+        assert [m["content"] for m in room["changes"]] == ["one", "two", "new three", "new four", "new five"]
+
+
 async def test_the_inbox_holds_all_of_a_users_conversations(daemon: Daemon, conversation: int) -> None:
     user = 100_000 + conversation
     for offset in range(3):
@@ -155,158 +334,6 @@ async def test_the_inbox_holds_all_of_a_users_conversations(daemon: Daemon, conv
         assert all((room["seq"], room["changes"]) == (1, []) for room in rooms.values())
         await post(daemon, conversation * 10 + 2, "news")
         assert (await inbox.expect("message"))["content"] == "news"
-
-
-# The fanout itself, against a real store: what the bus loses or doubles is repaired in place.
-
-
-class Ear:
-    """A listener whose payloads are told apart by seq."""
-
-    user_id, flat = 1, False
-
-    def __init__(self) -> None:
-        self.heard = bytearray()
-        self.resynced: list[Subscription] = []
-
-    def push(self, frames: bytes) -> None:
-        self.heard += frames
-
-    def resync(self, subscription: Subscription) -> None:
-        subscription.hold()
-        self.resynced.append(subscription)
-
-    def dropped(self, subscription: Subscription) -> None:
-        raise AssertionError("nobody was removed")
-
-
-class Repairs:
-    """A fanout with one live subscription, and the changes that were committed but not told."""
-
-    def __init__(self, store: Store, fanout: Fanout, ear: Ear, changes: list[Change]) -> None:
-        self.store, self.fanout, self.ear, self.changes = store, fanout, ear, changes
-
-    async def heard(self, *seqs: int, patience: float = 3.0) -> None:
-        """Exactly these have been pushed, in this order."""
-        expected = b"".join(text_frame(self.changes[seq - 1].payload) for seq in seqs)
-        with trio.move_on_after(patience):
-            while len(self.ear.heard) < len(expected):
-                await trio.sleep(0.005)
-        assert self.ear.heard == expected
-
-
-@pytest.fixture
-async def repairs(tmp_path: Path, nursery: trio.Nursery) -> Any:
-    store = open_store(Database(url=f"sqlite:///{tmp_path}/x.db"))
-    groups: list[Any] = []
-    writer = store.writer(node=None, on_commit=groups.append)
-    nursery.start_soon(writer.run)
-    rooms, ear = Rooms(), Ear()
-    fanout = Fanout(rooms, store.read)
-    await nursery.start(fanout.run)
-    with Membership(rooms) as mine:
-        subscription = mine.join(1, ear, entitled=True)
-        subscription.settle(0)
-        fanout.opened(subscription.room, 0, 0)
-        await writer.submit(
-            [Create(conversation_id=1, user_id=1, content=f"m{n}") for n in range(400)]
-        ).outcomes()
-        yield Repairs(store, fanout, ear, [change for group in groups for change in group.changes])
-    store.close()
-
-
-async def test_a_hole_is_read_from_the_database(repairs: Repairs) -> None:
-    """The hole, and what was committed after it: within the second that G5 allows."""
-    repairs.fanout.changes(repairs.changes[:200])
-    await repairs.heard(*range(1, 201))
-    repairs.fanout.changes([repairs.changes[203]])
-    await repairs.heard(*range(1, 401), patience=1)
-
-
-async def test_a_hole_that_fills_by_itself_is_not_read(
-    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_reading(*_: Any) -> Any:
-        raise AssertionError("the database was asked")
-
-    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 0.2)
-    monkeypatch.setattr(reads, "changes_after", no_reading)
-    for seq in (2, 1, 4, 3, 3, 1):
-        repairs.fanout.changes([repairs.changes[seq - 1]])
-        await wait_all_tasks_blocked()  # the fanout has seen the hole before it is filled
-    await repairs.heard(1, 2, 3, 4)
-    await trio.sleep(0.3)  # longer than a hole is waited for
-
-
-async def test_more_than_can_be_pushed_makes_everybody_start_over(repairs: Repairs) -> None:
-    repairs.fanout.lost()
-    with trio.fail_after(3):
-        while not repairs.ear.resynced:
-            await trio.sleep(0.005)
-    assert repairs.ear.heard == b"", "400 missed changes are not pushed"
-
-
-async def test_a_forged_change_blocks_nobody(repairs: Repairs) -> None:
-    """A seq that the database does not know, with a hole before it, is given up."""
-    repairs.fanout.changes(repairs.changes[:200])
-    await repairs.heard(*range(1, 201))
-    repairs.fanout.changes([Change(1, 10_000, Kind.CREATED, b"forged")])
-    await repairs.heard(*range(1, 401))
-    with trio.fail_after(2):
-        while repairs.fanout._rooms.get(1).ahead:  # type: ignore[union-attr]
-            await trio.sleep(0.01)
-
-
-async def test_without_redis_in_sight_a_hole_is_read_at_once(
-    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 60)
-    repairs.fanout.changes(repairs.changes[:200])
-    await repairs.heard(*range(1, 201))
-    repairs.fanout._up = False  # as `links(False)` does, without the sweep that goes with it
-    repairs.fanout.changes([repairs.changes[250]])
-    await repairs.heard(*range(1, 401))
-
-
-async def test_a_late_removal_does_not_undo_a_return(repairs: Repairs) -> None:
-    """The signal outlived an outage; meanwhile the user was added again, and the room knows it."""
-    repairs.fanout._rooms.get(1).members_version = 6  # type: ignore[union-attr]
-    repairs.fanout.member(
-        MemberChange(1, Ear.user_id, State.REMOVED, None, version=5)
-    )  # Ear asserts: not dropped
-    repairs.fanout.changes(repairs.changes[:1])
-    with trio.fail_after(2):
-        while not repairs.ear.heard:
-            await trio.sleep(0.005)
-
-
-async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repairs) -> None:
-    leavers: list[Membership] = []
-
-    class Leaver(Ear):
-        def resync(self, subscription: Subscription) -> None:
-            assert subscription.joined, "its nursery is gone"
-            for one in leavers:
-                one.leave(1)
-
-    for _ in range(400):
-        mine = Membership(repairs.fanout._rooms)
-        repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, 0)
-        next(iter(mine)).settle(0)
-        leavers.append(mine)
-    big = [Change(1, seq, Kind.CREATED, b"x" * 100_000) for seq in range(1, 8)]
-    repairs.fanout.changes(big)
-    with trio.fail_after(2):
-        while not repairs.ear.resynced:
-            await trio.sleep(0.005)
-    await wait_all_tasks_blocked()
-
-
-async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.QUEUE_BYTES", 200 * 180)
-    for start in range(0, 400, 100):
-        repairs.fanout.changes(repairs.changes[start : start + 100])
-    await repairs.heard(*range(1, 401))
 
 
 async def test_a_subscriber_in_a_busy_room_starts_over_without_a_gap(daemons: Daemons) -> None:

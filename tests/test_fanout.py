@@ -1,0 +1,293 @@
+"""The fanout against a real store: what the bus loses, doubles or does not tell is made up for in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from chatd.config import Database
+from chatd.errors import Unavailable
+from chatd.hub.fanout import Fanout
+from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription, text_frame
+from chatd.model import Change, Kind, MemberChange, State
+from chatd.store import reads
+from chatd.store.commands import Create
+from chatd.store.database import Store, open_store
+
+
+class Ear:
+    """A listener whose payloads are told apart by seq."""
+
+    user_id, flat = 1, False
+
+    def __init__(self) -> None:
+        self.heard = bytearray()
+        self.resynced: list[Subscription] = []
+
+    def push(self, frames: bytes) -> None:
+        self.heard += frames
+
+    def offer(self, frames: bytes) -> None:
+        self.heard += frames
+
+    def resync(self, subscription: Subscription) -> None:
+        subscription.hold()
+        self.resynced.append(subscription)
+
+    def dropped(self, subscription: Subscription) -> None:
+        raise AssertionError("nobody was removed")
+
+
+class Repairs:
+    """A fanout with one live subscription, and the changes that were committed but not told."""
+
+    def __init__(self, store: Store, fanout: Fanout, ear: Ear, changes: list[Change]) -> None:
+        self.store, self.fanout, self.ear, self.changes = store, fanout, ear, changes
+
+    async def heard(self, *seqs: int, patience: float = 3.0) -> None:
+        """Exactly these have been pushed, in this order."""
+        expected = b"".join(text_frame(self.changes[seq - 1].payload) for seq in seqs)
+        with trio.move_on_after(patience):
+            while len(self.ear.heard) < len(expected):
+                await trio.sleep(0.005)
+        assert self.ear.heard == expected
+
+
+@pytest.fixture
+async def repairs(tmp_path: Path, nursery: trio.Nursery) -> Any:
+    store = open_store(Database(url=f"sqlite:///{tmp_path}/x.db"))
+    groups: list[Any] = []
+    writer = store.writer(node=None, on_commit=groups.append)
+    nursery.start_soon(writer.run)
+    rooms, ear = Rooms(), Ear()
+    fanout = Fanout(rooms, store.read)
+    await nursery.start(fanout.run)
+    with Membership(rooms) as mine:
+        subscription = mine.join(1, ear, entitled=True)
+        subscription.settle(0)
+        fanout.opened(subscription.room, 0, 0)
+        await writer.submit(
+            [Create(conversation_id=1, user_id=1, content=f"m{n}") for n in range(400)]
+        ).outcomes()
+        yield Repairs(store, fanout, ear, [change for group in groups for change in group.changes])
+    store.close()
+
+
+async def test_a_hole_is_read_from_the_database(repairs: Repairs) -> None:
+    """The hole, and what was committed after it: within the second that G5 allows."""
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.heard(*range(1, 201))
+    repairs.fanout.changes([repairs.changes[203]])
+    await repairs.heard(*range(1, 401), patience=1)
+
+
+async def test_a_hole_that_fills_by_itself_is_not_read(
+    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_reading(*_: Any) -> Any:
+        raise AssertionError("the database was asked")
+
+    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 0.2)
+    monkeypatch.setattr(reads, "changes_after", no_reading)
+    for seq in (2, 1, 4, 3, 3, 1):
+        repairs.fanout.changes([repairs.changes[seq - 1]])
+        await wait_all_tasks_blocked()  # the fanout has seen the hole before it is filled
+    await repairs.heard(1, 2, 3, 4)
+    await trio.sleep(0.3)  # longer than a hole is waited for
+
+
+async def test_more_than_can_be_pushed_makes_everybody_start_over(repairs: Repairs) -> None:
+    repairs.fanout.lost()
+    with trio.fail_after(3):
+        while not repairs.ear.resynced:
+            await trio.sleep(0.005)
+    assert repairs.ear.heard == b"", "400 missed changes are not pushed"
+
+
+async def test_a_forged_change_blocks_nobody(repairs: Repairs) -> None:
+    """A seq that the database does not know, with a hole before it, is given up."""
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.heard(*range(1, 201))
+    repairs.fanout.changes([Change(1, 10_000, Kind.CREATED, b"forged")])
+    await repairs.heard(*range(1, 401))
+    with trio.fail_after(2):
+        while repairs.fanout._rooms.get(1).ahead:  # type: ignore[union-attr]
+            await trio.sleep(0.01)
+
+
+async def test_without_redis_in_sight_a_hole_is_read_at_once(
+    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 60)
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.heard(*range(1, 201))
+    repairs.fanout._up = False  # as `links(False)` does, without the sweep that goes with it
+    repairs.fanout.changes([repairs.changes[250]])
+    await repairs.heard(*range(1, 401))
+
+
+async def test_a_late_removal_does_not_undo_a_return(repairs: Repairs) -> None:
+    """The signal outlived an outage; meanwhile the user was added again, and the room knows it."""
+    repairs.fanout._rooms.get(1).members_version = 6  # type: ignore[union-attr]
+    repairs.fanout.member(
+        MemberChange(1, Ear.user_id, State.REMOVED, None, version=5)
+    )  # Ear asserts: not dropped
+    repairs.fanout.changes(repairs.changes[:1])
+    with trio.fail_after(2):
+        while not repairs.ear.heard:
+            await trio.sleep(0.005)
+
+
+async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repairs) -> None:
+    leavers: list[Membership] = []
+
+    class Leaver(Ear):
+        def resync(self, subscription: Subscription) -> None:
+            assert subscription.joined, "its nursery is gone"
+            for one in leavers:
+                one.leave(1)
+
+    for _ in range(400):
+        mine = Membership(repairs.fanout._rooms)
+        repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, 0)
+        next(iter(mine)).settle(0)
+        leavers.append(mine)
+    big = [Change(1, seq, Kind.CREATED, b"x" * 100_000) for seq in range(1, 8)]
+    repairs.fanout.changes(big)
+    with trio.fail_after(2):
+        while not repairs.ear.resynced:
+            await trio.sleep(0.005)
+    await wait_all_tasks_blocked()
+
+
+async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatd.hub.fanout.QUEUE_BYTES", 200 * 180)
+    for start in range(0, 400, 100):
+        repairs.fanout.changes(repairs.changes[start : start + 100])
+    await repairs.heard(*range(1, 401))
+
+
+# Doubt: what comes after a removal that nobody told us of.
+
+
+class Outsider(Ear):
+    """Somebody who is no member any more, and was not told."""
+
+    user_id = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = False
+
+    def dropped(self, subscription: Subscription) -> None:
+        self.ended = True
+        subscription.joined = False
+        del subscription.room.subscriptions[subscription]
+
+
+class Reading:
+    """A reader that does not answer for some conversations until it is told to."""
+
+    def __init__(self, read: Callable[..., Any]) -> None:
+        self._read = read
+        self.away: set[int] = set()
+        self.asked: list[str] = []
+
+    async def __call__(self, what: Callable[..., Any], *arguments: Any) -> Any:
+        self.asked.append(what.__name__)
+        if arguments[0] in self.away:
+            await trio.sleep(0.05)
+            raise Unavailable
+        return await self._read(what, *arguments)
+
+
+def enter(repairs: Repairs, ear: Ear, conversation: int, version: int) -> Membership:
+    mine = Membership(repairs.fanout._rooms)
+    subscription = mine.join(conversation, ear, entitled=False)
+    subscription.settle(0)
+    repairs.fanout.opened(subscription.room, 0, version)
+    return mine
+
+
+async def test_who_was_removed_hears_nothing_while_the_database_is_away(
+    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G6 before speed: the room waits for the database, and goes on without a hole when it is back."""
+    monkeypatch.setattr("chatd.hub.fanout.RETRY", 0.05)
+    repairs.fanout._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    database.away.add(1)
+    gone = Outsider()
+    enter(repairs, gone, 1, version=0)
+    repairs.fanout.changes(repairs.changes[:2])
+    repairs.fanout.changes(repairs.changes[2:4])
+    await trio.sleep(0.3)
+    assert repairs.ear.heard == gone.heard == b""
+    assert database.asked.count("rights") > 1
+    database.away.clear()
+    await repairs.heard(1, 2, 3, 4)
+    assert gone.ended
+    assert gone.heard == b""
+    asked = len(database.asked)
+    repairs.fanout.changes(repairs.changes[4:6])
+    await repairs.heard(1, 2, 3, 4, 5, 6)
+    assert len(database.asked) == asked, "nothing is in doubt any more"
+
+
+async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
+    repairs.fanout._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    database.away.add(1)
+    other = Ear()
+    enter(repairs, other, 2, version=5)
+    repairs.fanout.changes(repairs.changes[:1])
+    frame = b'{"event":"message","conversation_id":2}'
+    repairs.fanout.changes([Change(2, 1, Kind.CREATED, frame, members_version=5)])
+    with trio.fail_after(0.5):
+        while not other.heard:
+            await trio.sleep(0.005)
+    assert repairs.ear.heard == b""
+
+
+async def test_what_was_told_late_is_asked_for_once(repairs: Repairs) -> None:
+    """Rows from the outbox do not know their version any more: each must be judged, none for ever."""
+    repairs.fanout._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    relayed = [Change(c.conversation_id, c.seq, c.kind, c.payload, 2**53 - 1) for c in repairs.changes[:50]]
+    repairs.fanout.changes(relayed)
+    await repairs.heard(*range(1, 51))
+    assert database.asked == ["rights"]
+
+
+async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatd.hub.fanout.RETRY", 0.05)
+    repairs.fanout._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    database.away.add(1)
+    room = repairs.fanout._rooms.get(1)
+    assert room is not None
+    many = [Change(1, seq, Kind.CREATED, b"x", 9) for seq in range(1, AHEAD_CHANGES + 2)]
+    repairs.fanout.changes(many)
+    await trio.sleep(0.1)
+    assert room.stale
+    assert len(room.ahead) <= AHEAD_CHANGES
+    database.away.clear()
+    with trio.fail_after(3):
+        while not repairs.ear.resynced:  # 400 are more than a repair pushes
+            await trio.sleep(0.005)
+
+
+async def test_an_ephemeral_event_is_offered_a_message_is_pushed(repairs: Repairs) -> None:
+    class Shedding(Ear):
+        def offer(self, frames: bytes) -> None:
+            pass  # it reads too slowly
+
+    slow = Shedding()
+    enter(repairs, slow, 2, version=0)
+    repairs.fanout.foreign(2, "cursor.moved", b'{"event":"cursor.moved"}')
+    repairs.fanout.foreign(2, "message", b'{"event":"message"}')
+    with trio.fail_after(2):
+        while not slow.heard:
+            await trio.sleep(0.005)
+    assert slow.heard == text_frame(b'{"event":"message"}')
