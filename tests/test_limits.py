@@ -1,4 +1,4 @@
-"""What the daemon grants and no more: connections, rates, time, origins, memory; and how it says goodbye.
+"""What the daemon grants and no more: connections, rates, time, origins, memory; and who may listen where.
 
 Every refusal is asserted as the contract names it: HTTP status, error code or close code.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -479,45 +478,7 @@ def memory(daemon: Daemon) -> int:
     return int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-# How it begins and ends.
-
-
-async def test_sigterm_sends_everybody_away_over_the_window(daemons: Daemons) -> None:
-    window, clients = 1.0, 20
-    daemon = await trio.to_thread.run_sync(partial(daemons, server__drain_window=window))
-    ends: list[float] = []
-
-    async def stay(user_id: int, *, task_status: trio.TaskStatus[None]) -> None:
-        async with login(daemon, user_id) as client:
-            task_status.started()
-            assert (await client.closed(window + SLACK))[0] == 1012
-            ends.append(trio.current_time())
-
-    async with trio.open_nursery() as nursery:
-        for user_id in range(1, clients + 1):
-            await nursery.start(partial(stay, user_id))
-        started = trio.current_time()
-        assert await trio.to_thread.run_sync(daemon.stop) == 0
-        assert trio.current_time() - started < window + SLACK
-    assert len(ends) == clients
-    assert max(ends) - min(ends) > window / 4, "all at once: they would all come back at once"
-
-
-async def test_a_second_signal_ends_a_long_goodbye(daemons: Daemons) -> None:
-    daemon = await trio.to_thread.run_sync(partial(daemons, server__drain_window=300))
-    async with login(daemon, 1), login(daemon, 2), login(daemon, 3):
-        daemon.signal(signal.SIGTERM)
-        await trio.sleep(0.1)
-        daemon.signal(signal.SIGTERM)  # shells signal a process and then its group: this is still the first
-        await trio.sleep(0.6)  # and this is not
-        assert runs(daemon), "it ended by itself"
-        daemon.signal(signal.SIGTERM)
-        with trio.fail_after(SLACK):
-            assert await trio.to_thread.run_sync(daemon.wait) == 1
-
-
-def runs(daemon: Daemon) -> bool:
-    return bool(Path(f"/proc/{daemon.pid}/cmdline").read_bytes())  # empty once it has ended
+# How it begins.
 
 
 @pytest.mark.parametrize("key", ["api", "hub"])
