@@ -32,9 +32,12 @@ class Answer:
 
 
 class Daemon:
-    """`chatd serve` on ports of its own. `settings` are `section__key` names, as in the environment."""
+    """`chatd serve` on ports of its own. `settings` are `section__key` names, as in the environment.
 
-    def __init__(self, directory: Path, *, demo: bool = False, **settings: Any) -> None:
+    `open_files` is the most that it may have open, if not as many as this process.
+    """
+
+    def __init__(self, directory: Path, *, demo: bool = False, open_files: int = 0, **settings: Any) -> None:
         self.directory = directory
         self._arguments = ["serve", "--demo"] if demo else ["serve"]
         self.api_port, self.hub_port = free_port(), free_port()
@@ -52,6 +55,7 @@ class Daemon:
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith("CHATD_")}
         self.environ |= {f"CHATD_{key.upper()}": str(value) for key, value in (defaults | settings).items()}
         self.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        self._prefix = ["prlimit", f"--nofile={open_files}:{open_files}"] if open_files else []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -77,7 +81,7 @@ class Daemon:
     def start(self) -> Daemon:
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "chatd", *self._arguments],
+                [*self._prefix, sys.executable, "-m", "chatd", *self._arguments],
                 cwd=self.directory,
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
