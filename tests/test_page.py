@@ -302,6 +302,15 @@ class Network:
             socket.close(code=4000, reason="cut")
         self._sockets.clear()
 
+    def ask_to_move(self) -> None:
+        """As a node does that is about to stop, and has another beside it."""
+        self._sockets[-1].send('{"event":"reconnect","reason":"restart","delay":[50,300],"deadline_ms":5000}')
+
+    @property
+    def connections(self) -> int:
+        """How many there have been."""
+        return len(self._sockets)
+
     def _upward(self, server: WebSocketRoute, text: str | bytes) -> None:
         frame = json.loads(text)
         if frame["event"] == "send":
@@ -345,6 +354,32 @@ def test_an_absence_too_long_to_replay_starts_afresh(demo: Daemon, open_page: Op
     expect_messages(ada, *missed[-50:])
     ada.locator("#scroller").evaluate("element => (element.scrollTop = 0)")
     expect_messages(ada, *missed[-100:])
+
+
+def test_a_page_that_is_asked_to_move_is_never_offline(demo: Daemon, open_page: Open, room: int) -> None:
+    """The new connection is there before the old one ends, and nothing comes by both."""
+    network = Network()
+    ada = open_page(ADA, socket=network)
+    ada.evaluate(
+        """() => {
+          const status = document.getElementById("status");
+          window.states = [];
+          const note = () => window.states.push(status.dataset.state);
+          new MutationObserver(note).observe(status, { attributes: true });
+        }"""
+    )
+    texts: list[str] = []
+    for round_ in range(3):
+        network.ask_to_move()
+        for number in range(20):  # before, while, and after it moves
+            texts.append(f"{round_}.{number}")
+            demo.post(room, ALAN, texts[-1])
+            ada.wait_for_timeout(20)
+        write(ada, f"mine {round_}")
+        texts.append(f"mine {round_}")
+        expect_messages(ada, *texts)
+        assert network.connections == round_ + 2
+    assert set(ada.evaluate("window.states")) <= {"online"}
 
 
 def test_a_lost_reply_makes_no_second_message(open_page: Open) -> None:

@@ -62,21 +62,24 @@ class Hub:
             self._places.release()
 
     def drain_window(self) -> float:
-        """Seconds over which `drain` spreads the goodbyes: as configured, longer for very many."""
-        return max(self._drain_window, len(self.connections) / DRAIN_RATE)
+        """Seconds that `drain` takes: as configured, longer for very many."""
+        return max(self._drain_window, 2 * len(self.connections) / DRAIN_RATE)
 
     async def drain(self) -> None:
-        """Stop accepting, ask everybody to move, and send away who is still here at a random moment each."""
+        """Stop accepting and ask everybody to move, in the first half of the window; send away who is still
+        here, each at a random moment of the second.
+        """
         self._registry.closed = True
         self._accepting.cancel()
         started, window = trio.current_time(), self.drain_window()
         with trio.move_on_after(window + DRAIN_GRACE):
             leaving = list(self.connections)
-            moments = sorted(started + random.uniform(0, window) for _ in leaving)
             await self._ask_to_reconnect(leaving, window)
+            moments = sorted(started + random.uniform(window / 2, window) for _ in leaving)
             for moment, one in zip(moments, leaving, strict=True):
-                await trio.sleep_until(moment)
-                one.close_soon(Close.RESTART, "the server restarts")
+                if one in self.connections:
+                    await trio.sleep_until(moment)
+                    one.close_soon(Close.RESTART, "the server restarts")
             while self.connections:
                 for one in list(self.connections):  # a handshake may have been on its way
                     one.close_soon(Close.RESTART, "the server restarts")
@@ -84,11 +87,9 @@ class Hub:
 
     @staticmethod
     async def _ask_to_reconnect(connections: Sequence[Connection], window: float) -> None:
-        """Who has another node to go to can be there before this one says goodbye."""
-        milliseconds = round(window * 1000)
-        frame = text_frame(
-            event("reconnect", reason="restart", delay=[0, milliseconds], deadline_ms=milliseconds)
-        )
+        """Who has another node to go to is there before this one says goodbye."""
+        delay, deadline = [0, round(window * 500)], round(window * 1000)
+        frame = text_frame(event("reconnect", reason="restart", delay=delay, deadline_ms=deadline))
         for count, one in enumerate(connections, 1):
             one.tell(frame)
             if count % YIELD_EVERY == 0:

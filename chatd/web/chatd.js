@@ -69,7 +69,8 @@ export class Room extends EventTarget {
   synced(answer) {
     this.asking = null;
     if (answer.recovered) for (const change of answer.changes) this.#deliver(change);
-    this.cursor = answer.seq;
+    // While two links are up, the old one may have brought more than the new one's answer knows.
+    this.cursor = answer.recovered ? Math.max(this.cursor, answer.seq) : answer.seq;
     if (!answer.recovered) emit(this, "reset", { messages: answer.changes, has_more: answer.has_more });
     emit(this, "subscribed", answer);
   }
@@ -101,6 +102,7 @@ export class Chat extends EventTarget {
   #tokenEnds = Infinity;
   #rooms = new Map();
   #link = null; // null while there is none and none is being made
+  #next = null; // the one that is to follow it, when the server asked us to move
   #timer;
   #tries = 0;
   #window = RESTART_WINDOW;
@@ -129,9 +131,9 @@ export class Chat extends EventTarget {
   /** Disconnects. What is unsent stays and goes out after the next connect(). */
   close() {
     clearTimeout(this.#timer);
-    const link = this.#link;
-    this.#link = null;
-    link?.end();
+    const links = [this.#link, this.#next];
+    this.#link = this.#next = null;
+    for (const link of links) link?.end();
     this.#become("closed");
   }
 
@@ -191,6 +193,25 @@ export class Chat extends EventTarget {
     }
   }
 
+  /** The server will go away: be somewhere else before it does. Where that fails, its goodbye comes all the same. */
+  #moveSoon(old, [soonest, latest]) {
+    setTimeout(() => {
+      if (old !== this.#link || this.#next) return;
+      const next = this.#next = new Link({
+        received: (frame) => this.#receive(next, frame),
+        ended: (code, reason) => (next === this.#next ? (this.#next = null) : this.#lost(next, code, reason)),
+      });
+      next.open(this.#url);
+    }, soonest + random(latest - soonest));
+  }
+
+  #move(link) {
+    const old = this.#link;
+    this.#link = link;
+    this.#next = null;
+    old.end(); // what it did not answer is asked again, with the same client_id
+  }
+
   #authenticate(link, hello) {
     this.limits = hello.limits;
     this.#window = hello.reconnect?.window ?? RESTART_WINDOW;
@@ -205,6 +226,7 @@ export class Chat extends EventTarget {
 
   #welcome(link, ready) {
     link.readyAt = Date.now();
+    if (link === this.#next) this.#move(link);
     this.epoch = ready.epoch;
     this.userId = ready.user_id;
     this.#become("online");
@@ -220,7 +242,9 @@ export class Chat extends EventTarget {
 
   #lost(link, code, reason) {
     if (link !== this.#link) return;
-    this.#link = null;
+    this.#link = this.#next;
+    this.#next = null;
+    if (this.#link) return this.#become("connecting"); // it is on its way already
     if (code === TOKEN_EXPIRED || isFinal(code)) this.#token = null;
     if (isFinal(code)) return this.#become("stopped", { code, reason });
     if (link.readyAt && Date.now() - link.readyAt >= STEADY) this.#tries = 0;
@@ -263,6 +287,7 @@ export class Chat extends EventTarget {
     const room = this.#rooms.get(frame.conversation_id);
     if (frame.event === "hello") this.#authenticate(link, frame);
     else if (frame.event === "ready") this.#welcome(link, frame);
+    else if (frame.event === "reconnect") this.#moveSoon(link, frame.delay);
     else if (frame.event === "error" && frame.ref === undefined) emit(this, "error", frame);
     else if (!room) return; // a reply, or of a room that was left meanwhile
     else if (frame.event === "subscribed") room.synced(frame);
