@@ -190,6 +190,8 @@ async def test_a_postgresql_that_crashes_and_comes_back_needs_no_restart_of_chat
                     assert_unavailable(await ask(daemon.get, "/api/ws/conversations/1/messages"))
                     refused = await ada.request("history", conversation_id=1)
                     assert (refused["code"], refused["retryable"]) == ("unavailable", True)
+                    again = await ada.request("subscribe", conversation_id=1, after=1)
+                    assert again["code"] == "unavailable"  # and she is in the room as before
                 async with connect(daemon.ws_url) as late:
                     await late.next()
                     await late.send("auth", ref=1, token=token)

@@ -94,6 +94,7 @@ class Subscription:
         "_flat",
         "_push",
         "cursor",
+        "entered",
         "entitled",
         "joined",
         "listener",
@@ -106,6 +107,7 @@ class Subscription:
         self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
         self.joined = True
+        self.entered = False  # a snapshot was answered: the client knows that it is in
         self.hold()
 
     @property
@@ -130,7 +132,7 @@ class Subscription:
     def settle(self, seq: int) -> bytes:
         """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
         held, self._buffer = self._buffer or [], None
-        self.cursor = seq
+        self.cursor, self.entered = seq, True
         return b"".join(item if isinstance(item, bytes) else self._advance(item) for item in held)
 
     def deliver(self, piece: Piece) -> bool:

@@ -86,13 +86,12 @@ class Subscriptions:
         self._rooms.leave(conversation_id)
 
     async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
-        """Read the snapshot and answer. Raises NotFound or Unavailable, and has left the room then."""
+        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it then."""
         async with self._line.unhurried():
             try:
                 snapshot = await self._snapshot(subscription, after, epoch)
-            except BaseException:
-                if subscription.joined:
-                    self.leave(subscription.conversation_id)
+            except ChatError as error:
+                self._not_entered(subscription, error)
                 raise
             self._tell(event("subscribed", ref, **self._answer(snapshot)))
             self._settle(subscription, snapshot)
@@ -117,9 +116,9 @@ class Subscriptions:
                 subscription.hold()
             try:
                 found = await self._conversations.enter_all(self.identity, wanted, epoch)
-            except BaseException:
-                for conversation_id in wanted:
-                    self.leave(conversation_id)
+            except ChatError as error:
+                for subscription in joined.values():
+                    self._not_entered(subscription, error)
                 raise
             entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
             rooms = {str(id): self._answer(snapshot) for id, snapshot in entered.items()}
@@ -146,6 +145,18 @@ class Subscriptions:
             if subscription.fits(snapshot.seq):
                 return snapshot
         raise Unavailable("this room is too busy to enter just now")
+
+    def _not_entered(self, subscription: Subscription, error: ChatError) -> None:
+        """Who was live before goes on as if nothing had been asked: nobody has told the client otherwise."""
+        if not subscription.joined:
+            return
+        if not subscription.entered or isinstance(error, NotFound):
+            self.leave(subscription.conversation_id)
+            return
+        if frames := subscription.settle(subscription.cursor):
+            self.push(frames)
+        if subscription.cursor != subscription.room.head:  # something was let go of
+            self.resync(subscription)
 
     async def _start_over(self, subscription: Subscription) -> None:
         """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
