@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from chatd.chat.logins import check_standing
 from chatd.config import Limits, Rooms
 from chatd.errors import NotFound
 from chatd.limits import INBOX_ROOMS
@@ -43,10 +44,17 @@ class Conversations:
     async def enter_all(
         self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None
     ) -> dict[int, Snapshot | NotFound]:
-        """Several conversations as of one moment; those past the bound of a `ready` lose their messages."""
+        """Several conversations as of one moment; those past the bound of a `ready` lose their messages.
+
+        Raises Revoked for a user who may not be here at all, Unavailable.
+        """
         wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
         same_epoch = epoch in (None, self.epoch)
-        return await self._read(reads.snapshots, identity.user_id, wanted, same_epoch, self._members_detail)
+        standing, found = await self._read(
+            reads.login, identity.user_id, wanted, same_epoch, self._members_detail
+        )
+        check_standing(identity, standing)
+        return found
 
     async def inbox(self, identity: Identity) -> list[int]:
         """The user's conversations, the most recently active first."""

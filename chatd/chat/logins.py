@@ -15,11 +15,13 @@ class Logins:
     def __init__(self, authenticator: Authenticator, read: Reader) -> None:
         self._authenticator, self._read = authenticator, read
 
-    async def sign_in(self, token: str) -> Identity:
-        """Raises Unauthorized, TokenExpired, Revoked or Unavailable."""
-        identity = await self._authenticator.authenticate(token)
+    async def verify(self, token: str) -> Identity:
+        """What the token says. Raises Unauthorized, TokenExpired or Unavailable."""
+        return await self._authenticator.authenticate(token)
+
+    async def check(self, identity: Identity) -> None:
+        """Whether it counts. Raises Revoked or Unavailable."""
         check_standing(identity, (await self.standings([identity.user_id])).get(identity.user_id))
-        return identity
 
     async def standings(self, user_ids: Iterable[int]) -> dict[int, Standing]:
         return await self._read(reads.standings, list(user_ids))

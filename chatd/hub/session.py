@@ -167,45 +167,54 @@ class Session:
             return
         try:
             conversation_id = _id_from_text(self._handshake.query.get("conversation_id", ""))
-            identity = await self._sign_in(self._handshake.query["token"], None)
-            if identity is not None and self._become(identity, None):
+            identity = await self._verify(self._handshake.query["token"])
+            await self._chat.logins.check(identity)
+            if self._become(identity, None):
                 await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
+        except (Unauthorized, Unavailable) as error:
+            self._refuse_login(error, None, first=True)
         except ChatError as error:
             self._tell_error(error)
             code = Close.PROTOCOL_ERROR if isinstance(error, BadRequest) else Close.REVOKED
             self.close(Close.SERVER_ERROR if error.retryable else code, str(error))
 
     async def _authenticate(self, command: protocol.Auth) -> None:
-        identity = await self._sign_in(command.token, command.ref)
-        if identity is None:
-            return
+        first = self.identity is None
+        try:
+            await self._log_in(command)
+        except (Unauthorized, Unavailable) as error:
+            self._refuse_login(error, command.ref, first=first)
+
+    async def _log_in(self, command: protocol.Auth) -> None:
+        """One look at the database: whether the login counts, and where the rooms stand."""
+        rooms = command.rooms or {}
+        if rooms != "*":
+            self._rooms.check_count(rooms)
+        identity = await self._verify(command.token)
         if self.identity is not None and self.identity.user_id != identity.user_id:
             raise Forbidden("this connection belongs to another user", field="token")
-        first = self.identity is None
         if not self._become(identity, command.ref):
             return
-        if first:
-            log.info("authenticated", user_id=self.user_id)
         ready = {"user_id": self.user_id, "session": self._line.name, "expires_in": _seconds_left(identity)}
-        if command.rooms == "*":
+        if rooms == "*":
             await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
         else:
-            await self._rooms.enter_all(command.rooms or {}, command.epoch, command.ref, **ready)
+            await self._rooms.enter_all(rooms, command.epoch, command.ref, **ready)
 
-    async def _sign_in(self, token: str, ref: Any) -> Identity | None:
+    async def _verify(self, token: str) -> Identity:
         if self.identity is None:
             # It has come in time; how long the answer takes is not the client's fault.
             self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
-        try:
-            return await self._chat.logins.sign_in(token)
-        except Unauthorized as error:
+        return await self._chat.logins.verify(token)
+
+    def _refuse_login(self, error: Unauthorized | Unavailable, ref: Any, *, first: bool) -> None:
+        """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
+        self._tell_error(error, ref)
+        if isinstance(error, Unauthorized):
             log.info("login_refused", code=error.code, reason=str(error))
-            self._tell_error(error, ref)
             self.close(error.close, str(error))
-        except Unavailable as error:
-            self._tell_error(error, ref)
+        elif first:
             self.close(Close.AUTH_UNAVAILABLE, str(error))
-        return None
 
     def _become(self, identity: Identity, ref: Any) -> bool:
         """Take on an identity, for the first time or refreshed."""
@@ -215,6 +224,7 @@ class Session:
                 self._tell_error(LimitExceeded("too many connections of this user"), ref)
                 self.close(Close.TOO_MANY_CONNECTIONS, "too many connections of this user")
                 return False
+            log.info("authenticated", user_id=self.user_id)
         self.identity = identity
         self._rooms.become(identity)
         deadline = trio.current_time() + identity.expires_at - time.time()
@@ -222,8 +232,11 @@ class Session:
         return True
 
     async def _refresh(self, command: protocol.Refresh, identity: Identity) -> None:
-        fresh = await self._sign_in(command.token, command.ref)
-        if fresh is None:
+        try:
+            fresh = await self._verify(command.token)
+            await self._chat.logins.check(fresh)
+        except (Unauthorized, Unavailable) as error:
+            self._refuse_login(error, command.ref, first=False)
             return
         if fresh.user_id != identity.user_id:
             raise Forbidden("the new token is another user's", field="token")

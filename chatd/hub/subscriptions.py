@@ -6,7 +6,7 @@ then the snapshot is read and answered, and what was buffered follows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,6 +74,11 @@ class Subscriptions:
 
     # For the session.
 
+    def check_count(self, wanted: Iterable[int]) -> None:
+        """Raises LimitExceeded where these would be too many."""
+        if len({*wanted, *(one.conversation_id for one in self._rooms)}) > self._most:
+            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
+
     def join(self, conversation_id: int) -> Subscription:
         """Register; `enter` must follow. Raises LimitExceeded."""
         if conversation_id not in self._rooms and len(self._rooms) >= self._most:
@@ -86,7 +91,7 @@ class Subscriptions:
         self._rooms.leave(conversation_id)
 
     async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
-        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it then."""
+        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays there then."""
         async with self._line.unhurried():
             try:
                 snapshot = await self._snapshot(subscription, after, epoch)
@@ -108,8 +113,6 @@ class Subscriptions:
     ) -> None:
         """Enter several rooms in one snapshot and answer with `ready`; what may not be is told after."""
         assert self.identity is not None
-        if len(wanted.keys() | {one.conversation_id for one in self._rooms}) > self._most:
-            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
         joined = {conversation_id: self.join(conversation_id) for conversation_id in wanted}
         async with self._line.unhurried():
             for subscription in joined.values():

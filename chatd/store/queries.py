@@ -87,9 +87,11 @@ _members = _count(
     .correlate(conversations)
 )
 # Where they stand, and where one user stands in them. `members` counts no further than it matters.
+_own = members.alias()
 ROOMS = (
     select(
         conversations.c.id,
+        _own.c.state,
         conversations.c.last_seq,
         conversations.c.low_seq,
         conversations.c.members_version,
@@ -98,6 +100,7 @@ ROOMS = (
         _unread.scalar_subquery().label("unread"),
         _members.scalar_subquery().label("members"),
     )
+    .outerjoin(_own, (_own.c.conversation_id == conversations.c.id) & (_own.c.user_id == _one("user_id")))
     .outerjoin(reads, (reads.c.conversation_id == conversations.c.id) & (reads.c.user_id == _one("user_id")))
     .where(conversations.c.id.in_(_several("conversation_ids")))
 )

@@ -132,19 +132,18 @@ def snapshots(
     members_detail: int,
 ) -> dict[int, Snapshot | NotFound]:
     """Several conversations, as of one moment; `rooms` are (conversation_id, after, entitled)."""
-    asked = {"user_id": user_id, "conversation_ids": [id for id, _, _ in rooms]}
-    states = {id: State(state) for id, state in connection.execute(queries.STATES_OF_USER, asked)}
-    allowed = [id for id, _, entitled in rooms if _may(states.get(id), entitled)]
-    standing = _rooms(connection, user_id, allowed, members_detail)
-    receipts = _receipts(connection, user_id, standing.values(), members_detail)
+    if not rooms:
+        return {}
+    places = _places(connection, user_id, [id for id, _, _ in rooms], members_detail)
+    allowed = {id for id, _, entitled in rooms if _may(places[id].state, entitled)}
+    receipts = _receipts(connection, user_id, [places[id] for id in allowed], members_detail)
     found: dict[int, Snapshot | NotFound] = {}
     space = limits.READY_BYTES
-    for id, after, entitled in rooms:
-        if not _may(states.get(id), entitled):
+    for id, after, _ in rooms:
+        if id not in allowed:
             found[id] = NotFound(field="conversation_id")
             continue
-        room = standing.get(id) or _Standing(id)
-        one = _snapshot(connection, room, after, same_epoch, receipts.get(id, []))
+        one = _snapshot(connection, places[id], after, same_epoch, receipts.get(id, []))
         if one.size > space:
             one = _reduced(one, user_id)
         found[id] = one
@@ -152,10 +151,18 @@ def snapshots(
     return found
 
 
-class _Standing(Struct, frozen=True):
+def login(
+    connection: Connection, user_id: int, *snapshot_of: Any
+) -> tuple[Standing | None, dict[int, Snapshot | NotFound]]:
+    """What is held against the user, and `snapshots`: one look for a client that comes back."""
+    return standings(connection, [user_id]).get(user_id), snapshots(connection, user_id, *snapshot_of)
+
+
+class _Place(Struct, frozen=True):
     """A row of `ROOMS`. The defaults are those of a room that nobody has written to yet."""
 
     id: int
+    state: State | None = None
     last_seq: int = 0
     low_seq: int = 0
     members_version: int = 0
@@ -165,20 +172,29 @@ class _Standing(Struct, frozen=True):
     members: int = 0
 
 
-def _rooms(
+def _places(
     connection: Connection, user_id: int, conversation_ids: Sequence[int], members_detail: int
-) -> dict[int, _Standing]:
+) -> dict[int, _Place]:
     asked = {
         "user_id": user_id,
         "conversation_ids": conversation_ids,
         "most": limits.UNREAD_MAX,
         "members_detail": members_detail,
     }
-    return {row.id: _Standing(*row) for row in connection.execute(queries.ROOMS, asked)}
+    found = {
+        id: _Place(id, State(state) if state else None, *rest)
+        for id, state, *rest in connection.execute(queries.ROOMS, asked)
+    }
+    # A backend may have written who is banned from a room before there is one.
+    if new := [id for id in conversation_ids if id not in found]:
+        asked = {"user_id": user_id, "conversation_ids": new}
+        states = {id: State(state) for id, state in connection.execute(queries.STATES_OF_USER, asked)}
+        found |= {id: _Place(id, states.get(id)) for id in new}
+    return found
 
 
 def _snapshot(
-    connection: Connection, room: _Standing, after: int | None, same_epoch: bool, receipts: list[Cursor]
+    connection: Connection, room: _Place, after: int | None, same_epoch: bool, receipts: list[Cursor]
 ) -> Snapshot:
     changes, recovered, has_more = _missed(connection, room.id, after, room.last_seq, room.low_seq, same_epoch)
     return Snapshot(
@@ -316,7 +332,7 @@ def conversations_of(connection: Connection, user_id: int, most: int) -> list[in
 
 
 def _receipts(
-    connection: Connection, user_id: int, rooms: Iterable[_Standing], members_detail: int
+    connection: Connection, user_id: int, rooms: Iterable[_Place], members_detail: int
 ) -> dict[int, list[Cursor]]:
     """By conversation. In a crowded one only the user's own: those of all would be most of the answer."""
     found: dict[int, list[Cursor]] = {}
