@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench clean
+.PHONY: help run test check format bench faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
@@ -33,6 +33,10 @@ format: $(VENV)/dev  ## put the code into its form
 
 bench: $(VENV)/dev  ## the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+faults: $(VENV)/dev  ## every fault to real processes, at length: what was lost, how long it took (ARGS="--help")
+	@sh tests/install.sh
+	@$(BIN)/python -m tests.faults $(if $(ARGS),$(ARGS),--seconds 20 --pairs 6)
 
 clean:  ## remove .venv and all caches; databases stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

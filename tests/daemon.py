@@ -10,10 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.services import free_port
+from tests.services import free_port, launch
 
 TOKEN = "a-token-for-tests"
 START_SECONDS = 20
@@ -62,6 +63,11 @@ class Daemon:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
 
     @property
     def log(self) -> str:

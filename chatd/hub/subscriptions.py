@@ -91,7 +91,7 @@ class Subscriptions:
         self._rooms.leave(conversation_id)
 
     async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
-        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays there then."""
+        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it."""
         async with self._line.unhurried():
             try:
                 snapshot = await self._snapshot(subscription, after, epoch)
