@@ -31,6 +31,10 @@ format: $(VENV)/dev  ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+faults: $(VENV)/dev  ## the long fault suite: everything that can break is broken under load, half an hour
+	@sh tests/install.sh
+	@$(BIN)/python -m tests.faults --pairs 6 $(ARGS)
+
 bench: $(VENV)/dev  ## the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
 

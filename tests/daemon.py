@@ -10,11 +10,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.services import free_port, launch
+from tests.services import free_port
 
 TOKEN = "a-token-for-tests"
 START_SECONDS = 20
@@ -73,10 +72,13 @@ class Daemon:
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
+    def program(self) -> list[str]:
+        return [sys.executable, "-m", "chatd"]
+
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run another chatd command with the same configuration."""
         return subprocess.run(
-            [sys.executable, "-m", "chatd", *arguments],
+            [*self.program(), *arguments],
             cwd=self.directory,
             env=self.environ,
             capture_output=True,
@@ -87,7 +89,7 @@ class Daemon:
     def start(self) -> Daemon:
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._prefix, sys.executable, "-m", "chatd", *self._arguments],
+                [*self._prefix, *self.program(), *self._arguments],
                 cwd=self.directory,
                 env=self.environ,
                 stdin=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Self
+from typing import IO, ClassVar, Self
 
 import psycopg
 
@@ -81,7 +81,7 @@ class Service(ABC):
         if self.running:
             raise ServiceError(f"{self.name} runs already.")
         with self.log.open("ab") as log:
-            self._process = launch(self.command(), self.directory, log)
+            self._process = _launcher.submit(_spawn, self.command(), self.directory, log).result()
         deadline = time.monotonic() + START_DEADLINE
         while not self.answers():
             if not self.running:
@@ -189,19 +189,11 @@ class RedisServer(Service):
 
     def answers(self) -> bool:
         try:
-            return self.tell("PING").startswith("+PONG")
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(100).startswith(b"+PONG")
         except OSError:
             return False
-
-    def tell(self, command: str) -> str:
-        """A command on a connection of its own; the beginning of its answer, as it is on the wire."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-            connection.sendall(f"{command}\r\n".encode())
-            return connection.recv(100).decode()
-
-    def forget(self) -> None:
-        """Remove its data; it must not run."""
-        shutil.rmtree(self.directory / "appendonlydir", ignore_errors=True)
 
 
 class PostgresServer(Service):
@@ -257,10 +249,9 @@ class PostgresServer(Service):
 
     def crash(self) -> None:
         """As `pg_ctl stop -m immediate`: all sessions end at once, and the next start recovers from the log."""
-        if self._process is not None and self.running:
-            self.resume()
-            self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(STOP_DEADLINE)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(STOP_DEADLINE)
         self._process = None
 
     def create_database(self) -> str:
@@ -293,7 +284,7 @@ class PostgresServer(Service):
         initdb = [str(self._binary.with_name("initdb")), "--pgdata", str(data), "--username", "chatd"]
         initdb += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
         with self.log.open("ab") as log:
-            code = launch(self._as_user(initdb), home, log).wait()
+            code = _launcher.submit(_spawn, self._as_user(initdb), home, log).result().wait()
         if code:
             raise ServiceError(f"initdb failed.\n{self._log_tail()}")
         return data
@@ -319,17 +310,11 @@ def free_port() -> int:
             return port
 
 
-def launch(command: list[str], directory: Path, log: IO[bytes], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process; with `setpriv --pdeathsig KILL` before it, it ends with this one. Options are Popen's."""
-    return _launcher.submit(_spawn, command, directory, log, options).result()
-
-
-def _spawn(
-    command: list[str], directory: Path, log: IO[bytes], options: dict[str, Any]
-) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], directory: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     # A session of its own: the terminal's Ctrl-C is for the tests, which then stop it.
-    plain = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-    return subprocess.Popen(command, cwd=directory, **(plain | options))
+    return subprocess.Popen(
+        command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
 
 
 def _binary(name: str, places: list[Path], *, package: str) -> Path:

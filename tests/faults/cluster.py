@@ -1,0 +1,216 @@
+"""What a run is about: daemons, their database and their Redis, all real and all in this namespace.
+
+sqlite       one chatd on SQLite, on the disk
+small-disk   the same, on a tmpfs of some megabytes
+two          two chatd on one PostgreSQL and one Redis
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from tests.daemon import Daemon
+from tests.faults.history import Conversation, Logged, Stored
+from tests.faults.workload import TOKEN
+from tests.services import PostgresServer, RedisServer, ServiceError
+
+SECRET = "a secret of the fault tests alone, long enough"
+PING_INTERVAL, PING_TIMEOUT = 2.0, 2.0  # seconds: a half-open peer is found within a phase
+DRAIN_WINDOW = 0.5
+SMALL_DISK = 48  # MB
+FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+FAKETIME_FILE = "clock"
+
+KINDS = ("sqlite", "small-disk", "two")
+
+
+class Node(Daemon):
+    """A chatd that may have a bug planted, or a clock of its own. `ended` counts ends that were not good."""
+
+    def __init__(self, directory: Path, name: str, bug: str | None, **settings: Any) -> None:
+        super().__init__(
+            directory,
+            api__internal_token=TOKEN,
+            auth__secret=SECRET,
+            rooms__access="members",
+            hub__ping_interval=PING_INTERVAL,
+            hub__ping_timeout=PING_TIMEOUT,
+            server__drain_window=DRAIN_WINDOW,
+            limits__sends_per_second=0,
+            limits__handshakes_per_second=0,
+            limits__rooms_per_connection=1000,
+            **settings,
+        )
+        self.name, self.token = name, TOKEN
+        self.bug = bug
+        self.faked = False
+        self.ended = 0
+        self.repairs = self.restarts_over = 0  # told by /metrics, over all lives of the process
+        self.peak = 0  # bytes
+        self._seen: dict[str, float] = {}
+
+    def program(self) -> list[str]:
+        planted = ["-m", "tests.faults.planted", self.bug] if self.bug else ["-m", "chatd"]
+        return [sys.executable, *planted]
+
+    def start(self) -> Node:
+        self._seen.clear()
+        if self.faked:
+            self.step_clock(0)
+            clock = {
+                "LD_PRELOAD": str(FAKETIME[0]),
+                "FAKETIME_TIMESTAMP_FILE": str(self.directory / FAKETIME_FILE),
+                "FAKETIME_NO_CACHE": "1",
+                "DONT_FAKE_MONOTONIC": "1",
+            }
+            before, self.environ = self.environ, self.environ | clock
+            try:
+                super().start()
+            finally:
+                self.environ = before
+        else:
+            super().start()
+        return self
+
+    def step_clock(self, seconds: int) -> None:
+        """Only for a node that was started as `faked`: its wall clock is now so far off."""
+        (self.directory / FAKETIME_FILE).write_text(f"{seconds:+d}s\n")
+
+    def look(self) -> None:
+        """Take the numbers that it tells, and what the kernel tells of it. Not while it is frozen or down."""
+        with suppress(OSError):
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+                self.peak = max(self.peak, int(found[1]) * 1024)
+
+    def count(self, metrics: str) -> None:
+        """A counter starts at nought with each life of the process."""
+        for name, attribute in (("chatd_repairs_total", "repairs"), ("chatd_resyncs_total", "restarts_over")):
+            if found := re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE):
+                value = float(found[1])
+                grown = value - self._seen.get(name, 0.0)
+                self._seen[name] = value
+                setattr(self, attribute, getattr(self, attribute) + max(0, int(grown)))
+
+    def troubles(self) -> list[str]:
+        """What no daemon may do, whatever happens to it."""
+        found = []
+        if self.ended:
+            found.append(f"{self.name} ended {self.ended} times by itself")
+        if "Traceback" in self.log:
+            lines = self.log.splitlines()
+            first = next(number for number, line in enumerate(lines) if "Traceback" in line)
+            found.append(f"{self.name} logged a traceback: " + "\n".join(lines[max(0, first - 2) : first + 40]))
+        return found
+
+
+class Cluster:
+    def __init__(self, kind: str, directory: Path, bug: str | None = None) -> None:
+        self.kind, self._directory, self._bug = kind, directory, bug
+        self._stack = ExitStack()
+        self.redis: RedisServer | None = None
+        self.postgres: PostgresServer | None = None
+        self.nodes: list[Node] = []
+        self.disk = directory  # where SQLite's file is
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as stack:
+            settings = self._services(stack)
+            for name in ("node", "other node")[: 2 if self.kind == "two" else 1]:
+                place = self._directory / name.replace(" ", "-")
+                place.mkdir()
+                self.nodes.append(Node(place, name, self._bug, **settings))
+                stack.callback(self.nodes[-1].close)
+            if self.kind == "two":
+                migrated = self.nodes[0].command("migrate")
+                if migrated.returncode:
+                    raise ServiceError(migrated.stderr)
+            for node in self.nodes:
+                node.start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _services(self, stack: ExitStack) -> dict[str, Any]:
+        if self.kind == "two":
+            self.postgres = stack.enter_context(PostgresServer(self._directory / "postgres"))
+            self.redis = stack.enter_context(RedisServer(self._directory / "redis"))
+            return {"database__url": self.postgres.url, "redis__url": self.redis.url}
+        self.disk = self._directory / "disk"
+        self.disk.mkdir()
+        if self.kind == "small-disk":
+            stack.enter_context(_mounted(self.disk))
+        return {"database__url": f"sqlite:///{self.disk}/chatd.db"}
+
+    @property
+    def ports(self) -> list[int]:
+        return [node.hub_port for node in self.nodes]
+
+    @property
+    def api_ports(self) -> list[int]:
+        return [node.api_port for node in self.nodes]
+
+    # The database, read past chatd: what it holds is the truth.
+
+    def heads(self) -> dict[int, int]:
+        return dict(self._rows("SELECT id, last_seq FROM chat_conversations"))
+
+    def final(self) -> list[Conversation]:
+        found = {id: Conversation(id, head, [], []) for id, head in self.heads().items()}
+        for conversation, *row in self._rows(
+            "SELECT conversation_id, seq, kind, message_id FROM chat_changes ORDER BY conversation_id, seq"
+        ):
+            found[conversation].log.append(Logged(*row))
+        for conversation, deleted, *row in self._rows(
+            "SELECT chat_conversation_id, deleted_at, id, user_id, seq, client_id, content FROM chat_messages"
+            " ORDER BY id"
+        ):
+            stored = Stored(*row)
+            assert (stored.content is None) == (deleted is not None)
+            found[conversation].messages.append(stored)
+        return list(found.values())
+
+    def sound(self) -> bool:
+        """SQLite's own check of its file; PostgreSQL has none that would be worth its time."""
+        return self.kind == "two" or self._rows("PRAGMA integrity_check") == [("ok",)]
+
+    def execute(self, statement: str) -> None:
+        assert self.postgres is not None
+        with psycopg.connect(self.postgres.url, autocommit=True, connect_timeout=2) as connection:
+            connection.execute(statement.encode())
+
+    def _rows(self, query: str) -> list[Any]:
+        if self.postgres is not None:
+            with psycopg.connect(self.postgres.url, connect_timeout=5) as connection:
+                return connection.execute(query.encode()).fetchall()
+        with closing(self.connect_sqlite()) as connection:
+            return connection.execute(query).fetchall()
+
+    def connect_sqlite(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.disk / "chatd.db", timeout=10, isolation_level=None)
+
+
+@contextmanager
+def _mounted(place: Path) -> Iterator[None]:
+    """A tmpfs; seen in this mount namespace alone."""
+    options = ["-t", "tmpfs", "-o", f"size={SMALL_DISK}m", "chatd-faults", str(place)]
+    subprocess.run(["mount", *options], check=True)
+    try:
+        yield
+    finally:
+        for _ in range(50):  # until the last descriptor is closed
+            if subprocess.run(["umount", str(place)], capture_output=True).returncode == 0:
+                break
+            time.sleep(0.1)

@@ -1,0 +1,190 @@
+"""chatd with a bug planted, to show that the checker sees it: `python -m tests.faults.planted BUG serve …`.
+
+Each bug replaces functions of chatd by some that break a guarantee. A name that is gone is an error.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+from sqlalchemy import text
+
+from chatd import cli
+from chatd.bus import payloads
+from chatd.chat.conversations import Conversations
+from chatd.hub.fanout import Fanout
+from chatd.hub.rooms import Piece, Subscription
+from chatd.model import MemberChange
+from chatd.store.transaction import Step, Transaction
+from chatd.store.writer import Submission, Writer
+
+BEFORE_COMMIT = 0.3  # seconds, so that a SIGKILL finds it in between
+ONE_IN = 50
+DROP_INDEX = "ALTER TABLE chat_messages DROP CONSTRAINT IF EXISTS chat_messages_client_id"
+
+
+def replace(owner: object, name: str, by: Callable[[Any], Any]) -> None:
+    """`by` is given the original and returns what takes its place."""
+    setattr(owner, name, by(getattr(owner, name)))
+
+
+def ack_before_commit() -> None:
+    """G1: the caller is answered when the rows are written, and the transaction is committed a moment later."""
+
+    def take(original: Any) -> Any:
+        def patched(self: Any) -> list[Submission]:
+            self.taken = original(self)
+            return list(self.taken)
+
+        return patched
+
+    def run(original: Any) -> Any:
+        def patched(self: Any, commands: Any, settled: Any = ()) -> Any:
+            outcomes, group = original(self, commands, settled)
+            answers = iter(outcomes)
+            for submission in writers[0].taken:
+                trio.from_thread.run_sync(submission.resolve, [next(answers) for _ in submission.commands])
+            time.sleep(BEFORE_COMMIT)
+            return outcomes, group
+
+        return patched
+
+    def remember(original: Any) -> Any:
+        def patched(self: Any, *arguments: Any, **named: Any) -> None:
+            original(self, *arguments, **named)
+            writers.append(self)
+
+        return patched
+
+    writers: list[Any] = []
+    replace(Writer, "__init__", remember)
+    replace(Writer, "_take", take)
+    replace(Transaction, "run", run)
+
+
+def no_idempotency() -> None:
+    """G2: a retry is not recognised. The index that would refuse it is dropped."""
+    replace(Transaction, "_read_earlier", lambda original: lambda self, commands: None)
+
+    def commit(original: Any) -> Any:
+        def patched(self: Any, *arguments: Any) -> Any:
+            if not getattr(self, "dropped", False):
+                self.dropped = True
+                with self._engine.begin() as connection:
+                    connection.execute(text(DROP_INDEX))
+            return original(self, *arguments)
+
+        return patched
+
+    replace(Writer, "_commit", commit)
+
+
+def hole_in_the_log() -> None:
+    """G3: now and then a seq is taken and nothing is logged under it."""
+
+    def number(original: Any) -> Any:
+        def patched(self: Any, kind: Any, row: Any) -> Step:
+            if random.randrange(ONE_IN) == 0:
+                self._conversations[row["chat_conversation_id"]]["last_seq"] += 1
+            step: Step = original(self, kind, row)
+            row["seq"] = step.seq if row.get("id") is None else row["seq"]
+            return step
+
+        return patched
+
+    replace(Transaction, "_number", number)
+
+
+def deliver_twice() -> None:
+    """G4: now and then a subscription is given what it has."""
+
+    def deliver(original: Any) -> Any:
+        def patched(self: Any, piece: Piece) -> bool:
+            delivered: bool = original(self, piece)
+            if delivered and random.randrange(ONE_IN) == 0:
+                self._push(piece.joined)
+            return delivered
+
+        return patched
+
+    replace(Subscription, "deliver", deliver)
+
+
+def no_buffering() -> None:
+    """G4: what is committed while a snapshot is read is thrown away."""
+    replace(Subscription, "_keep", lambda original: lambda self, item, size: None)
+
+    def enter_all(original: Any) -> Any:
+        async def patched(self: Any, *arguments: Any) -> Any:
+            found = await original(self, *arguments)
+            await trio.sleep(0.1)
+            return found
+
+        return patched
+
+    replace(Conversations, "enter_all", enter_all)
+
+    def advance(original: Any) -> Any:
+        def patched(self: Any, piece: Piece) -> Any:
+            self.cursor = max(self.cursor, piece.first - 1)  # else the hole is noticed, and mended
+            return original(self, piece)
+
+        return patched
+
+    replace(Subscription, "_advance", advance)
+
+
+def no_hole_repair() -> None:
+    """G5: what Redis lost, and this one does lose, is read neither for a hole nor by the sweep."""
+
+    def change_of(original: Any) -> Any:
+        return lambda fields: original(fields) if random.randrange(ONE_IN) else None
+
+    replace(payloads, "change_of", change_of)
+    replace(Fanout, "_repair_soon", lambda original: lambda self, room, wait: None)
+
+
+def no_revocation() -> None:
+    """G6: who is removed goes on listening."""
+
+    def tell_members(original: Any) -> Any:
+        async def patched(self: Any, change: MemberChange) -> None:
+            room = self._rooms.get(change.conversation_id)
+            if room is not None and room.members_version is not None:
+                room.members_version = max(room.members_version, change.version)
+
+        return patched
+
+    async def check_nobody(self: Any, room: Any) -> None:
+        room.members_version = 2**53
+
+    replace(Fanout, "_tell_members", tell_members)
+    replace(Fanout, "check_rights", lambda original: check_nobody)
+
+
+BUGS = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        ack_before_commit,
+        no_idempotency,
+        hole_in_the_log,
+        deliver_twice,
+        no_buffering,
+        no_hole_repair,
+        no_revocation,
+    )
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    BUGS[arguments[0]]()
+    cli.main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

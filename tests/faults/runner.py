@@ -1,0 +1,260 @@
+"""A run: one cluster, a load, one fault after the other, and what the checker says of the whole.
+
+Each phase is load with a fault in it, then quiet until every client has everything; the next goes on with the
+same daemons, clients and data. The history is checked as one, for a loss may show only later.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from time import monotonic
+from typing import IO
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from tests.faults import crowd, nemesis
+from tests.faults.checker import Verdict, check
+from tests.faults.cluster import PING_INTERVAL, PING_TIMEOUT, SECRET, Cluster, Node
+from tests.faults.history import History, Kind, Outcome, save
+from tests.faults.nemesis import HALF_OPEN_SOURCE, Field, blocking
+from tests.faults.workload import Backend, Workload
+
+FINISH_SECONDS = 25.0  # for what was begun when the load ends: a write is answered in 15
+LOOK_EVERY = 0.5  # seconds between two looks at memory and metrics
+SILENCE = PING_INTERVAL + PING_TIMEOUT + 4.0  # seconds
+POSTERS = 4
+OTHERS = 900_000  # users from here on are no room's members
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Plan(Struct):
+    kind: str
+    phases: list[str]
+    seconds: float
+    seed: int
+    rooms: int
+    clients_per_room: int
+    patience: float  # seconds that clients have to catch up
+    bug: str | None = None
+
+
+class Phase(Struct):
+    """What a phase came to. Times are seconds; `settled` is None where not everybody caught up."""
+
+    name: str
+    began: float
+    healed: float = 0.0
+    ended: float = 0.0
+    settled: float | None = None
+    acknowledged: int = 0
+    unknown: int = 0
+    unavailable: float = 0.0
+    median: float = 0.0
+    p99: float = 0.0
+    repaired: int = 0
+    started_over: int = 0
+    peak: int = 0
+    notes: list[str] = []
+    anomalies: dict[str, int] = {}
+
+
+class Result(Struct):
+    plan: Plan
+    phases: list[Phase]
+    verdict: Verdict
+    troubles: list[str]
+    heard: int
+
+    @property
+    def valid(self) -> bool:
+        settled = all(phase.settled is not None for phase in self.phases)
+        return bool(self.verdict.valid) and not self.troubles and settled
+
+
+class Process:
+    """A crowd, as the runner holds it."""
+
+    def __init__(self, spec: crowd.Spec, log: IO[bytes]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.crowd"],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        self._say(spec)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def do(self, what: str, path: str = "") -> bytes:
+        return self._say(crowd.Do(what, path))
+
+    def report(self) -> crowd.Report:
+        return msgspec.json.decode(self.do("report"), type=crowd.Report)
+
+    def result(self, path: Path) -> crowd.Result:
+        self.do("stop", str(path))
+        return msgspec.msgpack.decode(path.read_bytes(), type=crowd.Result)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _say(self, what: Struct) -> bytes:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(msgspec.json.encode(what) + b"\n")
+        self._process.stdin.flush()
+        if answer := self._process.stdout.readline():
+            return answer
+        raise RuntimeError("a crowd has ended by itself")
+
+
+class Run:
+    def __init__(self, plan: Plan, directory: Path, tell: Callable[[str], None]) -> None:
+        """`tell` gets a line for a person, as the run goes on."""
+        self._plan, self._directory, self._tell = plan, directory, tell
+        self._dice = random.Random(plan.seed)
+        self._phases: list[Phase] = []
+
+    async def run(self) -> Result:
+        plan = self._plan
+        with ExitStack() as stack:
+            cluster = await blocking(stack.enter_context, Cluster(plan.kind, self._directory, plan.bug))
+            crowds = await blocking(stack.enter_context, self._crowds(cluster))
+            workload = Workload(cluster.api_ports, plan.rooms, POSTERS, plan.seed)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._look, cluster.nodes)
+                await self._settle(cluster, crowds)  # everybody is there
+                for name in plan.phases:
+                    await self._phase(name, cluster, crowds, workload)
+                nursery.cancel_scope.cancel()
+            settled = monotonic()
+            history = await self._history(cluster, crowds, workload, settled)
+            troubles = [trouble for node in cluster.nodes for trouble in node.troubles()]
+        self._tell("checking …")
+        verdict = await blocking(check, history)
+        if not (verdict.valid and not troubles):
+            save(self._directory / "history", history)
+        return self._result(verdict, history, troubles)
+
+    @contextmanager
+    def _crowds(self, cluster: Cluster) -> Iterator[list[Process]]:
+        plan = self._plan
+        with ExitStack() as stack:
+            log = stack.enter_context((self._directory / "crowds.log").open("wb"))
+            found = []
+            for number, source in enumerate(("127.0.0.1", HALF_OPEN_SOURCE)):
+                spec = crowd.Spec(
+                    ports=cluster.ports,
+                    secret=SECRET,
+                    name=f"crowd {number + 1}",
+                    source=source,
+                    rooms=plan.rooms,
+                    numbers=list(range(1 + number, plan.clients_per_room + 1, 2)),
+                    others=OTHERS + 1000 * number,
+                    wanderers=10,
+                    outsiders=2,
+                    silence=SILENCE,
+                    seed=plan.seed,
+                )
+                found.append(Process(spec, log))
+                stack.callback(found[-1].close)
+            yield found
+
+    async def _phase(self, name: str, cluster: Cluster, crowds: list[Process], workload: Workload) -> None:
+        phase = Phase(name, monotonic())
+        before = self._counted(cluster.nodes)
+        for node in cluster.nodes:
+            node.peak = 0
+        attempts = len(workload.attempts)
+        for one in crowds:
+            await blocking(one.do, "load")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(workload.run, FINISH_SECONDS)
+            field = Field(cluster, crowds[1].pid, self._plan.seconds, self._dice, phase.notes)
+            await nemesis.strike(name, field)
+            phase.healed = monotonic()
+            for node in cluster.nodes:
+                node.ended += node.exit_code is not None
+            await trio.sleep(1.0)  # it must work again, under load
+            workload.stop()
+            for one in crowds:
+                await blocking(one.do, "quiet")
+        phase.settled = await self._settle(cluster, crowds)
+        phase.ended = monotonic()
+        _sum_up(phase, workload, attempts)
+        phase.repaired, phase.started_over = (
+            now - then for now, then in zip(self._counted(cluster.nodes), before, strict=True)
+        )
+        phase.peak = max(node.peak for node in cluster.nodes)
+        self._phases.append(phase)
+        settled = "not settled" if phase.settled is None else f"settled after {phase.settled:.1f} s"
+        notes = f" ({', '.join(phase.notes)})" if phase.notes else ""
+        self._tell(f"{name}: {phase.acknowledged:,} acknowledged, {settled}{notes}")
+
+    async def _settle(self, cluster: Cluster, crowds: Sequence[Process]) -> float | None:
+        """Seconds until every client has the head of each of its rooms; None if that takes too long."""
+        started = monotonic()
+        while monotonic() - started < self._plan.patience:
+            heads = await blocking(cluster.heads)
+            lowest = [(await blocking(one.report)).lowest for one in crowds]
+            if all(found == heads.get(room, 0) for part in lowest for room, found in part.items()):
+                return monotonic() - started
+            await trio.sleep(0.05)
+        return None
+
+    async def _look(self, nodes: Sequence[Node]) -> None:
+        backends = {node.name: Backend() for node in nodes}
+        while True:
+            for node in nodes:
+                await blocking(node.look)
+                try:
+                    with trio.fail_after(LOOK_EVERY):
+                        node.count(await backends[node.name].text(node.api_port, "/metrics"))
+                except (OSError, trio.TooSlowError, trio.BrokenResourceError):
+                    pass  # it is down or frozen
+            await trio.sleep(LOOK_EVERY)
+
+    @staticmethod
+    def _counted(nodes: Sequence[Node]) -> tuple[int, int]:
+        return sum(node.repairs for node in nodes), sum(node.restarts_over for node in nodes)
+
+    async def _history(
+        self, cluster: Cluster, crowds: Sequence[Process], workload: Workload, settled: float
+    ) -> History:
+        results = [
+            await blocking(one.result, self._directory / f"crowd-{number}")
+            for number, one in enumerate(crowds, 1)
+        ]
+        attempts = workload.attempts + [a for result in results for a in result.attempts]
+        clients = [client for result in results for client in result.clients]
+        return History(attempts, clients, await blocking(cluster.final), settled)
+
+    def _result(self, verdict: Verdict, history: History, troubles: list[str]) -> Result:
+        for anomaly in verdict.anomalies:
+            phase = next((p for p in self._phases if anomaly.at <= p.ended), self._phases[-1])
+            phase.anomalies[anomaly.name] = phase.anomalies.get(anomaly.name, 0) + 1
+        return Result(self._plan, self._phases, verdict, troubles, verdict.received)
+
+
+def _sum_up(phase: Phase, workload: Workload, first: int) -> None:
+    """The posters' part. Unavailable: the longest time without any acknowledgement while they were posting."""
+    mine = workload.attempts[first:]
+    phase.acknowledged = sum(a.outcome is Outcome.OK for a in mine)
+    phase.unknown = sum(a.outcome is Outcome.INFO for a in mine)
+    posts = [a for a in mine if a.kind is Kind.POST and a.outcome is Outcome.OK]
+    moments = sorted([phase.began, *(a.ended for a in posts)])
+    phase.unavailable = max((after - before for before, after in pairwise(moments)), default=0)
+    took = sorted(a.ended - a.invoked for a in posts)
+    if took:
+        phase.median, phase.p99 = took[len(took) // 2], took[len(took) * 99 // 100]

@@ -1,0 +1,208 @@
+"""The backend of a run: posters that retry with the same key, and one who removes members and adds them back.
+
+They are in the runner's process. What they did is in `attempts`, with the outcome as they saw it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+import trio
+
+from tests.faults.history import Attempt, Kind, Outcome
+
+TOKEN = "a-token-for-faults"
+PATIENCE = 5.0  # seconds for an answer; then it is unknown, and the same is asked again
+AGAIN = (0.02, 0.2)  # seconds until it is
+THINK = (0.0, 0.05)  # seconds between two operations of a poster
+REMEMBERED = 50  # own messages that a poster may edit or delete
+EDIT_SHARE, DELETE_SHARE = 1 / 15, 1 / 40
+AWAY = (
+    1.5,
+    3.0,
+)  # seconds that a removed member stays away, longer than what a removal is given to take effect
+# Numbers of a room's members that are removed and added back. The first one sends, the tenth ones are restless.
+FLAPPED = (2, 3, 4)
+
+
+class Backend:
+    """A connection to the API that is made anew when it breaks. Raises OSError or TooSlowError."""
+
+    def __init__(self) -> None:
+        self._stream: trio.SocketStream | None = None
+        self._port = 0
+
+    async def request(self, port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        data = msgspec.json.encode(body) if body is not None else b""
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Token: {TOKEN}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        try:
+            with trio.fail_after(PATIENCE):
+                if self._stream is None or port != self._port:
+                    self.close()
+                    self._stream, self._port = await trio.open_tcp_stream("127.0.0.1", port), port
+                await self._stream.send_all(head.encode() + data)
+                return await self._answer(self._stream)
+        except BaseException:
+            self.close()
+            raise
+
+    async def text(self, port: int, path: str) -> str:
+        """The body of a page that is no JSON."""
+        return str((await self.request(port, "GET", path))[1])
+
+    @staticmethod
+    async def _answer(stream: trio.SocketStream) -> tuple[int, Any]:
+        got = b""
+        while (end := got.find(b"\r\n\r\n")) < 0:
+            got += await _some(stream)
+        head, got = got[:end].decode().lower(), got[end + 4 :]
+        size = int(head.partition("content-length:")[2].partition("\r\n")[0])
+        while len(got) < size:
+            got += await _some(stream)
+        return int(head.split()[1]), msgspec.json.decode(got) if "json" in head else got.decode()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.socket.close()
+            self._stream = None
+
+
+async def _some(stream: trio.SocketStream) -> bytes:
+    if data := await stream.receive_some():
+        return data
+    raise ConnectionResetError("the server has hung up")
+
+
+class Workload:
+    """`start` the load, `stop` it: all that was begun is brought to an end, or given up as unknown."""
+
+    def __init__(self, ports: Sequence[int], rooms: int, posters: int, seed: int) -> None:
+        self.attempts: list[Attempt] = []
+        self._ports, self._rooms = ports, rooms
+        self._dice = random.Random(seed)
+        self._names = itertools.count(1)
+        self._posters = [
+            Poster(self, 800_001 + number, random.Random(seed + number)) for number in range(posters)
+        ]
+        self._quiet = trio.Event()
+
+    async def run(self, seconds_to_finish: float, *, task_status: trio.TaskStatus[None]) -> None:
+        """One phase of load, until `stop`; what is unanswered so many seconds later stays unknown."""
+        self._quiet = trio.Event()
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            for poster in self._posters:
+                nursery.start_soon(poster.run)
+            for numbers in FLAPPED:
+                nursery.start_soon(self._flap, numbers)
+            await self._quiet.wait()
+            nursery.cancel_scope.deadline = trio.current_time() + seconds_to_finish
+
+    def stop(self) -> None:
+        self._quiet.set()
+
+    @property
+    def quiet(self) -> bool:
+        return self._quiet.is_set()
+
+    async def _flap(self, number: int) -> None:
+        """Remove a member and add it back, another one each time; never leave one outside."""
+        backend = Backend()
+        while not self.quiet:
+            room = self._dice.randint(1, self._rooms)
+            await self._change_member(backend, Kind.REMOVE, room, number)
+            await trio.sleep(self._dice.uniform(*AWAY))
+            await self._change_member(backend, Kind.ADD, room, number)
+
+    async def _change_member(self, backend: Backend, kind: Kind, room: int, number: int) -> None:
+        user = room * 1000 + number
+        method = "PUT" if kind is Kind.ADD else "DELETE"
+        path = f"/api/ws/conversations/{room}/members/{user}"
+        name = f"{kind} {next(self._names)}"
+        while True:
+            attempt = await self.attempt(
+                backend, Attempt(kind, room, user, name, 0, 0, Outcome.INFO), method, path
+            )
+            if attempt.outcome is not Outcome.INFO:
+                return
+            await trio.sleep(self._dice.uniform(*AGAIN))
+
+    async def attempt(
+        self, backend: Backend, attempt: Attempt, method: str, path: str, body: Any = None
+    ) -> Attempt:
+        """Ask a node at random; the attempt is recorded with what became of it."""
+        attempt.invoked = monotonic()
+        try:
+            status, data = await backend.request(self._dice.choice(self._ports), method, path, body)
+        except (OSError, trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            attempt.code = type(error).__name__
+        else:
+            attempt.outcome = _outcome(status)
+            attempt.id = data.get("id", attempt.id)
+            attempt.seq, attempt.duplicate = data.get("seq", 0), data.get("duplicate", False)
+            attempt.code = data.get("code", "")
+        finally:
+            attempt.ended = monotonic()
+            self.attempts.append(attempt)
+        return attempt
+
+
+class Poster:
+    """Posts to all rooms; now and then it edits or deletes what it has posted."""
+
+    def __init__(self, workload: Workload, user: int, dice: random.Random) -> None:
+        self._workload, self._user, self._dice = workload, user, dice
+        self._numbers = itertools.count(1)
+        self._own: deque[Attempt] = deque(maxlen=REMEMBERED)
+        self._backend = Backend()
+
+    async def run(self) -> None:
+        while not self._workload.quiet:
+            luck = self._dice.random()
+            if self._own and luck < EDIT_SHARE:
+                await self._edit(self._dice.choice(self._own))
+            elif self._own and luck < EDIT_SHARE + DELETE_SHARE:
+                await self._delete(self._own.popleft())
+            else:
+                await self._post()
+            await trio.sleep(self._dice.uniform(*THINK))
+
+    async def _post(self) -> None:
+        room = self._dice.randint(1, self._workload._rooms)
+        text = f"http {self._user} {next(self._numbers)}"
+        body = {"conversation_id": room, "sender_id": self._user, "content": text, "client_id": text}
+        while True:
+            attempt = Attempt(Kind.POST, room, self._user, text, 0, 0, Outcome.INFO)
+            await self._workload.attempt(self._backend, attempt, "POST", "/api/ws/messages", body)
+            if attempt.outcome is Outcome.OK:
+                self._own.append(attempt)
+            if attempt.outcome is not Outcome.INFO:
+                return
+            await trio.sleep(self._dice.uniform(*AGAIN))
+
+    async def _edit(self, own: Attempt) -> None:
+        text = f"{own.body} edited {next(self._numbers)}"
+        attempt = Attempt(Kind.EDIT, own.conversation, self._user, text, 0, 0, Outcome.INFO, own.id)
+        path = f"/api/ws/messages/{own.id}"
+        await self._workload.attempt(self._backend, attempt, "PATCH", path, {"content": text})
+
+    async def _delete(self, own: Attempt) -> None:
+        name = f"{own.body} deleted"
+        attempt = Attempt(Kind.DELETE, own.conversation, self._user, name, 0, 0, Outcome.INFO, own.id)
+        await self._workload.attempt(self._backend, attempt, "DELETE", f"/api/ws/messages/{own.id}")
+
+
+def _outcome(status: int) -> Outcome:
+    if status == 200:
+        return Outcome.OK
+    # 503 and 500 say that the outcome is not known, 429 that it has not happened but may, if asked for again.
+    return Outcome.INFO if status >= 500 or status == 429 else Outcome.FAIL
