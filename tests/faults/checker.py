@@ -69,14 +69,15 @@ class Verdict(Struct):
 
 def check(history: History) -> Verdict:
     facts = Facts(history)
+    readers = [Reader(facts, client) for client in history.clients]
     found = [
         *writes(facts),
         *logs(facts),
         *real_time(facts),
-        *receives(facts),
+        *(anomaly for reader in readers for anomaly in reader.anomalies),
         *deliveries(facts),
         *leaks(facts),
-        *convergence(facts),
+        *convergence(facts, readers),
     ]
     outcomes = Counter(attempt.outcome for attempt in history.attempts)
     verdict = Verdict(
@@ -269,20 +270,20 @@ def real_time(facts: Facts) -> Iterator[Anomaly]:
 # What one client was given.
 
 
-def receives(facts: Facts) -> Iterator[Anomaly]:
-    for client in facts.history.clients:
-        yield from _Reader(facts, client).anomalies()
-
-
-class _Reader:
-    """Follows one client: its cursors as they must be."""
+class Reader:
+    """One client, followed over all that it was given: where that leaves it, and what was wrong on the way."""
 
     def __init__(self, facts: Facts, client: Client) -> None:
-        self._facts, self._client = facts, client
+        self._facts, self.client = facts, client
         self._cursors: dict[int, int] = {}
+        self.anomalies = list(self._follow())
 
-    def anomalies(self) -> Iterator[Anomaly]:
-        for record in self._client.records:
+    def reached(self, place: int) -> int:
+        """What it was given, whatever it takes itself to have."""
+        return min(self._cursors.get(place, 0), self.client.cursors[place])
+
+    def _follow(self) -> Iterator[Anomaly]:
+        for record in self.client.records:
             match record:
                 case Heard():
                     yield from self._heard(record)
@@ -307,7 +308,9 @@ class _Reader:
     def _answered(self, record: Answered) -> Iterator[Anomaly]:
         place, cursor = record.conversation, self._cursors.get(record.conversation)
         after = record.after if record.asked else cursor
-        if record.recovered and after is not None:
+        if record.asked and after is not None and after > (cursor or 0):
+            yield self._anomaly("skip", record, f"has {after} and was given {cursor}")
+        elif record.recovered and after is not None:
             got = [seen.seq for seen in record.changes]
             if got != list(range(after + 1, record.seq + 1)):
                 yield self._anomaly(
@@ -329,7 +332,7 @@ class _Reader:
         return sum(longest) + 250 * len(ids) < REPLAY_BYTES
 
     def _anomaly(self, name: str, record: Heard | Answered, what: str) -> Anomaly:
-        return Anomaly(name, record.conversation, record.at, f"{self._client.name} {what}")
+        return Anomaly(name, record.conversation, record.at, f"{self.client.name} {what}")
 
 
 # What all were given.
@@ -415,17 +418,17 @@ def _absences(facts: Facts) -> dict[tuple[int, int], list[tuple[float, float]]]:
 # Who has not everything in the end.
 
 
-def convergence(facts: Facts) -> Iterator[Anomaly]:
+def convergence(facts: Facts, readers: Sequence[Reader]) -> Iterator[Anomaly]:
     outside = _outside(facts)
-    for client in facts.history.clients:
-        for place, cursor in client.cursors.items():
+    for reader in readers:
+        client = reader.client
+        for place in client.cursors:
             conversation = facts.conversations.get(place)
             head = conversation.last_seq if conversation else 0
-            if not client.outsider and (place, client.user) not in outside and cursor < head:
-                yield Anomaly(
-                    "unseen", place, facts.history.settled,
-                    f"{client.name} has {cursor} of {head} when all is quiet",
-                )  # fmt: skip
+            reached = reader.reached(place)
+            if not client.outsider and (place, client.user) not in outside and reached < head:
+                what = f"{client.name} has {reached} of {head} when all is quiet"
+                yield Anomaly("unseen", place, facts.history.settled, what)
 
 
 def _outside(facts: Facts) -> set[tuple[int, int]]:

@@ -18,8 +18,8 @@ _HEAD = (
     f"{'repaired':>9}{'afresh':>7}{'away':>8}{'p50':>8}{'p99':>8}{'settled':>9}{'peak':>8}"
 )
 _LEGEND = (
-    "away: longest time without an acknowledgement while four posters were posting; p50, p99: of the posts that",
-    "were acknowledged; repaired: holes read from the database; afresh: subscriptions told to start over;",
+    "away: longest time without an acknowledgement while four posters were posting; p50, p99: of acknowledged",
+    "posts; repaired: holes read from the database; afresh: subscriptions told to start over;",
     "settled: from the end of the load until every client had everything; peak: memory of the larger chatd.",
 )
 
