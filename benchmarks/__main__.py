@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from benchmarks import fanout
+from benchmarks import fanout, outage, storm, stuck
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +20,8 @@ def main(context: click.Context) -> None:
             context.invoke(command)
 
 
-main.add_command(fanout.command)
+for module in (fanout, outage, stuck, storm):
+    main.add_command(module.command)
 
 if __name__ == "__main__":
     main(prog_name="python -m benchmarks")

@@ -56,11 +56,14 @@ class Frame(Struct):
 
 
 class Closed(Exception):
-    """The connection ended. `code` is 0 where it did so without a close frame."""
+    """The connection ended. `code` is 0 where it did so without a close frame.
 
-    def __init__(self, code: int) -> None:
+    `retry_after` is what a server asked for that refused the handshake, in seconds.
+    """
+
+    def __init__(self, code: int, retry_after: float = 0.0) -> None:
         super().__init__(f"closed with {code}")
-        self.code = code
+        self.code, self.retry_after = code, retry_after
 
 
 _decode = msgspec.json.Decoder(Frame).decode
@@ -94,7 +97,7 @@ class Line:
             raise
         if not line._buffer.startswith(b"HTTP/1.1 101"):
             socket.close()
-            raise Closed(0)
+            raise Closed(0, _retry_after(line._buffer[:end]))
         del line._buffer[: end + 4]
         return line
 
@@ -107,19 +110,23 @@ class Line:
 
     async def receive(self) -> list[Frame]:
         """What has come, at least one frame."""
-        frames: list[Frame] = []
+        return [_decode(text) for text in await self.texts()]
+
+    async def texts(self) -> list[bytes]:
+        """… as it is."""
+        texts: list[bytes] = []
         while True:
             while (part := self._next()) is not None:
                 opcode, payload = part
                 if opcode == TEXT:
-                    frames.append(_decode(payload))
+                    texts.append(payload)
                 elif opcode == PING:
                     await self._send(PONG, payload)
                 elif opcode == CLOSE:
                     await self._send(CLOSE, payload[:2])
                     raise Closed(int.from_bytes(payload[:2], "big"))
-            if frames:
-                return frames
+            if texts:
+                return texts
             await self._read()
 
     def _next(self) -> tuple[int, bytes] | None:
@@ -161,3 +168,8 @@ class Line:
                 await self._stream.send_all(head + MASK + payload)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise Closed(0) from None
+
+
+def _retry_after(head: bytes) -> float:
+    after = head.lower().partition(b"retry-after:")[2].partition(b"\r\n")[0].strip()
+    return float(after) if after else 0.0

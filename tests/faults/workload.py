@@ -34,14 +34,15 @@ FLAPPED = (2, 3, 4)
 class Backend:
     """A connection to the API that is made anew when it breaks. Raises OSError or TooSlowError."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = TOKEN) -> None:
+        self._token = token
         self._stream: trio.SocketStream | None = None
         self._port = 0
 
     async def request(self, port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         data = msgspec.json.encode(body) if body is not None else b""
         head = (
-            f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Token: {TOKEN}\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Internal-Token: {self._token}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         )
         try:
