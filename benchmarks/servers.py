@@ -97,6 +97,9 @@ class ChatdServer:
     def push(self, frames: bytes) -> None:
         self._heard.set()
 
+    def offer(self, frames: bytes) -> None:
+        self._heard.set()
+
     def resync(self, subscription: Subscription) -> None:
         raise AssertionError("a message was lost on the way to the fanout")
 

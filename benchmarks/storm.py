@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import click
 import trio
@@ -194,7 +195,7 @@ def command(clients: int, limits: tuple[int, ...], database: str) -> None:
 
 def _node(stack: ExitStack, core: int, database: str) -> Pinned:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatd-benchmark-")))
-    settings = {"limits__handshakes_per_second": 0}
+    settings: dict[str, Any] = {"limits__handshakes_per_second": 0}
     if database == "postgresql":
         settings["database__url"] = stack.enter_context(PostgresServer(directory / "postgres", fsync=True)).url
     (directory / "node").mkdir()

@@ -97,7 +97,7 @@ class Line:
             raise
         if not line._buffer.startswith(b"HTTP/1.1 101"):
             socket.close()
-            raise Closed(0, _retry_after(line._buffer[:end]))
+            raise Closed(0, _retry_after(bytes(line._buffer[:end])))
         del line._buffer[: end + 4]
         return line
 
