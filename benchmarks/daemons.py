@@ -22,7 +22,8 @@ class Pinned(Daemon):
     """`chatd serve` on one core, with the limits of a benchmark."""
 
     def __init__(self, directory: Path, core: int, **settings: Any) -> None:
-        defaults: dict[str, Any] = {"auth__secret": SECRET, "logs__level": "warning", "limits__sends_per_second": 0}
+        defaults: dict[str, Any] = {"auth__secret": SECRET, "logs__level": "warning"}
+        defaults["limits__sends_per_second"] = 0
         super().__init__(directory, **(defaults | settings))
         self._core = core
 

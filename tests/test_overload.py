@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 import trio
@@ -232,6 +233,39 @@ async def test_clients_never_take_the_last_descriptors(daemons: Daemons) -> None
     finally:
         for one in idle:
             one.close()
+    assert "Traceback" not in daemon.log
+
+
+async def test_without_descriptors_redis_and_the_database_are_away_and_nothing_ends(
+    daemons: Daemons, postgres_url: str, own_redis: RedisServer
+) -> None:
+    """Both links break while there is none left to make them anew; what fails then is no error of chatd's."""
+    daemon = await trio.to_thread.run_sync(
+        partial(daemons, database__url=postgres_url, redis__url=own_redis.url)
+    )
+    await until_ready(daemon, "ok")
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    async with login(daemon, 1, {"1": None}) as ada:
+        assert (await ask(post, daemon, 1, "before")).status == 200
+        await ada.expect("message", content="before")
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (10, before[1]))
+        await trio.to_thread.run_sync(own_redis.kill)
+        with psycopg.connect(postgres_url, autocommit=True) as administrator:
+            administrator.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'chatd' AND datname = current_database()"
+            )
+        await trio.to_thread.run_sync(own_redis.start)
+        for number in range(3):
+            sent = await ada.request("send", conversation_id=1, content=f"refused {number}")
+            assert (sent["event"], sent["code"]) == ("error", "unavailable")
+            history = await ada.request("history", conversation_id=1)
+            assert (history["event"], history["code"]) == ("error", "unavailable")
+            await trio.sleep(1.0)  # the sweep, the outbox and the links try, too
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+        await until_ready(daemon, "ok", patience=15)
+        assert (await ask(post, daemon, 1, "after")).status == 200
+        assert (await ada.expect("message"))["content"] == "after"
     assert "Traceback" not in daemon.log
 
 

@@ -45,6 +45,9 @@ BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
 RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect, doubled each time, with jitter
 RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
 
+# Redis is gone, or there is no descriptor left to reach it with: redis-py reads a file of its own to connect.
+_LOST = (redis.RedisError, OSError)
+
 log = structlog.get_logger()
 
 
@@ -121,7 +124,7 @@ class RedisBus:
             client = self._client()
             try:
                 await link(client)
-            except redis.RedisError as error:
+            except _LOST as error:
                 self._set_link(name, False, str(error))
             except ChatError as error:  # the outbox could not be read: the database's trouble, not Redis's
                 log.warning("outbox_unavailable", error=str(error))
@@ -263,7 +266,7 @@ class RedisBus:
             nursery.start_soon(self._take_batches, receive)
             try:
                 await self._in_thread(self._read_stream, client, send)
-            except redis.RedisError as error:
+            except _LOST as error:
                 failure = error
             nursery.cancel_scope.cancel()
         raise failure

@@ -58,7 +58,7 @@ class Outbox:
             with self._claimed(node, above) as rows:
                 if rows:
                     publish(rows)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:  # the last: no descriptor left to connect with
             raise Unavailable() from error
         return len(rows), max((row.id for row in rows if row.node == node), default=above)
 
@@ -86,7 +86,7 @@ class Outbox:
             with self._engine.begin() as connection:
                 old = delete(schema.outbox).where(schema.outbox.c.created_at < _ago(EXPIRY))
                 return connection.execute(old).rowcount
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:
             raise Unavailable() from error
 
 

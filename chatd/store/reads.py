@@ -93,7 +93,7 @@ class Reader:
         try:
             with self._engine.connect() as connection:
                 return read(connection, *arguments)
-        except (DBAPIError, PoolTimeout) as error:
+        except (DBAPIError, PoolTimeout, OSError) as error:  # the last: no descriptor left to connect with
             # A pooled connection that died while idle says so at its first use; a read can be repeated.
             if again and isinstance(error, DBAPIError) and error.connection_invalidated:
                 return self._run(read, arguments, again=False)

@@ -29,8 +29,9 @@ QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
 SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying, or a failed database untried
 
-# The server is gone, overloaded or locked. What was sent may or may not have been committed.
-_LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+# The server is gone, overloaded or locked. What was sent may or may not have been committed. A bare OSError is
+# psycopg's, where there is no descriptor left to connect with.
+_LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
 
 Outcome = Result | ChatError
 log = structlog.get_logger()
