@@ -355,6 +355,11 @@ def faults_of(kind: str) -> list[str]:
     return [name for name, (_, kinds) in FAULTS.items() if kind in kinds]
 
 
+def fits(name: str, kind: str) -> bool:
+    """Whether a fault, or a pair, is one for this cluster."""
+    return all(kind in FAULTS[one][1] for one in name.split(" + "))
+
+
 def pairs_of(kind: str, dice: random.Random, count: int) -> list[str]:
     """Pairs of faults of different things, as `one + other`."""
     names = [name for name in faults_of(kind) if name in _TARGETS]
