@@ -122,7 +122,7 @@ class ChatdServer:
         self._bus = MemoryBus(fanout)
         writer = store.writer(node=None, on_commit=self._bus.publish)
         hub = Hub(settings, Chat(settings, store, writer), self._rooms, fanout)
-        fanout.also_sweep = hub.check_standings
+        fanout.sweep.also = hub.check_standings
         async with trio.open_nursery() as nursery:
             await nursery.start(writer.run)
             await nursery.start(fanout.run)

@@ -55,7 +55,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     writer, bus = _writer_and_bus(config, store, fanout, node)
     chat = Chat(config, store, writer)
     hub = Hub(config, chat, rooms, fanout)
-    fanout.also_sweep = hub.check_standings
+    fanout.sweep.also = hub.check_standings
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:

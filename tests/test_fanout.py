@@ -13,8 +13,9 @@ from trio.testing import wait_all_tasks_blocked
 from chatd.config import Database
 from chatd.errors import Unavailable
 from chatd.hub.fanout import Fanout
-from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription, text_frame
+from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
 from chatd.model import Change, Kind, MemberChange, State
+from chatd.protocol import text_frame
 from chatd.store import reads
 from chatd.store.commands import Create
 from chatd.store.database import Store, open_store

@@ -9,7 +9,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatd.hub.rooms import BUFFER_BYTES, Membership, Piece, Room, Rooms, Subscription, pieces
+from chatd.hub.pieces import Piece, pieces
+from chatd.hub.rooms import BUFFER_BYTES, Membership, Room, Rooms, Subscription
 from chatd.model import Change, Kind
 
 

@@ -1,13 +1,13 @@
 """The fanout: one task that advances the heads of rooms and pushes what is new to their subscriptions.
 
 Its one input is the bus. A hole is waited for a moment, then read from the database; what was read comes
-back through the same queue, so that nobody else ever pushes a change. The sweep heals what nobody told us.
+back through the same queue, so that nobody else ever pushes a change. What nobody tells us the sweep finds.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import structlog
 import trio
@@ -15,7 +15,9 @@ from msgspec import Struct
 
 from chatd import metrics
 from chatd.errors import Unavailable
-from chatd.hub.rooms import Piece, Room, Rooms, Subscription, pieces
+from chatd.hub.pieces import Piece, pieces
+from chatd.hub.rooms import Room, Rooms, Subscription
+from chatd.hub.sweep import Sweep, check_rights
 from chatd.limits import READY_BYTES
 from chatd.model import Change, MemberChange, State
 from chatd.protocol import event, text_frame
@@ -29,9 +31,6 @@ BURST_BYTES = READY_BYTES
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 RETRY = 1.0  # seconds between attempts while the database does not answer
-SWEEP = 10.0  # seconds between sweeps, and
-SWEEP_DOWN = 1.0  # while other nodes' changes do not come by themselves
-SWEEP_ROOMS = 500  # rooms in one query
 
 log = structlog.get_logger()
 
@@ -84,10 +83,9 @@ class Fanout:
         self._queue: deque[Item] = deque()
         self._queued = 0
         self._wake = trio.Event()
-        self._sweep_now = trio.Event()
         self._up = True
         self._nursery: trio.Nursery
-        self.also_sweep: Callable[[], Awaitable[None]] | None = None  # the hub's part: who is still welcome
+        self.sweep = Sweep(rooms, read, self._fallen_behind)
 
     # Input: synchronous, bounded.
 
@@ -121,16 +119,17 @@ class Fanout:
 
     def links(self, up: bool) -> None:
         self._up = up
-        self._sweep_now.set()
+        self.sweep.often = not up
+        self.sweep.soon()
 
     def lost(self) -> None:
-        self._sweep_now.set()
+        self.sweep.soon()
 
     def doubt(self, conversation_id: int) -> None:
         """Somebody may not be entitled to this room any more: hold its rights against the database now."""
         if room := self._rooms.get(conversation_id):
             room.members_version = -1  # lower than any, so that no snapshot replaces it
-            self._sweep_now.set()
+            self.sweep.soon()
 
     def opened(self, room: Room, head: int, members_version: int) -> None:
         """A session has read a snapshot of a room that it is in."""
@@ -146,7 +145,7 @@ class Fanout:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self._sweep_for_ever)
+            self._nursery.start_soon(self.sweep.run)
             task_status.started()
             while True:
                 if not self._queue:
@@ -266,7 +265,7 @@ class Fanout:
         while room.in_doubt and self._rooms.get(room.conversation_id) is room:
             seqs = set(room.ahead)
             try:
-                await self.check_rights(room)
+                await check_rights(self._read, room)
             except Unavailable:
                 await trio.sleep(RETRY)
             else:
@@ -275,6 +274,11 @@ class Fanout:
         room.checking = False
 
     # Repair.
+
+    def _fallen_behind(self, room: Room) -> None:
+        """The sweep has found that the database knows more."""
+        room.stale = True
+        self._repair_soon(room, 0)
 
     def _repair_soon(self, room: Room, wait: float) -> None:
         if not room.repairing:
@@ -314,50 +318,6 @@ class Fanout:
         room.skip_to(head)
         await self._to_all(room, restart)
         await self._advance(room, [])
-
-    # The sweep.
-
-    async def _sweep_for_ever(self) -> None:
-        while True:
-            with trio.move_on_after(SWEEP if self._up else SWEEP_DOWN):
-                await self._sweep_now.wait()
-            self._sweep_now = trio.Event()
-            try:
-                await self.sweep()
-            except Unavailable:
-                log.warning("sweep_failed", reason="the database does not answer")
-
-    async def sweep(self) -> None:
-        """Hold the heads and the rights of all active rooms against the database."""
-        rooms = [room for room in self._rooms if room.head is not None]
-        for start in range(0, len(rooms), SWEEP_ROOMS):
-            part = rooms[start : start + SWEEP_ROOMS]
-            heads = await self._read(reads.heads, [room.conversation_id for room in part])
-            for room in part:
-                if found := heads.get(room.conversation_id):
-                    await self._compare(room, found)
-        if self.also_sweep is not None:
-            await self.also_sweep()
-
-    async def _compare(self, room: Room, found: reads.Heads) -> None:
-        if found.members_version != room.members_version:
-            await self.check_rights(room)  # before the repair: who was removed shall not hear what that finds
-        if room.head is not None and found.seq > room.head:
-            room.stale = True
-            self._repair_soon(room, 0)
-
-    async def check_rights(self, room: Room) -> None:
-        """End the subscriptions of those who may not be in a room any more."""
-        present = list(room.subscriptions)
-        users = list({subscription.listener.user_id for subscription in present})
-        version, states = await self._read(reads.rights, room.conversation_id, users)
-        for subscription in present:
-            state = states.get(subscription.listener.user_id)
-            if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
-                subscription.listener.dropped(subscription)
-        # Who joined meanwhile may have come with an older snapshot: the next sweep looks again then.
-        if room.subscriptions.keys() <= set(present):
-            room.members_version = version
 
 
 def restart(subscription: Subscription) -> None:

@@ -1,0 +1,50 @@
+"""Consecutive changes of a room as bytes for everybody: encoded once, joined once. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from chatd.model import Change, Kind
+from chatd.protocol import text_frame
+
+PIECE_BYTES = 64 * 1024  # frames joined into one write
+
+
+class Piece:
+    """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
+
+    __slots__ = ("_changes", "_flat", "_frames", "first", "joined", "last")
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self._changes = changes
+        self._frames = [text_frame(change.payload) for change in changes]
+        self._flat: bytes | None = None
+        self.first, self.last = changes[0].seq, changes[-1].seq
+        self.joined = b"".join(self._frames)
+
+    def after(self, cursor: int, flat: bool) -> bytes:
+        """The frames that are new to a cursor; a flat listener knows nothing but new messages."""
+        if cursor < self.first and not flat:
+            return self.joined
+        if cursor < self.first and self._flat is not None:
+            return self._flat
+        wanted = b"".join(
+            frame
+            for change, frame in zip(self._changes, self._frames, strict=True)
+            if change.seq > cursor and (not flat or change.kind is Kind.CREATED)
+        )
+        if cursor < self.first:
+            self._flat = wanted
+        return wanted
+
+
+def pieces(changes: Sequence[Change]) -> Iterator[Piece]:
+    """Cut a run of changes where a joined write would get too long."""
+    start = size = 0
+    for index, change in enumerate(changes):
+        if index > start and size + len(change.payload) > PIECE_BYTES:
+            yield Piece(changes[start:index])
+            start, size = index, 0
+        size += len(change.payload)
+    if changes:
+        yield Piece(changes[start:])

@@ -1,0 +1,79 @@
+"""The sweep: holds heads and rights of all active rooms against the database, whatever the bus has told.
+
+It finds; what is behind the fanout repairs, and who may not be in a room any more is dropped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from chatd.errors import Unavailable
+from chatd.hub.rooms import Room, Rooms
+from chatd.model import State
+from chatd.store import reads
+from chatd.store.reads import Reader
+
+EVERY = 10.0  # seconds between sweeps, and
+OFTEN = 1.0  # while other nodes' changes do not come by themselves
+ROOMS = 500  # rooms in one query
+
+log = structlog.get_logger()
+
+
+class Sweep:
+    """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome."""
+
+    def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
+        """`behind` is told of each room whose head the database has passed."""
+        self._rooms, self._read, self._behind = rooms, read, behind
+        self._now = trio.Event()
+        self.often = False
+        self.also: Callable[[], Awaitable[None]] | None = None
+
+    def soon(self) -> None:
+        self._now.set()
+
+    async def run(self) -> None:
+        while True:
+            with trio.move_on_after(OFTEN if self.often else EVERY):
+                await self._now.wait()
+            self._now = trio.Event()
+            try:
+                await self.once()
+            except Unavailable:
+                log.warning("sweep_failed", reason="the database does not answer")
+
+    async def once(self) -> None:
+        """Raises Unavailable."""
+        rooms = [room for room in self._rooms if room.head is not None]
+        for start in range(0, len(rooms), ROOMS):
+            part = rooms[start : start + ROOMS]
+            heads = await self._read(reads.heads, [room.conversation_id for room in part])
+            for room in part:
+                if found := heads.get(room.conversation_id):
+                    await self._compare(room, found)
+        if self.also is not None:
+            await self.also()
+
+    async def _compare(self, room: Room, found: reads.Heads) -> None:
+        if found.members_version != room.members_version:
+            await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
+        if room.head is not None and found.seq > room.head:
+            self._behind(room)
+
+
+async def check_rights(read: Reader, room: Room) -> None:
+    """End the subscriptions of those who may not be in a room any more. Raises Unavailable."""
+    present = list(room.subscriptions)
+    users = list({subscription.listener.user_id for subscription in present})
+    version, states = await read(reads.rights, room.conversation_id, users)
+    for subscription in present:
+        state = states.get(subscription.listener.user_id)
+        if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
+            subscription.listener.dropped(subscription)
+    # Who joined meanwhile may have come with an older snapshot: the next sweep looks again then.
+    if room.subscriptions.keys() <= set(present):
+        room.members_version = version
