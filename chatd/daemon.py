@@ -82,8 +82,9 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
 
         await stop.wait()
         log.info("stopping", connections=len(hub.connections))
-        systemd.stopping("draining")
-        _end_anyhow_after(hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE)
+        longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE
+        systemd.stopping("draining", longest + 1)
+        _end_anyhow_after(longest)
         await hub.drain()
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
         with trio.move_on_after(API_GRACE):

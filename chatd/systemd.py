@@ -37,9 +37,9 @@ def ready(status: str) -> None:
     notify("READY=1", _status(status))
 
 
-def stopping(status: str) -> None:
-    """Say that the service has begun to stop."""
-    notify("STOPPING=1", _status(status))
+def stopping(status: str, seconds: float) -> None:
+    """Say that the service has begun to stop, and may take so long: very many clients leave bit by bit."""
+    notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}", _status(status))
 
 
 def status(text: str) -> None:

@@ -40,10 +40,10 @@ def test_assignments_travel_in_one_datagram(manager: socket.socket) -> None:
 def test_ready_stopping_and_status(manager: socket.socket) -> None:
     systemd.ready("serving")
     systemd.status("3 connections")
-    systemd.stopping("draining")
+    systemd.stopping("draining", 28.5)
     assert manager.recv(1000) == b"READY=1\nSTATUS=serving"
     assert manager.recv(1000) == b"STATUS=3 connections"
-    assert manager.recv(1000) == b"STOPPING=1\nSTATUS=draining"
+    assert manager.recv(1000) == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=28500000\nSTATUS=draining"
 
 
 def test_a_status_cannot_smuggle_in_an_assignment(manager: socket.socket) -> None:
