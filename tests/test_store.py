@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import trio
 from alembic.autogenerate import compare_metadata
@@ -405,3 +406,36 @@ def test_any_mix_of_commands_leaves_a_log_without_a_hole(tmp_path_factory: Any, 
                 assert [c.seq for c in log] == [c.seq for c in told]
 
     trio.run(play)
+
+
+def test_no_statement_is_sent_in_a_pipeline(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is stopped within one holds its locks for ever: no deadline of PostgreSQL counts there."""
+
+    def no_pipeline(*_: Any) -> Any:
+        raise AssertionError("a pipeline")
+
+    monkeypatch.setattr("psycopg.Connection.pipeline", no_pipeline)
+    monkeypatch.setattr("psycopg.Connection._pipeline_nolock", no_pipeline)
+
+    async def write() -> None:
+        async with bench(postgres_url) as b:
+            created = await b.do(*(post("a", conversation_id=c, user_id=c) for c in range(1, 20)))
+            edits = [Edit(message_id=one.id, content="b") for one in created]
+            assert {type(one).__name__ for one in await b.do(*edits)} == {"Changed"}
+            again = await b.do(*(post("c", conversation_id=c) for c in range(1, 20)))
+            assert [one.seq for one in again] == [3] * 19
+
+    trio.run(write)
+
+
+async def test_a_conversation_that_somebody_holds_holds_up_no_other(postgres_url: str) -> None:
+    async with bench(postgres_url) as b:
+        await b.do(*(post("there", conversation_id=c) for c in (1, 2, 3)))
+        with psycopg.connect(postgres_url) as frozen:
+            frozen.execute("SELECT * FROM chat_conversations WHERE id = 2 FOR UPDATE")
+            with trio.fail_after(4):
+                outcomes = await b.do(*(post("more", conversation_id=c) for c in (1, 2, 3, 2)))
+            assert (outcomes[0].seq, outcomes[2].seq) == (2, 2)
+            assert (outcomes[1], outcomes[3]) == ("unavailable", "unavailable")
+            assert not b.writer.failing, "the database takes writes"
+        assert (await b.do(post("free", conversation_id=2)))[0].seq == 2

@@ -16,15 +16,19 @@ from chatd.errors import ConfigError
 
 # A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
 SQLITE_BUSY_SECONDS = 5
-# PostgreSQL's own deadlines. The last one frees the locks of a node that was stopped in mid-transaction.
+# PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
+# locks until the last ones end its session. They count between two statements, but not within a pipeline.
 POSTGRES_OPTIONS = " ".join(
     f"-c {setting}"
     for setting in (
         "synchronous_commit=on",
         "timezone=UTC",  # the year 9999 must not become 10000 on the way back
         "statement_timeout=5s",
-        "lock_timeout=4s",
-        "idle_in_transaction_session_timeout=10s",
+        "lock_timeout=2s",
+        "idle_in_transaction_session_timeout=5s",
+        "tcp_keepalives_idle=10",
+        "tcp_keepalives_interval=5",
+        "tcp_keepalives_count=3",
     )
 )
 POSTGRES_CONNECT = {
@@ -79,8 +83,11 @@ def _create(url: str, pool_size: int, isolation: str) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "checkin", _end_transaction)
         return engine
+    # Many rows make one statement: psycopg would send a pipeline of many, see above.
     connect_args = {"options": POSTGRES_OPTIONS, "application_name": "chatd", **POSTGRES_CONNECT}
-    return create_engine(parsed, connect_args=connect_args, isolation_level=isolation, **common)
+    engine = create_engine(parsed, connect_args=connect_args, isolation_level=isolation, **common)
+    engine.dialect.use_insertmanyvalues_wo_returning = True
+    return engine
 
 
 def _parse(url: str) -> URL:

@@ -27,7 +27,10 @@ PLACES_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).wher
 EXISTING_CONVERSATIONS = select(conversations.c.id).where(conversations.c.id.in_(_several("ids")))
 
 # By the name of the dialect.
-CREATE_CONVERSATIONS = {name: into(conversations).on_conflict_do_nothing() for name, into in _insert_of.items()}
+CREATE_CONVERSATIONS = {
+    name: into(conversations).on_conflict_do_nothing().returning(conversations.c.id)
+    for name, into in _insert_of.items()
+}
 
 LOCK_CONVERSATIONS = (
     select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version)
@@ -46,7 +49,7 @@ MESSAGES = select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_several("ids")))
 
 INSERT_MESSAGES = insert(messages).returning(messages.c.id, sort_by_parameter_order=True)
 
-UPDATE_MESSAGES = (
+UPDATE_MESSAGE = (
     update(messages)
     .where(messages.c.id == bindparam("key"))
     .values({name: bindparam(name) for name in ("content", "meta", "edited_at", "deleted_at", "updated_at")})
@@ -55,18 +58,23 @@ UPDATE_MESSAGES = (
 
 def _set_members(into: Any) -> Any:
     fresh = {name: into.excluded[name] for name in ("state", "role", "muted_until", "updated_at")}
-    return into.on_conflict_do_update(index_elements=list(members.primary_key), set_=fresh)
+    upsert = into.on_conflict_do_update(index_elements=list(members.primary_key), set_=fresh)
+    return upsert.returning(members.c.user_id)
 
 
 SET_MEMBERS = {name: _set_members(into(members)) for name, into in _insert_of.items()}
 
 INSERT_CHANGES = insert(changes)
 
-UPDATE_CONVERSATIONS = (
-    update(conversations)
-    .where(conversations.c.id == bindparam("key"))
-    .values(last_seq=bindparam("head"), members_version=bindparam("version"), updated_at=bindparam("moment"))
-)
+
+def _advance_conversations(into: Any) -> Any:
+    """They are all there; an upsert is the update of many rows that takes one statement."""
+    fresh = {name: into.excluded[name] for name in ("last_seq", "members_version", "updated_at")}
+    upsert = into.on_conflict_do_update(index_elements=[conversations.c.id], set_=fresh)
+    return upsert.returning(conversations.c.id)  # else SQLAlchemy makes a statement of each row
+
+
+ADVANCE_CONVERSATIONS = {name: _advance_conversations(into(conversations)) for name, into in _insert_of.items()}
 
 INSERT_OUTBOX = insert(outbox).returning(outbox.c.id)
 

@@ -288,11 +288,12 @@ class Transaction:
             ids = self._connection.scalars(statements.INSERT_MESSAGES, self._created).all()
             for row, id in zip(self._created, ids, strict=True):
                 row["id"] = id
-        self._execute(statements.UPDATE_MESSAGES, [self._altered(row) for row in self._changed.values()])
+        for row in self._changed.values():
+            self._connection.execute(statements.UPDATE_MESSAGE, self._altered(row))
         self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
         self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
         touched = [self._advanced(self._conversations[id]) for id in sorted(self._touched)]
-        self._execute(statements.UPDATE_CONVERSATIONS, touched)
+        self._execute(statements.ADVANCE_CONVERSATIONS[self._dialect], touched)
 
     def _execute(self, statement: Executable, rows: list[Row]) -> None:
         if rows:
@@ -307,8 +308,7 @@ class Transaction:
         return {"conversation_id": place, "seq": step.seq, "kind": step.kind.value, "message_id": id}
 
     def _advanced(self, row: Row) -> Row:
-        head, version = row["last_seq"], row["members_version"]
-        return {"key": row["id"], "head": head, "version": version, "moment": self._now}
+        return {name: row[name] for name in ("id", "last_seq", "members_version")} | {"updated_at": self._now}
 
     def _change(self, step: Step) -> Change:
         id = step.row["chat_conversation_id"]

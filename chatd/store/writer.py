@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import structlog
 import trio
@@ -19,7 +20,7 @@ from chatd import metrics
 from chatd.errors import ChatError, Internal, Unavailable
 from chatd.model import Group, now
 from chatd.store import statements
-from chatd.store.commands import AnyCommand, Create, Edit, Result
+from chatd.store.commands import AnyCommand, Create, Delete, Edit, Result
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
@@ -27,6 +28,7 @@ GROUP = 500  # commands in one commit: beyond it the gain per command is gone an
 QUEUE = 10_000  # commands, and
 QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
+APART_WAIT = 100  # ms for a conversation's lock, once some of a group could not be had in time
 SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying, or a failed database untried
 
 # The server is gone, overloaded or locked. What was sent may or may not have been committed. A bare OSError is
@@ -35,6 +37,18 @@ _LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
 
 Outcome = Result | ChatError
 log = structlog.get_logger()
+
+
+def _place(command: AnyCommand) -> Any:
+    """What its lock depends on; a backend may change a message without saying in which conversation it is."""
+    if isinstance(command, Edit | Delete) and command.conversation_id is None:
+        return "message", command.message_id
+    return command.conversation_id
+
+
+def _is_locked(error: Exception) -> bool:
+    """PostgreSQL gave up waiting for a row that somebody else holds: nothing has been written."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == "55P03"
 
 
 class Submission:
@@ -155,11 +169,16 @@ class Writer:
 
     # In the thread.
 
-    def _commit(self, commands: list[AnyCommand], settled: set[int]) -> tuple[list[Outcome], list[Group], bool]:
+    def _commit(
+        self, commands: list[AnyCommand], settled: set[int], lock_wait: int | None = None
+    ) -> tuple[list[Outcome], list[Group], bool]:
+        """`lock_wait` in ms, if not as long as usual."""
         try:
-            outcomes, group = self._transact(commands, settled)
+            outcomes, group = self._transact(commands, settled, lock_wait)
         except _LOST as error:
-            self.failing = True
+            if _is_locked(error) and lock_wait is None:
+                return self._commit_apart(commands)
+            self.failing = not _is_locked(error)
             return [self._lost(error)] * len(commands), [], False
         except Exception as error:
             if len(commands) > 1:  # one of them is bad: the others shall not suffer
@@ -177,8 +196,26 @@ class Writer:
             groups += group
         return outcomes, groups, False
 
-    def _transact(self, commands: list[AnyCommand], settled: set[int]) -> tuple[list[Outcome], Group]:
+    def _commit_apart(self, commands: list[AnyCommand]) -> tuple[list[Outcome], list[Group], bool]:
+        """A node that does not move holds the lock of a conversation: the others do not wait for it."""
+        places: dict[Any, list[int]] = {}
+        for index, command in enumerate(commands):
+            places.setdefault(_place(command), []).append(index)
+        outcomes: list[Outcome] = [Unavailable()] * len(commands)
+        groups: list[Group] = []
+        for indexes in places.values():
+            found, group, _ = self._commit([commands[index] for index in indexes], set(), APART_WAIT)
+            groups += group
+            for index, outcome in zip(indexes, found, strict=True):
+                outcomes[index] = outcome
+        return outcomes, groups, False
+
+    def _transact(
+        self, commands: list[AnyCommand], settled: set[int], lock_wait: int | None
+    ) -> tuple[list[Outcome], Group]:
         with self._engine.connect() as connection, connection.begin() as transaction:
+            if lock_wait is not None:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = {lock_wait}")
             written = Transaction(connection, self._node).run(commands, settled)
             if self.failing and not commands:  # an empty transaction would succeed on a full disk
                 connection.execute(

@@ -70,9 +70,11 @@ class Do(Struct):
 
 
 class Report(Struct):
-    """By conversation: the lowest cursor among the clients that want to be in it, -1 for one that is not."""
+    """By conversation: the lowest cursor among the clients that want to be in it, -1 for one that is not; and
+    whose it is.
+    """
 
-    lowest: dict[int, int]
+    lowest: dict[int, tuple[int, str]]
 
 
 class Result(Struct):
@@ -110,10 +112,11 @@ class Crowd:
         self.sending = trio.Event()
 
     def report(self) -> Report:
-        lowest: dict[int, int] = {}
+        lowest: dict[int, tuple[int, str]] = {}
         for member in self.members:
             for room in member.rooms:
-                lowest[room] = min(lowest.get(room, 2**60), member.cursors.get(room, -1))
+                mine = (member.cursors.get(room, -1), member.state)
+                lowest[room] = min(lowest.get(room, mine), mine)
         return Report(lowest)
 
     def result(self) -> Result:
@@ -142,9 +145,20 @@ class Member:
         self._unanswered: str | None = None
         self._bodies = itertools.count(1)
 
+    @property
+    def name(self) -> str:
+        return f"{self._crowd.spec.name}:{self.user}"
+
+    @property
+    def state(self) -> str:
+        """For a person who wonders why it has not caught up."""
+        if not self.records:
+            return f"{self.name}, never connected"
+        last = self.records[-1]
+        return f"{self.name}, {type(last).__name__.lower()} {monotonic() - last.at:.1f} s ago"
+
     def client(self) -> history.Client:
-        name = f"{self._crowd.spec.name}:{self.user}"
-        return history.Client(name, self.user, self.outsider, self.records, self.cursors, [])
+        return history.Client(self.name, self.user, self.outsider, self.records, self.cursors, [])
 
     def token(self) -> str:
         return self._crowd.tokens.issue(self.user, TOKEN_SECONDS, self.rooms)

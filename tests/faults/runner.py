@@ -207,10 +207,13 @@ class Run:
         started = monotonic()
         while monotonic() - started < self._plan.patience:
             heads = await blocking(cluster.heads)
-            lowest = [(await blocking(one.report)).lowest for one in crowds]
-            if all(found == heads.get(room, 0) for part in lowest for room, found in part.items()):
+            lowest = [item for one in crowds for item in (await blocking(one.report)).lowest.items()]
+            behind = [item for item in lowest if item[1][0] != heads.get(item[0], 0)]
+            if not behind:
                 return monotonic() - started
             await trio.sleep(0.05)
+        for room, (cursor, whose) in behind:
+            self._tell(f"  room {room}: {cursor} of {heads.get(room, 0)} has {whose}")
         return None
 
     async def _look(self, nodes: Sequence[Node]) -> None:

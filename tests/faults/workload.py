@@ -95,6 +95,7 @@ class Workload:
             Poster(self, 800_001 + number, random.Random(seed + number)) for number in range(posters)
         ]
         self._quiet = trio.Event()
+        self._doubtful: set[tuple[int, int]] = set()  # (room, number) of removals that may happen yet
 
     async def run(self, seconds_to_finish: float, *, task_status: trio.TaskStatus[None]) -> None:
         """One phase of load, until `stop`; what is unanswered so many seconds later stays unknown."""
@@ -103,10 +104,12 @@ class Workload:
         async with trio.open_nursery() as nursery:
             for poster in self._posters:
                 nursery.start_soon(poster.run)
-            for numbers in FLAPPED:
-                nursery.start_soon(self._flap, numbers)
+            for number in FLAPPED:
+                nursery.start_soon(self._flap, number)
             await self._quiet.wait()
             nursery.cancel_scope.deadline = trio.current_time() + seconds_to_finish
+        with trio.move_on_after(seconds_to_finish):
+            await self._bring_back()
 
     def stop(self) -> None:
         self._quiet.set()
@@ -124,6 +127,13 @@ class Workload:
             await trio.sleep(self._dice.uniform(*AWAY))
             await self._change_member(backend, Kind.ADD, room, number)
 
+    async def _bring_back(self) -> None:
+        """A removal that was not answered may have waited in a frozen daemon, and come after the return."""
+        backend = Backend()
+        for room, number in sorted(self._doubtful):
+            await self._change_member(backend, Kind.ADD, room, number)
+        self._doubtful.clear()
+
     async def _change_member(self, backend: Backend, kind: Kind, room: int, number: int) -> None:
         user = room * 1000 + number
         method = "PUT" if kind is Kind.ADD else "DELETE"
@@ -135,6 +145,8 @@ class Workload:
             )
             if attempt.outcome is not Outcome.INFO:
                 return
+            if kind is Kind.REMOVE:
+                self._doubtful.add((room, number))
             await trio.sleep(self._dice.uniform(*AGAIN))
 
     async def attempt(
