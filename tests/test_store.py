@@ -411,11 +411,11 @@ def test_any_mix_of_commands_leaves_a_log_without_a_hole(tmp_path_factory: Any, 
 def test_no_statement_is_sent_in_a_pipeline(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that is stopped within one holds its locks for ever: no deadline of PostgreSQL counts there."""
 
-    def no_pipeline(*_: Any) -> Any:
-        raise AssertionError("a pipeline")
-
-    monkeypatch.setattr("psycopg.Connection.pipeline", no_pipeline)
-    monkeypatch.setattr("psycopg.Connection._pipeline_nolock", no_pipeline)
+    pipelines: list[Any] = []
+    pipeline = psycopg.Connection._pipeline_nolock
+    monkeypatch.setattr(
+        "psycopg.Connection._pipeline_nolock", lambda self: pipelines.append(self) or pipeline(self)
+    )
 
     async def write() -> None:
         async with bench(postgres_url) as b:
@@ -426,6 +426,7 @@ def test_no_statement_is_sent_in_a_pipeline(postgres_url: str, monkeypatch: pyte
             assert [one.seq for one in again] == [3] * 19
 
     trio.run(write)
+    assert pipelines == []
 
 
 async def test_a_conversation_that_somebody_holds_holds_up_no_other(postgres_url: str) -> None:

@@ -37,7 +37,7 @@ class Backend:
     def __init__(self, token: str = TOKEN) -> None:
         self._token = token
         self._stream: trio.SocketStream | None = None
-        self._port = 0
+        self.port = 0  # where it is connected
 
     async def request(self, port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         data = msgspec.json.encode(body) if body is not None else b""
@@ -47,9 +47,9 @@ class Backend:
         )
         try:
             with trio.fail_after(PATIENCE):
-                if self._stream is None or port != self._port:
+                if self._stream is None or port != self.port:
                     self.close()
-                    self._stream, self._port = await trio.open_tcp_stream("127.0.0.1", port), port
+                    self._stream, self.port = await trio.open_tcp_stream("127.0.0.1", port), port
                 await self._stream.send_all(head.encode() + data)
                 return await self._answer(self._stream)
         except BaseException:
@@ -74,7 +74,7 @@ class Backend:
     def close(self) -> None:
         if self._stream is not None:
             self._stream.socket.close()
-            self._stream = None
+        self._stream, self.port = None, 0
 
 
 async def _some(stream: trio.SocketStream) -> bytes:
@@ -152,10 +152,11 @@ class Workload:
     async def attempt(
         self, backend: Backend, attempt: Attempt, method: str, path: str, body: Any = None
     ) -> Attempt:
-        """Ask a node at random; the attempt is recorded with what became of it."""
+        """Ask the node that answered last, or after a failure one at random; record what became of it."""
         attempt.invoked = monotonic()
+        port = backend.port or self._dice.choice(self._ports)
         try:
-            status, data = await backend.request(self._dice.choice(self._ports), method, path, body)
+            status, data = await backend.request(port, method, path, body)
         except (OSError, trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             attempt.code = type(error).__name__
         else:
