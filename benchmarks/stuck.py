@@ -96,7 +96,9 @@ class Room:
         token = self._tokens.issue(user, 3600)
         text = json.dumps({"event": "auth", "token": token, "rooms": {str(ROOM): None}}).encode()
         deaf.sendall(_REQUEST)
+        _read_until(deaf, b'"hello"')
         deaf.sendall(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
+        _read_until(deaf, b'"ready"')  # and never again
         return deaf
 
     async def _read(self, number: int, *, task_status: trio.TaskStatus[None]) -> None:
@@ -142,6 +144,12 @@ class Room:
             gone = self._stuck + self._readers - now
             cut += [monotonic() - start] * (gone - len(cut))
             await trio.sleep(0.1)
+
+
+def _read_until(peer: socket.socket, wanted: bytes) -> None:
+    got = b""
+    while wanted not in got:
+        got += peer.recv(RECEIVE_BUFFER)
 
 
 @click.command("stuck")

@@ -123,12 +123,20 @@ def deaf_client(daemon: Daemon, user_id: int, conversation_id: int) -> Iterator[
             b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
+        _read_until(deaf, b'"hello"')
         auth = {"event": "auth", "token": daemon.token_for(user_id), "rooms": {str(conversation_id): None}}
         text = json.dumps(auth).encode()
         deaf.sendall(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
+        _read_until(deaf, b'"ready"')  # and never again
         yield deaf
     finally:
         deaf.close()
+
+
+def _read_until(peer: socket.socket, wanted: bytes) -> None:
+    got = b""
+    while wanted not in got:
+        got += peer.recv(4096)
 
 
 async def test_clients_that_never_read_do_not_hold_up_the_end(daemons: Daemons) -> None:
