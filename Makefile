@@ -1,4 +1,4 @@
-# chatd: `make` lists what there is. PYTHON names the interpreter for .venv, ARGS goes to pytest and the benchmarks.
+# chatd: `make` lists what there is. PYTHON names the interpreter for .venv, ARGS goes to pytest, the faults and the benchmarks.
 
 PYTHON ?= python3
 ARGS ?=
@@ -31,16 +31,12 @@ format: $(VENV)/dev  ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-faults: $(VENV)/dev  ## the long fault suite: everything that can break is broken under load, half an hour
+faults: $(VENV)/dev  ## break what can break under load, for half an hour, and check the guarantees
 	@sh tests/install.sh
-	@$(BIN)/python -m tests.faults --pairs 6 $(ARGS)
+	@$(BIN)/python -m tests.faults $(or $(ARGS),--pairs 6)
 
 bench: $(VENV)/dev  ## the benchmarks
 	@$(BIN)/python -m benchmarks $(ARGS)
-
-faults: $(VENV)/dev  ## every fault to real processes, at length: what was lost, how long it took (ARGS="--help")
-	@sh tests/install.sh
-	@$(BIN)/python -m tests.faults $(if $(ARGS),$(ARGS),--seconds 20 --pairs 6)
 
 clean:  ## remove .venv and all caches; databases stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

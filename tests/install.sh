@@ -7,9 +7,6 @@ missing() {
     command -v redis-server >/dev/null || echo redis-server
     ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || echo postgresql
     command -v chromium >/dev/null || echo chromium
-    command -v nft >/dev/null || echo nftables
-    command -v ip >/dev/null || echo iproute2
-    ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || echo faketime
     # The fault suite: packets dropped, an interface brought up, a clock put forward.
     PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null || echo nftables
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || echo iproute2

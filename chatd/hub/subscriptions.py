@@ -35,6 +35,7 @@ class Subscriptions:
         self._conversations = services.chat.conversations
         self._most = services.config.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
+        self._inbox: set[int] = set()  # rooms that do not count against the most
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -76,12 +77,17 @@ class Subscriptions:
 
     def check_count(self, wanted: Iterable[int]) -> None:
         """Raises LimitExceeded where these would be too many."""
-        if len({*wanted, *(one.conversation_id for one in self._rooms)}) > self._most:
+        if len(self._counted | (set(wanted) - self._inbox)) > self._most:
             raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
+
+    @property
+    def _counted(self) -> set[int]:
+        return {one.conversation_id for one in self._rooms} - self._inbox
 
     def join(self, conversation_id: int) -> Subscription:
         """Register; `enter` must follow. Raises LimitExceeded."""
-        if conversation_id not in self._rooms and len(self._rooms) >= self._most:
+        known = conversation_id in self._rooms or conversation_id in self._inbox
+        if not known and len(self._counted) >= self._most:
             raise LimitExceeded(f"at most {self._most} rooms on a connection", field="conversation_id")
         assert self.identity is not None
         entitled = self._conversations.entitled(self.identity, conversation_id)
@@ -105,7 +111,7 @@ class Subscriptions:
         """Enter all of the user's conversations, heads only. Others may be entered beside them."""
         assert self.identity is not None
         inbox = await self._conversations.inbox(self.identity)
-        self._most += len(set(inbox) - {one.conversation_id for one in self._rooms})
+        self._inbox = set(inbox)
         await self.enter_all(dict.fromkeys(inbox), epoch, ref, **ready)
 
     async def enter_all(

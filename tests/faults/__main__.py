@@ -23,6 +23,7 @@ from tests.faults.report import table
 from tests.faults.runner import Plan, Result, Run
 
 INSIDE = "CHATD_FAULTS_INSIDE"
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where nft and ip are, also for who is not root
 
 
 def _enter_namespaces() -> None:
