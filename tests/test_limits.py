@@ -180,6 +180,25 @@ async def test_a_connection_is_in_so_many_rooms_and_no_more(
         assert (refused["ref"], refused["code"], refused["field"]) == (1, "limit_exceeded", "rooms")
 
 
+async def test_an_inbox_takes_no_room_from_others_and_gives_none(
+    daemon: Daemon, user: int, conversation: int
+) -> None:
+    mine = [conversation * 1000 + number for number in range(ROOMS + 2)]
+    for room in mine:
+        await trio.to_thread.run_sync(daemon.post, room, user, "mine")
+    token = await trio.to_thread.run_sync(daemon.token_for, user)
+    async with login(daemon, user, "*", token=token) as client:
+        assert len(client.ready["rooms"]) == ROOMS + 2  # type: ignore[attr-defined]
+        others = [conversation * 1000 + 100 + number for number in range(ROOMS + 1)]
+        for room in others[:ROOMS]:
+            assert (await client.request("subscribe", conversation_id=room))["event"] == "subscribed"
+        for _ in range(3):
+            refused = await client.request("subscribe", conversation_id=others[ROOMS])
+            assert (refused["event"], refused["code"]) == ("error", "limit_exceeded")
+            await client.request("unsubscribe", conversation_id=mine[0])
+            assert (await client.request("auth", token=token, rooms="*"))["event"] == "ready"
+
+
 async def test_sends_have_a_rate_and_who_does_not_heed_it_is_sent_away(
     daemon: Daemon, user: int, conversation: int
 ) -> None:

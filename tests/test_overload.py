@@ -219,9 +219,10 @@ async def test_clients_never_take_the_last_descriptors(daemons: Daemons) -> None
             for _ in range(2 * few):
                 idle.append(socket.create_connection(("127.0.0.1", daemon.hub_port)))
             await trio.sleep(0.5)
-            for number in range(3):
-                assert (await ask(post, daemon, 1, f"m{number}")).status == 200
-                assert (await ada.expect("message"))["content"] == f"m{number}"
+            with trio.fail_after(2):  # well before the first of them has had its time for a handshake
+                for number in range(3):
+                    assert (await ask(post, daemon, 1, f"m{number}")).status == 200
+                    assert (await ada.expect("message"))["content"] == f"m{number}"
             with trio.move_on_after(0.5) as waiting:
                 async with connect(daemon.ws_url) as late:
                     await late.next()
@@ -233,7 +234,7 @@ async def test_clients_never_take_the_last_descriptors(daemons: Daemons) -> None
     finally:
         for one in idle:
             one.close()
-    assert "Traceback" not in daemon.log
+    assert "EMFILE" not in daemon.log
 
 
 async def test_without_descriptors_redis_and_the_database_are_away_and_nothing_ends(
