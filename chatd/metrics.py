@@ -5,6 +5,7 @@ Counted where things happen; this says what is counted and under which name.
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,5 +31,6 @@ OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old
 
 
 def count_outcomes(outcomes: Iterable[Any]) -> None:
-    for outcome in outcomes:
-        WRITES.labels(outcome.code if isinstance(outcome, ChatError) else "ok").inc()
+    found = Tally(outcome.code if isinstance(outcome, ChatError) else "ok" for outcome in outcomes)
+    for name, count in found.items():
+        WRITES.labels(name).inc(count)

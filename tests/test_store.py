@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from chatd.config import Database
 from chatd.errors import ChatError, ConfigError, Unavailable
@@ -50,6 +50,14 @@ class Bench:
         with self.store._writing.begin() as connection:
             connection.execute(text(statement))
 
+    def plan(self, statement: str, values: Any) -> list[str]:
+        """What SQLite would do for a statement, a line a step."""
+        if not statement.startswith(("SELECT", "INSERT", "UPDATE", "DELETE")):
+            return []
+        with sqlite3.connect(str(self.store._writing.url.database)) as connection:
+            one = values[0] if isinstance(values, list) else values
+            return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", one)]
+
 
 @asynccontextmanager
 async def bench(url: str, *, node: str | None = None) -> AsyncIterator[Bench]:
@@ -80,6 +88,27 @@ async def test_seq_is_one_two_three_in_commit_order_without_a_hole(database_url:
         assert len(b.groups) < 20, "committed in groups"
         page = await b.store.read(reads.history, 1, None, None, 100)
         assert [m.content for m in page.messages] == [str(n) for n in range(0, 200, 2)]
+
+
+async def test_no_statement_walks_through_a_table(tmp_path: Path) -> None:
+    """A post must not cost more where many are stored. What SQLite would do is asked for each statement."""
+    async with bench(f"sqlite:///{tmp_path}/chatd.db", node="one") as b:
+        ran: list[tuple[str, Any]] = []
+        for engine in (b.store._writing, b.store._reading):
+            event.listen(engine, "before_cursor_execute", lambda *given: ran.append(given[2:4]))
+        first, _, _ = await b.do(post(client_id="k"), post(user_id=2), post(reply_to=None, client_id="l"))
+        await b.do(post(client_id="k"), Edit(message_id=first.id, content="y"), Delete(message_id=first.id))
+        await b.do(SetMember(conversation_id=1, user_id=3, state=State.ACTIVE), post(reply_to=2))
+        await b.store.read(reads.login, 1, [(1, 1, True), (2, None, True)], True, 100)
+        await b.store.read(reads.history, 1, 4, None, 10)
+        await b.store.read(reads.history_for, 1, True, 1, None, 1, 10)
+        await b.store.read(reads.missing, 1, 1)
+        await b.store.read(reads.rights, 1, [1, 2])
+        await b.store.read(reads.conversations_of, 1, 100)
+        walks = [f"{plan}: {statement}" for statement, values in ran for plan in b.plan(statement, values)
+                 if plan.startswith("SCAN chat_")]  # fmt: skip
+        assert len(ran) > 30
+        assert walks == []
 
 
 async def test_what_is_refused_takes_no_seq(database_url: str) -> None:

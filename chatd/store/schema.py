@@ -5,7 +5,8 @@ Migrations are in `migrations/`; the writer and the reads build their statements
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -35,13 +36,31 @@ class Timestamp(TypeDecorator[str]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else datetime.fromisoformat(value)
+    def bind_processor(self, dialect: Dialect) -> Callable[[str | None], Any]:
+        return _sqlite_text if dialect.name == "sqlite" else _moment
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
-        if value is None:
-            return None
-        return timestamp(value if value.tzinfo else value.replace(tzinfo=UTC))
+    def result_processor(self, dialect: Dialect, coltype: Any) -> Callable[[Any], str | None]:
+        return _from_sqlite_text if dialect.name == "sqlite" else _from_moment
+
+
+# SQLite's text is what SQLAlchemy's DateTime writes there, without the detour over a datetime: a message has
+# four of them. `2026-01-01T00:00:00.000000Z` ⇄ `2026-01-01 00:00:00.000000`.
+
+
+def _sqlite_text(value: str | None) -> str | None:
+    return None if value is None else f"{value[:10]} {value[11:26]}"
+
+
+def _from_sqlite_text(value: str | None) -> str | None:
+    return None if value is None else f"{value[:10]}T{value[11:]}Z"
+
+
+def _moment(value: str | None) -> datetime | None:
+    return None if value is None else datetime.fromisoformat(value)
+
+
+def _from_moment(value: datetime | None) -> str | None:
+    return None if value is None else timestamp(value)
 
 
 # SQLite gives out row ids by itself only to a column that is exactly INTEGER PRIMARY KEY.

@@ -5,9 +5,25 @@ Parameters named in the plural expand to lists. Used by `transaction` alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import BindParameter, bindparam, delete, insert, select, tuple_, update
+from sqlalchemy import (
+    JSON,
+    BindParameter,
+    Column,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from chatd.store.rows import MESSAGE_COLUMNS
@@ -39,15 +55,50 @@ LOCK_CONVERSATIONS = (
     .with_for_update()
 )
 
-MEMBERS = select(members).where(tuple_(members.c.conversation_id, members.c.user_id).in_(_several("pairs")))
 
-EARLIER_MESSAGES = select(*MESSAGE_COLUMNS, messages.c.request_hash).where(
-    tuple_(messages.c.chat_conversation_id, messages.c.user_id, messages.c.client_id).in_(_several("keys"))
+def _by_keys(wanted: Select[Any], *columns: Column[Any]) -> dict[str, Select[Any]]:
+    """The rows whose columns are in one of the `keys`, a JSON list of lists.
+
+    A join, each key one search of an index: for `(a, b) IN (…)` SQLite walks the whole table.
+    """
+    return {
+        "sqlite": _joined(wanted, func.json_each(bindparam("keys")), columns, _sqlite_item),
+        "postgresql": _joined(
+            wanted, func.json_array_elements(cast(bindparam("keys", type_=Text), JSON)), columns, _item
+        ),
+    }
+
+
+def _joined(wanted: Select[Any], keys: Any, columns: Sequence[Column[Any]], item: Any) -> Select[Any]:
+    listed = keys.table_valued("value")
+    same = [column == item(listed.c.value, place, column) for place, column in enumerate(columns)]
+    return wanted.select_from(listed.join(columns[0].table, and_(*same)))
+
+
+def _sqlite_item(value: Any, place: int, column: Column[Any]) -> Any:
+    return func.json_extract(value, text(f"'$[{place}]'"), type_=column.type)
+
+
+def _item(value: Any, place: int, column: Column[Any]) -> Any:
+    return cast(value.op("->>")(text(str(place))), column.type)
+
+
+MEMBERS = _by_keys(select(members), members.c.conversation_id, members.c.user_id)
+
+EARLIER_MESSAGES = _by_keys(
+    select(*MESSAGE_COLUMNS, messages.c.request_hash),
+    messages.c.chat_conversation_id,
+    messages.c.user_id,
+    messages.c.client_id,
 )
 
 MESSAGES = select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_several("ids")))
 
 INSERT_MESSAGES = insert(messages).returning(messages.c.id, sort_by_parameter_order=True)
+
+# For SQLite, where reading and writing are under one lock. AUTOINCREMENT goes on from the highest ever given.
+LAST_MESSAGE_ID = text(f"SELECT seq FROM sqlite_sequence WHERE name = '{messages.name}'")
+INSERT_NUMBERED_MESSAGES = insert(messages)
 
 UPDATE_MESSAGE = (
     update(messages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
@@ -123,13 +124,15 @@ class Transaction:
 
     def _read_members(self, pairs: set[tuple[int, int]]) -> None:
         if pairs:
-            self._members = self._rows(statements.MEMBERS, {"pairs": list(pairs)}, "conversation_id", "user_id")
+            query, keys = statements.MEMBERS[self._dialect], _as_json(pairs)
+            self._members = self._rows(query, {"keys": keys}, "conversation_id", "user_id")
 
     def _read_earlier(self, commands: Sequence[Create]) -> None:
         keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
         if keys:
             names = ("chat_conversation_id", "user_id", "client_id")
-            self._earlier = self._rows(statements.EARLIER_MESSAGES, {"keys": list(keys)}, *names)
+            query = statements.EARLIER_MESSAGES[self._dialect]
+            self._earlier = self._rows(query, {"keys": _as_json(keys)}, *names)
 
     def _read_messages(self, ids: set[int]) -> None:
         if ids:
@@ -285,15 +288,28 @@ class Transaction:
 
     def _write(self) -> None:
         if self._created:
-            ids = self._connection.scalars(statements.INSERT_MESSAGES, self._created).all()
-            for row, id in zip(self._created, ids, strict=True):
-                row["id"] = id
+            self._insert_messages(self._created)
         for row in self._changed.values():
             self._connection.execute(statements.UPDATE_MESSAGE, self._altered(row))
         self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
         self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
         touched = [self._advanced(self._conversations[id]) for id in sorted(self._touched)]
         self._execute(statements.ADVANCE_CONVERSATIONS[self._dialect], touched)
+
+    def _insert_messages(self, rows: list[Row]) -> None:
+        """Their ids are known at once where nobody else can be writing, else by what the insert returns.
+
+        SQLite gives rows back in no certain order: SQLAlchemy would send a statement for each.
+        """
+        if self._dialect == "sqlite":
+            last = self._connection.scalar(statements.LAST_MESSAGE_ID) or 0
+            for id, row in enumerate(rows, last + 1):
+                row["id"] = id
+            self._connection.execute(statements.INSERT_NUMBERED_MESSAGES, rows)
+            return
+        ids = self._connection.scalars(statements.INSERT_MESSAGES, rows).all()
+        for row, id in zip(rows, ids, strict=True):
+            row["id"] = id
 
     def _execute(self, statement: Executable, rows: list[Row]) -> None:
         if rows:
@@ -335,3 +351,7 @@ class Transaction:
         if verdict.kind is Kind.CREATED:
             return Created(row["id"], verdict.seq, row["created_at"], row["client_id"], verdict.duplicate)
         return Changed(row["id"], verdict.seq)
+
+
+def _as_json(keys: Iterable[Any]) -> str:
+    return msgspec.json.encode(list(keys)).decode()
