@@ -264,6 +264,36 @@ async def test_a_full_queue_answers_unavailable(tmp_path: Path) -> None:
     store.close()
 
 
+async def test_who_waits_too_long_is_told_that_the_outcome_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatd.store.writer.DEADLINE", 0.1)
+    monkeypatch.setattr("chatd.store.writer.OVERDUE_TICK", 0.02)
+    async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
+        with sqlite3.connect(tmp_path / "chatd.db", isolation_level=None) as somebody:
+            somebody.execute("BEGIN IMMEDIATE")
+            told: list[Any] = []
+            b.writer.submit([post("first")], told.append)
+            with trio.fail_after(2):
+                assert await b.do(post("second", client_id="k")) == ["unavailable"]
+            assert [type(outcome) for (outcome,) in told] == [Unavailable]
+            somebody.execute("ROLLBACK")
+        monkeypatch.setattr("chatd.store.writer.DEADLINE", 10)
+        (again,) = await b.do(post("second", client_id="k"))
+        assert (again.seq, again.duplicate) == (2, True), "it was committed when the database could"
+        assert len(told) == 1
+
+
+async def test_an_answer_that_fails_harms_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(outcomes: Any) -> None:
+        raise RuntimeError("a bug in a session")
+
+    async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
+        b.writer.submit([post("a")], fail)
+        assert [(await b.do(post("b")))[0].seq, (await b.do(post("c")))[0].seq] == [2, 3]
+    assert "answer_failed" in capsys.readouterr().out
+
+
 async def test_closing_flushes_what_waits(database_url: str) -> None:
     async with bench(database_url) as b:
         waiting = [b.writer.submit([post()]) for _ in range(700)]

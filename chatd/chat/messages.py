@@ -15,7 +15,7 @@ from chatd.protocol import check_content, check_label, check_meta
 from chatd.store import reads
 from chatd.store.commands import Changed, Create, Created, Delete, Edit
 from chatd.store.reads import Page, Reader
-from chatd.store.writer import Submission, Writer
+from chatd.store.writer import Submission, Then, Writer
 
 
 class Messages:
@@ -34,11 +34,11 @@ class Messages:
         elif command.content is UNSET and command.meta is UNSET:
             raise BadRequest("Nothing to change: give content or meta.", field="content")
 
-    def submit(self, command: Create | Edit | Delete) -> Submission:
+    def submit(self, command: Create | Edit | Delete, then: Then | None = None) -> Submission:
         """Check and queue one command. Commands are committed in the order of these calls."""
         if not isinstance(command, Delete):
             self.check(command)
-        return self._writer.submit([command])
+        return self._writer.submit([command], then)
 
     async def post(self, command: Create) -> Created:
         outcome = await self.submit(command).outcome()

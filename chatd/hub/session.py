@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -34,7 +35,7 @@ from chatd.limits import TokenBucket
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
 from chatd.store.commands import Changed, Create, Created, Delete, Edit
-from chatd.store.writer import Submission
+from chatd.store.writer import Outcome
 
 WAITING_REQUESTS = 32  # of one connection; it is not read from while so many wait
 REQUESTS_PER_SECOND = 50  # of one connection, on average; a chat client needs one or two
@@ -149,8 +150,14 @@ class Session:
 
     async def _later(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         """Go on reading while this waits; at most so many do."""
-        await self._slots.acquire()
+        await self._slot()
         self._line.nursery.start_soon(self._release_after, work, command, *rest)
+
+    async def _slot(self) -> None:
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
 
     async def _release_after(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         try:
@@ -268,13 +275,12 @@ class Session:
         if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate(command.ref, wait)
             return
-        await self._slots.acquire()
+        await self._slot()
         try:
-            submission = self._chat.messages.submit(self._to_store(command, identity))
+            self._chat.messages.submit(self._to_store(command, identity), partial(self._written, command))
         except BaseException:
             self._slots.release()
             raise
-        self._line.nursery.start_soon(self._release_after, self._confirm, command, submission)
 
     def _to_store(
         self, command: protocol.Send | protocol.Edit | protocol.Delete, identity: Identity
@@ -309,8 +315,13 @@ class Session:
                     rights=rights,
                 )
 
-    async def _confirm(self, command: protocol.Command, submission: Submission) -> None:
-        match await submission.outcome():
+    def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
+        """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""
+        self._slots.release()
+        (outcome,) = outcomes
+        match outcome:
+            case ChatError():
+                self._tell_error(outcome, command.ref)
             case Created(id, seq, created_at, client_id, duplicate):
                 again = {"duplicate": True} if duplicate else {}
                 self._ok(command.ref, id=id, seq=seq, created_at=created_at, client_id=client_id, **again)

@@ -16,8 +16,6 @@ from chatd.errors import ConfigError
 
 # A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
 SQLITE_BUSY_SECONDS = 5
-# Pages that a connection keeps; of SQLite's own 2 MiB the indexes of 100,000 messages would not find room.
-SQLITE_CACHE_KIB = 32 * 1024
 # PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
 # locks until the last ones end its session. They count between two statements, but not within a pipeline.
 POSTGRES_OPTIONS = " ".join(
@@ -103,12 +101,7 @@ def _parse(url: str) -> URL:
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # sqlite3 would begin transactions by rules of its own
     # WAL: readers and the writer do not wait for each other. FULL: a commit is on the disk (G1).
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        f"cache_size=-{SQLITE_CACHE_KIB}",
-    ):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

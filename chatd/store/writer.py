@@ -28,6 +28,7 @@ GROUP = 500  # commands in one commit: beyond it the gain per command is gone an
 QUEUE = 10_000  # commands, and
 QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
+OVERDUE_TICK = 0.5  # seconds between looks at who has waited for so long
 APART_WAIT = 100  # ms for a conversation's lock, once some of a group could not be had in time
 SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying, or a failed database untried
 
@@ -36,6 +37,7 @@ SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying,
 _LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
 
 Outcome = Result | ChatError
+Then = Callable[[Sequence[Outcome]], None]
 log = structlog.get_logger()
 
 
@@ -52,26 +54,40 @@ def _is_locked(error: Exception) -> bool:
 
 
 class Submission:
-    """Commands on their way. They are committed whole or not at all, whoever waits for them or not."""
+    """Commands on their way. They are committed whole or not at all, whoever waits for them or not.
 
-    __slots__ = ("_done", "_outcomes", "chars", "commands")
+    Its outcomes come once: from the commit, or from the writer's clock when that takes too long.
+    """
 
-    def __init__(self, commands: Sequence[AnyCommand]) -> None:
+    __slots__ = ("_done", "_outcomes", "_then", "chars", "commands", "deadline")
+
+    def __init__(self, commands: Sequence[AnyCommand], then: Then | None) -> None:
         self.commands = commands
         self.chars = sum(map(_chars, commands))
-        self._outcomes: list[Outcome] = []
-        self._done = trio.Event()
+        self.deadline = trio.current_time() + DEADLINE
+        self._outcomes: Sequence[Outcome] | None = None
+        self._then = then
+        self._done: trio.Event | None = None  # made by who waits
 
-    def resolve(self, outcomes: list[Outcome]) -> None:
+    def resolve(self, outcomes: Sequence[Outcome]) -> None:
+        if self._outcomes is not None:
+            return
         self._outcomes = outcomes
-        self._done.set()
+        if self._done is not None:
+            self._done.set()
+        if self._then is not None:
+            try:
+                self._then(outcomes)
+            except Exception as error:  # of one client: the writer has others
+                log.error("answer_failed", exc_info=error)
 
-    async def outcomes(self) -> list[Outcome]:
-        """One for each command. Raises Unavailable past the deadline: the outcome is unknown then."""
-        with trio.move_on_after(DEADLINE):
+    async def outcomes(self) -> Sequence[Outcome]:
+        """One for each command; Unavailable past the deadline, when the outcome is unknown."""
+        if self._outcomes is None:
+            self._done = self._done or trio.Event()
             await self._done.wait()
-            return self._outcomes
-        raise Unavailable()
+        assert self._outcomes is not None
+        return self._outcomes
 
     async def outcome(self) -> Result:
         """The outcome of a single command, raised if it is an error."""
@@ -93,6 +109,7 @@ class Writer:
         """`node`: fill the outbox under this name; None: no outbox."""
         self._engine, self._node, self._on_commit = engine, node, on_commit
         self._waiting: deque[Submission] = deque()
+        self._committing: list[Submission] = []
         self._count = self._chars = 0
         self.failing = False
         self._settled: set[int] = set()
@@ -101,11 +118,15 @@ class Writer:
         self._closed = False
         self.finished = trio.Event()
 
-    def submit(self, commands: Sequence[AnyCommand]) -> Submission:
-        """Queue commands, in the order of the calls. Raises Unavailable when too many wait already."""
+    def submit(self, commands: Sequence[AnyCommand], then: Then | None = None) -> Submission:
+        """Queue commands, in the order of the calls. Raises Unavailable when too many wait already.
+
+        `then` is told of the outcomes, by the writer's own task: it neither waits nor takes long. A task of its
+        own for each of many would cost as much as all the rest of a write.
+        """
         if self._closed:
             raise Unavailable("the daemon is stopping")
-        submission = Submission(commands)
+        submission = Submission(commands, then)
         count, chars = self._count + len(commands), self._chars + submission.chars
         if self._waiting and (count > QUEUE or chars > QUEUE_CHARS):
             raise Unavailable("too many writes are waiting")
@@ -124,7 +145,13 @@ class Writer:
         self._wake.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up_overdue)
+            task_status.started()
+            await self._run()
+            nursery.cancel_scope.cancel()
+
+    async def _run(self) -> None:
         while True:
             while self._waiting:
                 await self._commit_group(self._take())
@@ -139,6 +166,16 @@ class Writer:
             await self._commit_group([])
         self.finished.set()
 
+    async def _give_up_overdue(self) -> None:
+        """They stay where they are, and are committed when the database can: the outcome is unknown."""
+        while True:
+            await trio.sleep(OVERDUE_TICK)
+            now = trio.current_time()
+            for submission in [*self._committing, *self._waiting]:
+                if submission.deadline > now:
+                    break
+                submission.resolve([Unavailable()] * len(submission.commands))
+
     def _take(self) -> list[Submission]:
         taken: list[Submission] = []
         count = 0
@@ -150,6 +187,7 @@ class Writer:
         return taken
 
     async def _commit_group(self, submissions: list[Submission]) -> None:
+        self._committing = submissions
         commands = [command for submission in submissions for command in submission.commands]
         settled, self._settled = self._settled, set()
         started = trio.current_time()
@@ -166,6 +204,7 @@ class Writer:
         answers = iter(outcomes)
         for submission in submissions:
             submission.resolve([next(answers) for _ in submission.commands])
+        self._committing = []
 
     # In the thread.
 
