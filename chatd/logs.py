@@ -35,7 +35,10 @@ def configure(level: str, form: str) -> None:
     """`level`: debug, info, warning or error. `form`: json, text, or auto (text on a terminal)."""
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # Left to itself it shows what every variable holds, bodies and tokens, where `rich` is installed.
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
         if text
         else structlog.processors.JSONRenderer()
     )

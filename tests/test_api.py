@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from http.client import HTTPConnection
 from typing import Any
 
 import pytest
+import structlog.testing
 import trio
+import trio.testing
 
+from chatd.api.bodies import BODY_BYTES, BODY_SECONDS
+from chatd.api.hot import Post
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -323,3 +329,72 @@ def test_no_http_connection_ends_the_daemon(daemon: Daemon, words: bytes) -> Non
     assert daemon.get("/healthz").status == 200
     assert daemon.pid == pid
     assert '"exception"' not in daemon.log
+
+
+WHOLE = b'{"conversation_id":1,"sender_id":1,"content":"a private text"}'
+
+# The one route that is answered past Quart: what a request can do wrong before it is one.
+
+
+async def _hot(*events: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """The status and the body that these ASGI events are answered with; (0, None) for no answer at all."""
+    given = {"x-internal-token": "t"} | (headers or {})
+    scope = {"headers": [(name.encode(), value.encode()) for name, value in given.items()]}
+    waiting = list(events)
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        if not waiting:
+            await trio.sleep_forever()
+        return waiting.pop(0)
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    await Post(None, "t")(scope, receive, send)  # type: ignore[arg-type]  # nothing gets as far as the chat
+    return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else (0, None)
+
+
+async def test_a_body_that_never_ends_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    status, body = await _hot({"type": "http.request", "body": b'{"conv', "more_body": True})
+    assert (status, body["code"]) == (408, "bad_request")
+    assert trio.current_time() == pytest.approx(BODY_SECONDS, abs=1)
+
+
+async def test_a_body_without_a_length_is_bounded() -> None:
+    part = {"type": "http.request", "body": b"x" * 100_000, "more_body": True}
+    status, body = await _hot(part, part, part)
+    assert (status, body["code"]) == (413, "too_large")
+    status, body = await _hot(headers={"content-length": str(BODY_BYTES + 1)})
+    assert (status, body["code"]) == (413, "too_large"), "before any of it is read"
+
+
+async def test_who_hangs_up_before_the_end_gets_no_answer() -> None:
+    part = {"type": "http.request", "body": b"{", "more_body": True}
+    assert await _hot(part, {"type": "http.disconnect"}) == (0, None)
+
+
+async def test_an_unforeseen_error_is_an_incident() -> None:
+    with structlog.testing.capture_logs() as lines:
+        status, body = await _hot({"type": "http.request", "body": WHOLE})
+    assert (status, body["code"]) == (500, "internal")
+    assert [(line["event"], line["incident"]) for line in lines] == [("request_failed", body["incident"])]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_traceback_in_the_log_shows_nothing_of_a_message(form: str) -> None:
+    code = f"""
+import trio
+from chatd import logs
+from chatd.api.hot import Post
+
+async def receive():
+    return {{"type": "http.request", "body": {WHOLE!r}}}
+
+logs.configure("info", {form!r})
+trio.run(Post(None, "t"), {{"headers": [(b"x-internal-token", b"t")]}}, receive, lambda event: trio.sleep(0))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "request_failed" in said
+    assert "in _post" in said
+    assert "a private text" not in said

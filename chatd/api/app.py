@@ -14,15 +14,13 @@ from quart_trio.wrappers import TrioRequest
 
 from chatd import __version__
 from chatd.api import conversations, demo, errors, health, messages, tokens
+from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.health import Health
+from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
 from chatd.config import Config
 from chatd.errors import Unauthorized
-
-BODY_BYTES = 256 * 1024  # of a request; a batch may be longer
-BODY_SECONDS = 10  # a backend has for its body
-RESPONSE_SECONDS = 10  # a backend has for reading the answer
 
 OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
 
@@ -61,17 +59,22 @@ class ChatRequest(TrioRequest):
 class ChatApp(QuartTrio):
     asgi_http_class = HTTPConnection
     request_class = ChatRequest
+    hot: Post
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":  # this is the backend's port: WebSockets have one of their own
             await receive()
             await send({"type": "websocket.close"})
             return
+        if Post.takes(scope):
+            await self.hot(scope, receive, send)
+            return
         await super().asgi_app(scope, receive, send)
 
 
 def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
+    app.hot = Post(chat, config.api.internal_token)
     app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
     _guard(app, config)
     errors.install(app)

@@ -15,6 +15,9 @@ from chatd.validation import mistakes, reason
 
 S = TypeVar("S", bound=Struct)
 
+BODY_BYTES = 256 * 1024  # of a request; a batch may be longer
+BODY_SECONDS = 10  # a backend has for its body
+RESPONSE_SECONDS = 10  # a backend has for reading the answer
 EXPLAIN_BYTES = 64 * 1024  # of a longer body only the first mistake is named: reading it again takes too long
 
 
@@ -115,19 +118,19 @@ def answer(body: Any, status: int = 200) -> Response:
 
 async def posted(kind: type[S]) -> S:
     """The request's body. Raises NotJSON (400), BadRequest (422) with every field that is wrong."""
-    return decode(kind, await request.get_data(cache=False, as_text=False))
+    return decode(kind, await request.get_data(cache=False, as_text=False), sent_as=request.mimetype)
 
 
-def decode(kind: type[S], raw: str | bytes | msgspec.Raw) -> S:
+def decode(kind: type[S], raw: str | bytes | msgspec.Raw, *, sent_as: str = "application/json") -> S:
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         if len(raw if isinstance(raw, str) else memoryview(raw)) > EXPLAIN_BYTES:
             field = field_of(error)
             raise _refuse({field: [f"The {field} field {reason(error)}."]} if field else {}) from None
-        raise _explain(kind, raw) from None
+        raise _explain(kind, raw, sent_as) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise _not_json() from None
+        raise _not_json(sent_as) from None
 
 
 def asked(kind: type[S]) -> S:
@@ -145,21 +148,21 @@ def check_id(name: str, value: int) -> int:
     return value
 
 
-def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw) -> BadRequest:
+def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw, sent_as: str) -> BadRequest:
     try:
         data = msgspec.json.decode(raw)
     except msgspec.ValidationError:
         return BadRequest("The body holds a number that is out of range.")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _not_json()
+        return _not_json(sent_as)
     if not isinstance(data, dict):
         return BadRequest("The body must be a JSON object.")
     return _refuse(mistakes(kind, data))
 
 
-def _not_json() -> NotJSON:
-    kind = request.mimetype
-    return NotJSON("The body is no JSON." + (f" It was sent as {kind}." if "json" not in kind and kind else ""))
+def _not_json(sent_as: str) -> NotJSON:
+    hint = f" It was sent as {sent_as}." if sent_as and "json" not in sent_as else ""
+    return NotJSON("The body is no JSON." + hint)
 
 
 def _refuse(errors: dict[str, list[str]]) -> BadRequest:

@@ -55,6 +55,11 @@ async def _http(error: HTTPException) -> Response:
 
 
 async def _unforeseen(error: Exception) -> Response:
+    return await _refused(unforeseen(error, request.method, request.path))
+
+
+def unforeseen(error: Exception, method: str, path: str) -> Internal:
+    """Log it; what the peer is told names the line."""
     incident = secrets.token_hex(6)
-    log.error("request_failed", incident=incident, method=request.method, path=request.path, exc_info=error)
-    return await _refused(Internal(incident=incident))
+    log.error("request_failed", incident=incident, method=method, path=path, exc_info=error)
+    return Internal(incident=incident)
