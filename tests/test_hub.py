@@ -125,8 +125,9 @@ async def test_subscribe_then_unsubscribe_in_one_breath_leaves_the_room(
         await ada.send("unsubscribe", ref="u", conversation_id=conversation)
         assert (await ada.expect("ok"))["ref"] == "u"
         await trio.to_thread.run_sync(daemon.post, conversation, 2, "unheard")
-        await ada.request("ping")
-        assert [e["event"] for e in ada.received] in (["error"], ["subscribed"])
+        answer = ada.received.popleft() if ada.received else await ada.next()
+        assert (answer["event"], answer["ref"]) in (("error", "s"), ("subscribed", "s"))
+        await ada.silence()
 
 
 async def test_a_room_that_does_not_exist_yet_can_be_entered(daemon: Daemon, conversation: int) -> None:

@@ -20,10 +20,11 @@ from sqlalchemy import event, text
 from chatd.config import Database
 from chatd.errors import ChatError, ConfigError, Unavailable
 from chatd.model import Group, State
-from chatd.store import reads, schema
+from chatd.store import reads, schema, snapshots
 from chatd.store.commands import Changed, Create, Created, Delete, Edit, MemberSet, Rights, SetMember
 from chatd.store.database import Store, open_store
 from chatd.store.engine import writing_engine
+from chatd.store.snapshots import Entry
 from chatd.store.writer import QUEUE, Writer
 
 
@@ -77,6 +78,18 @@ def post(content: str = "x", **fields: Any) -> Create:
     return Create(**{"conversation_id": 1, "user_id": 1, "content": content} | fields)
 
 
+async def rooms_of(b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = True) -> dict[int, Any]:
+    (found,) = await b.store.read(snapshots.snapshots, [Entry(user_id, rooms, same_epoch, 100)])
+    return dict(found)
+
+
+async def snapshot_of(
+    b: Bench, user_id: int, after: int | None, *, entitled: bool = True, same_epoch: bool = True
+) -> Any:
+    """Of conversation 1."""
+    return (await rooms_of(b, user_id, [(1, after, entitled)], same_epoch=same_epoch))[1]
+
+
 async def test_seq_is_one_two_three_in_commit_order_without_a_hole(database_url: str) -> None:
     async with bench(database_url) as b:
         submissions = [b.writer.submit([post(str(n), conversation_id=1 + n % 2)]) for n in range(200)]
@@ -99,7 +112,7 @@ async def test_no_statement_walks_through_a_table(tmp_path: Path) -> None:
         first, _, _ = await b.do(post(client_id="k"), post(user_id=2), post(reply_to=None, client_id="l"))
         await b.do(post(client_id="k"), Edit(message_id=first.id, content="y"), Delete(message_id=first.id))
         await b.do(SetMember(conversation_id=1, user_id=3, state=State.ACTIVE), post(reply_to=2))
-        await b.store.read(reads.login, 1, [(1, 1, True), (2, None, True)], True, 100)
+        await b.store.read(snapshots.logins, [Entry(1, [(1, 1, True), (2, None, True)], True, 100)])
         await b.store.read(reads.history, 1, 4, None, 10)
         await b.store.read(reads.history_for, 1, True, 1, None, 1, 10)
         await b.store.read(reads.missing, 1, 1)
@@ -211,7 +224,7 @@ async def test_a_muted_member_reads_but_does_not_write(database_url: str) -> Non
             post("a", user_id=2, client_id="k", rights=Rights.MEMBER),
         )
         assert (muted.changed, again, over.duplicate) == (False, "muted", True)
-        snapshot = await b.store.read(reads.snapshot, 2, False, 1, 0, True, 100)
+        snapshot = await snapshot_of(b, 2, 0, entitled=False)
         assert len(snapshot.changes) == 1
 
 
@@ -321,7 +334,7 @@ async def test_unread_counts_others_messages_up_to_a_thousand(database_url: str)
         await b.do(*[post(user_id=2) for _ in range(5)], *[post(user_id=3) for _ in range(1100)])
 
         async def unread(user: int) -> int:
-            return (await b.store.read(reads.snapshot, user, True, 1, None, True, 100)).unread
+            return (await snapshot_of(b, user, None)).unread
 
         assert [await unread(user) for user in (2, 3, 9)] == [1000, 5, 1000]
 
@@ -347,7 +360,7 @@ async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: 
         await b.do(*[post(f"m{n}") for n in range(400)])
 
         async def enter(after: int | None, same_epoch: bool = True) -> reads.Snapshot:
-            return await b.store.read(reads.snapshot, 9, True, 1, after, same_epoch, 100)
+            return await snapshot_of(b, 9, after, same_epoch=same_epoch)
 
         fresh = await enter(None)
         assert (fresh.seq, fresh.recovered, fresh.changes, fresh.unread) == (400, True, [], 400)
@@ -362,7 +375,7 @@ async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: 
 async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
     async with bench(database_url) as b:
         await b.do(*[post("é" * 8000) for _ in range(40)])
-        snapshot = await b.store.read(reads.snapshot, 1, True, 1, 0, True, 100)
+        snapshot = await snapshot_of(b, 1, 0)
         assert not snapshot.recovered
         assert snapshot.size <= 256 * 1024
         assert snapshot.has_more
@@ -370,7 +383,7 @@ async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
         assert (len(page.messages), page.has_more) == (len(snapshot.changes), True)
         rooms = [(1, 0, True), (2, 0, True), (3, None, True)]
         await b.do(*[post("é" * 8000, conversation_id=c) for c in (2, 3) for _ in range(20)])
-        many = await b.store.read(reads.snapshots, 1, [*rooms, (4, 0, True)], True, 100)
+        many = await rooms_of(b, 1, [*rooms, (4, 0, True)])
         assert sum(s.size for s in many.values()) <= 512 * 1024  # type: ignore[union-attr]
 
 
@@ -379,7 +392,7 @@ async def test_the_last_of_many_rooms_comes_without_messages(database_url: str) 
         for conversation in (1, 2, 3):
             await b.do(*[post("x" * 8000, conversation_id=conversation) for _ in range(30)])
         rooms = [(conversation, 0, True) for conversation in (1, 2, 3)]
-        found = await b.store.read(reads.snapshots, 1, rooms, True, 100)
+        found = await rooms_of(b, 1, rooms)
         assert [(s.recovered, len(s.changes)) for s in found.values()] == [(True, 30), (True, 30), (False, 0)]  # type: ignore[union-attr]
 
 

@@ -13,7 +13,7 @@ from chatd.api.bodies import answer
 from chatd.bus import Bus
 from chatd.errors import Unavailable
 from chatd.store import reads
-from chatd.store.reads import Reader
+from chatd.store.reader import Reader
 from chatd.store.writer import Writer
 
 REMEMBER = 1.0  # seconds that a look at the database serves all who ask

@@ -11,12 +11,15 @@ from chatd.limits import INBOX_ROOMS
 from chatd.model import Identity
 from chatd.store import reads
 from chatd.store.commands import Rights
-from chatd.store.reads import Reader, Snapshot
+from chatd.store.reader import Gathered, Reader
+from chatd.store.reads import Standing
+from chatd.store.snapshots import Entry, Found, Snapshot, logins
 
 
 class Conversations:
     def __init__(self, read: Reader, epoch: str, rooms: Rooms, config: Limits) -> None:
         self._read, self.epoch = read, epoch
+        self._enter: Gathered[Entry, tuple[Standing | None, Found]] = Gathered(read, logins, _weight)
         self._open = rooms.access == "open"
         self._members_detail = config.members_detail
 
@@ -31,31 +34,29 @@ class Conversations:
         self, identity: Identity, conversation_id: int, after: int | None, epoch: str | None = None
     ) -> Snapshot:
         """Raises NotFound where the user may not look, Unavailable."""
-        return await self._read(
-            reads.snapshot,
-            identity.user_id,
-            self.entitled(identity, conversation_id),
-            conversation_id,
-            after,
-            epoch in (None, self.epoch),
-            self._members_detail,
-        )
+        _, found = await self._enter(self._entry(identity, {conversation_id: after}, epoch))
+        if isinstance(snapshot := found[conversation_id], NotFound):
+            raise snapshot
+        return snapshot
 
-    async def enter_all(
-        self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None
-    ) -> dict[int, Snapshot | NotFound]:
+    async def enter_all(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Found:
         """Several conversations as of one moment; those past the bound of a `ready` lose their messages.
 
         Raises Revoked for a user who may not be here at all, Unavailable.
         """
-        wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
-        same_epoch = epoch in (None, self.epoch)
-        standing, found = await self._read(
-            reads.login, identity.user_id, wanted, same_epoch, self._members_detail
-        )
+        standing, found = await self._enter(self._entry(identity, rooms, epoch))
         check_standing(identity, standing)
         return found
+
+    def _entry(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Entry:
+        wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
+        return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self._members_detail)
 
     async def inbox(self, identity: Identity) -> list[int]:
         """The user's conversations, the most recently active first."""
         return await self._read(reads.conversations_of, identity.user_id, INBOX_ROOMS)
+
+
+def _weight(entry: Entry) -> int:
+    """Of a gathered read: a room whose changes may have to be read too counts four times."""
+    return 1 + sum(1 if after is None else 4 for _, after, _ in entry.rooms)

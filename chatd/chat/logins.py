@@ -8,7 +8,8 @@ from chatd.auth import Authenticator
 from chatd.errors import Revoked
 from chatd.model import Identity, now
 from chatd.store import reads
-from chatd.store.reads import Reader, Standing
+from chatd.store.reader import Reader
+from chatd.store.reads import Standing
 
 
 class Logins:

@@ -14,7 +14,8 @@ from chatd.errors import BadRequest, ChatError
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.store import reads
 from chatd.store.commands import Changed, Create, Created, Delete, Edit
-from chatd.store.reads import Page, Reader
+from chatd.store.reader import Reader
+from chatd.store.reads import Page
 from chatd.store.writer import Submission, Then, Writer
 
 

@@ -22,7 +22,7 @@ from chatd.limits import READY_BYTES
 from chatd.model import Change, MemberChange, State
 from chatd.protocol import event, text_frame
 from chatd.store import reads
-from chatd.store.reads import Reader
+from chatd.store.reader import Reader
 
 QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
 SIGNAL_BYTES = 256  # what a signal counts for

@@ -19,7 +19,7 @@ from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
 from chatd.model import Identity
 from chatd.protocol import event, text_frame
-from chatd.store.reads import Snapshot
+from chatd.store.snapshots import Snapshot
 
 SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
 RESYNC_RETRY = 1.0  # seconds, while the database does not answer

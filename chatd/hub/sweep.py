@@ -14,7 +14,7 @@ from chatd.errors import Unavailable
 from chatd.hub.rooms import Room, Rooms
 from chatd.model import State
 from chatd.store import reads
-from chatd.store.reads import Reader
+from chatd.store.reader import Reader
 
 EVERY = 10.0  # seconds between sweeps, and
 OFTEN = 1.0  # while other nodes' changes do not come by themselves

@@ -21,7 +21,7 @@ from chatd.model import Group
 from chatd.store import migrations, schema
 from chatd.store.engine import is_sqlite, reading_engine, writing_engine
 from chatd.store.outbox import Outbox
-from chatd.store.reads import Reader
+from chatd.store.reader import Reader
 from chatd.store.writer import Writer
 
 log = structlog.get_logger()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BindParameter, Select, bindparam, func, select
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, func, select
 
 from chatd.model import State
+from chatd.store import keys
 from chatd.store.rows import MESSAGE_COLUMNS
 from chatd.store.schema import changes, conversations, members, messages, reads, users
 
@@ -36,10 +37,6 @@ STATES = select(members.c.user_id, members.c.state).where(
     members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
 )
 
-STATES_OF_USER = select(members.c.conversation_id, members.c.state).where(
-    members.c.user_id == _one("user_id"), members.c.conversation_id.in_(_several("conversation_ids"))
-)
-
 # The log, with the messages as they are now.
 CHANGES_AFTER = (
     select(changes.c.seq.label("change_seq"), changes.c.kind, *MESSAGE_COLUMNS)
@@ -64,46 +61,61 @@ CURSORS = (
 
 # Counted up to `most`, and looked for no further than this: a room of a million messages costs no more.
 UNREAD_SCAN = 10_000
-_newer = (
-    select(messages.c.user_id, messages.c.deleted_at)
-    .where(
-        messages.c.chat_conversation_id == conversations.c.id,
-        messages.c.id > func.coalesce(reads.c.read_id, 0),
+
+
+def _unread(user: ColumnElement[Any], listed: FromClause) -> Any:
+    newer = (
+        select(messages.c.user_id, messages.c.deleted_at)
+        .where(
+            messages.c.chat_conversation_id == conversations.c.id,
+            messages.c.id > func.coalesce(reads.c.read_id, 0),
+        )
+        .order_by(messages.c.id.desc())
+        .limit(UNREAD_SCAN)
+        .correlate(conversations, reads)
+        .subquery()
     )
-    .order_by(messages.c.id.desc())
-    .limit(UNREAD_SCAN)
-    .correlate(conversations, reads)
-    .subquery()
-)
-_unread = _count(
-    select(_newer.c.user_id)
-    .where(_newer.c.user_id != _one("user_id"), _newer.c.deleted_at.is_(None))
-    .limit(_one("most"))
-)
+    counted = select(newer.c.user_id).where(newer.c.user_id != user, newer.c.deleted_at.is_(None))
+    return _count(counted.limit(_one("most")).correlate(listed)).correlate(listed).scalar_subquery()
+
+
 _members = _count(
     select(members.c.user_id)
     .where(members.c.conversation_id == conversations.c.id, members.c.state == State.ACTIVE.value)
     .limit(_one("members_detail") + 1)
     .correlate(conversations)
-)
-# Where they stand, and where one user stands in them. `members` counts no further than it matters.
-_own = members.alias()
-ROOMS = (
-    select(
-        conversations.c.id,
-        _own.c.state,
-        conversations.c.last_seq,
-        conversations.c.low_seq,
-        conversations.c.members_version,
-        func.coalesce(reads.c.read_id, 0).label("read_id"),
-        func.coalesce(reads.c.delivered_id, 0).label("delivered_id"),
-        _unread.scalar_subquery().label("unread"),
-        _members.scalar_subquery().label("members"),
+).scalar_subquery()
+
+
+def _rooms(dialect: str) -> Select[Any]:
+    """Where conversations stand, and where users stand in them: `keys` are (request, user, conversation).
+
+    Also for those that nobody has written to yet: a backend may have written already who is banned there.
+    `members` counts no further than it matters.
+    """
+    listed, (request, user, conversation) = keys.listed(dialect, keys.INTEGERS)
+    own = members.alias()
+    joined = (
+        listed.outerjoin(conversations, conversations.c.id == conversation)
+        .outerjoin(own, (own.c.conversation_id == conversation) & (own.c.user_id == user))
+        .outerjoin(reads, (reads.c.conversation_id == conversation) & (reads.c.user_id == user))
     )
-    .outerjoin(_own, (_own.c.conversation_id == conversations.c.id) & (_own.c.user_id == _one("user_id")))
-    .outerjoin(reads, (reads.c.conversation_id == conversations.c.id) & (reads.c.user_id == _one("user_id")))
-    .where(conversations.c.id.in_(_several("conversation_ids")))
-)
+    return select(
+        request,
+        conversation,
+        own.c.state,
+        _members,
+        func.coalesce(conversations.c.last_seq, 0),
+        func.coalesce(conversations.c.low_seq, 0),
+        func.coalesce(conversations.c.members_version, 0),
+        func.coalesce(reads.c.read_id, 0),
+        func.coalesce(reads.c.delivered_id, 0),
+        _unread(user, listed),
+    ).select_from(joined)
+
+
+# By the name of the dialect.
+ROOMS = {dialect: _rooms(dialect) for dialect in ("sqlite", "postgresql")}
 
 STANDINGS = select(users).where(users.c.user_id.in_(_several("user_ids")))
 

@@ -5,27 +5,12 @@ Parameters named in the plural expand to lists. Used by `transaction` alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BindParameter,
-    Column,
-    Select,
-    Text,
-    and_,
-    bindparam,
-    cast,
-    delete,
-    func,
-    insert,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import BindParameter, Column, Select, and_, bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from chatd.store import keys
 from chatd.store.rows import MESSAGE_COLUMNS
 from chatd.store.schema import changes, conversations, facts, members, messages, outbox
 
@@ -56,37 +41,22 @@ LOCK_CONVERSATIONS = (
 )
 
 
-def _by_keys(wanted: Select[Any], *columns: Column[Any]) -> dict[str, Select[Any]]:
-    """The rows whose columns are in one of the `keys`, a JSON list of lists.
+def _by_keys(wanted: Select[Any], kinds: keys.Kinds, *columns: Column[Any]) -> dict[str, Select[Any]]:
+    """The rows whose columns are one of the `keys`."""
 
-    A join, each key one search of an index: for `(a, b) IN (…)` SQLite walks the whole table.
-    """
-    return {
-        "sqlite": _joined(wanted, func.json_each(bindparam("keys")), columns, _sqlite_item),
-        "postgresql": _joined(
-            wanted, func.json_array_elements(cast(bindparam("keys", type_=Text), JSON)), columns, _item
-        ),
-    }
+    def of(dialect: str) -> Select[Any]:
+        rows, items = keys.listed(dialect, kinds)
+        same = [column == item for column, item in zip(columns, items, strict=False)]
+        return wanted.select_from(rows.join(columns[0].table, and_(*same)))
+
+    return {dialect: of(dialect) for dialect in _insert_of}
 
 
-def _joined(wanted: Select[Any], keys: Any, columns: Sequence[Column[Any]], item: Any) -> Select[Any]:
-    listed = keys.table_valued("value")
-    same = [column == item(listed.c.value, place, column) for place, column in enumerate(columns)]
-    return wanted.select_from(listed.join(columns[0].table, and_(*same)))
-
-
-def _sqlite_item(value: Any, place: int, column: Column[Any]) -> Any:
-    return func.json_extract(value, text(f"'$[{place}]'"), type_=column.type)
-
-
-def _item(value: Any, place: int, column: Column[Any]) -> Any:
-    return cast(value.op("->>")(text(str(place))), column.type)
-
-
-MEMBERS = _by_keys(select(members), members.c.conversation_id, members.c.user_id)
+MEMBERS = _by_keys(select(members), keys.INTEGERS, members.c.conversation_id, members.c.user_id)
 
 EARLIER_MESSAGES = _by_keys(
     select(*MESSAGE_COLUMNS, messages.c.request_hash),
+    keys.WITH_TEXT,
     messages.c.chat_conversation_id,
     messages.c.user_id,
     messages.c.client_id,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import msgspec
 from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
@@ -29,6 +28,7 @@ from chatd.store.commands import (
     Rights,
     SetMember,
 )
+from chatd.store.keys import as_parameter
 from chatd.store.rows import message
 
 Row = dict[str, Any]
@@ -124,15 +124,15 @@ class Transaction:
 
     def _read_members(self, pairs: set[tuple[int, int]]) -> None:
         if pairs:
-            query, keys = statements.MEMBERS[self._dialect], _as_json(pairs)
-            self._members = self._rows(query, {"keys": keys}, "conversation_id", "user_id")
+            query = statements.MEMBERS[self._dialect]
+            self._members = self._rows(query, as_parameter(pairs), "conversation_id", "user_id")
 
     def _read_earlier(self, commands: Sequence[Create]) -> None:
         keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
         if keys:
             names = ("chat_conversation_id", "user_id", "client_id")
             query = statements.EARLIER_MESSAGES[self._dialect]
-            self._earlier = self._rows(query, {"keys": _as_json(keys)}, *names)
+            self._earlier = self._rows(query, as_parameter(keys), *names)
 
     def _read_messages(self, ids: set[int]) -> None:
         if ids:
@@ -351,7 +351,3 @@ class Transaction:
         if verdict.kind is Kind.CREATED:
             return Created(row["id"], verdict.seq, row["created_at"], row["client_id"], verdict.duplicate)
         return Changed(row["id"], verdict.seq)
-
-
-def _as_json(keys: Iterable[Any]) -> str:
-    return msgspec.json.encode(list(keys)).decode()

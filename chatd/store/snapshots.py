@@ -1,0 +1,212 @@
+"""Conversations as of one moment, for whoever enters them: rights, head, what was missed, receipts.
+
+Plain functions of a connection, run by `Reader` in threads. Several requests are answered as of the same
+moment, with as many queries as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from msgspec import Struct
+from sqlalchemy import Connection
+
+from chatd import limits
+from chatd.errors import NotFound
+from chatd.model import Change, Kind, State
+from chatd.protocol import change_payload
+from chatd.store import keys, queries
+from chatd.store.reads import Page, Standing, changes_after, history, may, standings
+
+ROOM_BYTES, RECEIPT_BYTES = 200, 50  # what a room and a receipt take of an answer, without messages
+KEPT_LOGS = 20  # of rooms, while others are read: 5 MiB at most
+
+
+class Entry(Struct, frozen=True):
+    """Somebody wants to enter rooms, (conversation_id, after, entitled).
+
+    `entitled`: enough unless a row says otherwise. `same_epoch`: the cursors are of these data.
+    """
+
+    user_id: int
+    rooms: Sequence[tuple[int, int | None, bool]]
+    same_epoch: bool
+    members_detail: int
+
+
+class Cursor(Struct, frozen=True):
+    """How far somebody has read and received a conversation: message ids, 0 for nothing."""
+
+    user_id: int
+    read: int
+    delivered: int
+
+
+class Snapshot(Struct, frozen=True):
+    """A conversation for one user at one moment, with what was missed since `after`."""
+
+    conversation_id: int
+    seq: int
+    members_version: int
+    recovered: bool
+    changes: list[bytes]  # events as JSON, in seq order; the newest messages if not recovered
+    has_more: bool
+    unread: int
+    receipts: list[Cursor]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire, about."""
+        return ROOM_BYTES + sum(map(len, self.changes)) + RECEIPT_BYTES * len(self.receipts)
+
+
+Found = dict[int, Snapshot | NotFound]
+
+
+def logins(connection: Connection, entries: Sequence[Entry]) -> list[tuple[Standing | None, Found]]:
+    """For each, what is held against the user, and the rooms."""
+    standing = standings(connection, list({entry.user_id for entry in entries}))
+    found = snapshots(connection, entries)
+    return [(standing.get(entry.user_id), rooms) for entry, rooms in zip(entries, found, strict=True)]
+
+
+def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
+    """For each, its rooms; NotFound where the user may not look."""
+    places = _places(connection, entries)
+    allowed = [
+        [places[number, id] for id, _, entitled in entry.rooms if may(places[number, id].state, entitled)]
+        for number, entry in enumerate(entries)
+    ]
+    cursors = _cursors(connection, {place.id for mine in allowed for place in mine if place.quiet})
+    missed = _Missed(connection)
+    return [
+        _of_entry(entry, {place.id: place for place in mine}, cursors, missed)
+        for entry, mine in zip(entries, allowed, strict=True)
+    ]
+
+
+class _Place(Struct, frozen=True):
+    """A row of `ROOMS`. `quiet`: few enough members for the receipts of all."""
+
+    id: int
+    state: State | None
+    quiet: bool
+    last_seq: int
+    low_seq: int
+    members_version: int
+    read_id: int
+    delivered_id: int
+    unread: int
+
+
+Cursors = dict[int, list[Cursor]]
+
+
+def _places(connection: Connection, entries: Sequence[Entry]) -> dict[tuple[int, int], _Place]:
+    """By (number of the entry, conversation_id)."""
+    wanted = [(number, entry.user_id, id) for number, entry in enumerate(entries) for id, _, _ in entry.rooms]
+    if not wanted:
+        return {}
+    detail = entries[0].members_detail  # a setting: the same for all
+    asked = keys.as_parameter(wanted) | {"most": limits.UNREAD_MAX, "members_detail": detail}
+    rows = connection.execute(queries.ROOMS[connection.dialect.name], asked)
+    return {(number, id): _place(id, detail, *rest) for number, id, *rest in rows}
+
+
+def _place(id: int, detail: int, state: str | None, members: int, *rest: int) -> _Place:
+    quiet = not detail or members <= detail
+    return _Place(id, State(state) if state else None, quiet, *rest)
+
+
+def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
+    found: Cursors = {}
+    asked = {"conversation_ids": list(conversation_ids)}
+    for id, *cursor in connection.execute(queries.CURSORS, asked) if conversation_ids else ():
+        found.setdefault(id, []).append(Cursor(*cursor))
+    return found
+
+
+def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed: _Missed) -> Found:
+    found: Found = {}
+    space = limits.READY_BYTES
+    for id, after, _ in entry.rooms:
+        place = places.get(id)
+        if place is None:
+            found[id] = NotFound(field="conversation_id")
+            continue
+        one = _snapshot(entry, place, after, cursors, missed)
+        if one.size > space:
+            one = _reduced(one, entry.user_id)
+        found[id] = one
+        space -= one.size
+    return found
+
+
+def _snapshot(entry: Entry, place: _Place, after: int | None, cursors: Cursors, missed: _Missed) -> Snapshot:
+    changes, recovered, has_more = missed.of(place, after, entry.same_epoch)
+    return Snapshot(
+        conversation_id=place.id,
+        seq=place.last_seq,
+        members_version=place.members_version,
+        recovered=recovered,
+        changes=changes,
+        has_more=has_more,
+        unread=place.unread,
+        receipts=cursors.get(place.id, []) if place.quiet else list(_own_cursor(entry.user_id, place)),
+    )
+
+
+def _own_cursor(user_id: int, place: _Place) -> Iterable[Cursor]:
+    """In a crowded room the receipts of all would be most of the answer."""
+    if place.read_id or place.delivered_id:
+        yield Cursor(user_id, place.read_id, place.delivered_id)
+
+
+def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
+    """What is left of a snapshot that does not fit into an answer: no messages, and nobody else's receipts."""
+    return msgspec.structs.replace(
+        snapshot,
+        recovered=snapshot.recovered and not snapshot.changes,
+        changes=[],
+        has_more=bool(snapshot.changes) or snapshot.has_more,
+        receipts=[cursor for cursor in snapshot.receipts if cursor.user_id == user_id],
+    )
+
+
+class _Missed:
+    """What was missed since a cursor, read once for all who come back to a room with the same one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._logs: dict[tuple[int, int], tuple[list[Change], bool]] = {}
+        self._pages: dict[int, Page] = {}
+
+    def of(self, place: _Place, after: int | None, same_epoch: bool) -> tuple[list[bytes], bool, bool]:
+        """(changes, recovered, has_more)"""
+        head = place.last_seq
+        if after is None or (same_epoch and after == head):
+            return [], True, False
+        if same_epoch and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
+            changes, complete = self._log(place.id, after)
+            if complete:
+                return [change.payload for change in changes], True, False
+        page = self._newest(place.id)
+        newest = [change_payload(Kind.CREATED, m.seq, m) for m in page.messages]
+        return newest, False, page.has_more
+
+    def _log(self, conversation_id: int, after: int) -> tuple[list[Change], bool]:
+        key = (conversation_id, after)
+        if key not in self._logs:
+            if len(self._logs) >= KEPT_LOGS:
+                self._logs.clear()
+            self._logs[key] = changes_after(self._connection, conversation_id, after)
+        return self._logs[key]
+
+    def _newest(self, conversation_id: int) -> Page:
+        if conversation_id not in self._pages:
+            if len(self._pages) >= KEPT_LOGS:
+                self._pages.clear()
+            page = history(self._connection, conversation_id, None, None, limits.FALLBACK_MESSAGES)
+            self._pages[conversation_id] = page
+        return self._pages[conversation_id]
