@@ -5,8 +5,9 @@ Revocation is not here: a token says who somebody is, the database whether that 
 
 from __future__ import annotations
 
+import base64
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jwt
@@ -25,7 +26,9 @@ class Tokens:
     """Implements `auth.Authenticator`."""
 
     def __init__(self, secret: str, previous_secret: str = "") -> None:
-        self._secrets: Sequence[str] = [secret, previous_secret] if previous_secret else [secret]
+        self._secret = secret
+        # As prepared keys: a secret that comes as text is looked at anew, for what it might be, at each token.
+        self._keys = [_key(one) for one in (secret, previous_secret) if one]
 
     def issue(self, user_id: int, ttl: int, conversations: Iterable[int] | None = None) -> str:
         """A token for a user that lives `ttl` seconds."""
@@ -33,7 +36,7 @@ class Tokens:
         claims: dict[str, Any] = {"sub": str(user_id), "iat": now, "exp": now + ttl}
         if conversations is not None:
             claims["conversations"] = sorted(conversations)
-        return jwt.encode(claims, self._secrets[0], algorithm=_ALGORITHM)
+        return jwt.encode(claims, self._secret, algorithm=_ALGORITHM)
 
     async def authenticate(self, token: str) -> Identity:
         return self.verify(token)
@@ -44,9 +47,9 @@ class Tokens:
         return _identity(self._claims(token))
 
     def _claims(self, token: str) -> dict[str, Any]:
-        for secret in self._secrets:
+        for key in self._keys:
             try:
-                return jwt.decode(token, secret, algorithms=[_ALGORITHM], options=_OPTIONS)
+                return jwt.decode(token, key, algorithms=[_ALGORITHM], options=_OPTIONS)
             except jwt.ExpiredSignatureError:
                 raise TokenExpired() from None
             except jwt.InvalidSignatureError:
@@ -54,6 +57,11 @@ class Tokens:
             except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
                 break
         raise Unauthorized("this token is not valid")
+
+
+def _key(secret: str) -> jwt.PyJWK:
+    encoded = base64.urlsafe_b64encode(secret.encode()).rstrip(b"=").decode()
+    return jwt.PyJWK.from_dict({"kty": "oct", "alg": _ALGORITHM, "k": encoded})
 
 
 def _identity(claims: dict[str, Any]) -> Identity:
