@@ -46,7 +46,7 @@ log: FilteringBoundLogger = structlog.get_logger()
 async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    api_socket, hub_socket = open_sockets(("api.bind", config.api.bind), ("hub.bind", config.hub.bind))
+    api_socket, hub_sockets = open_sockets(config)
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 
@@ -63,8 +63,8 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(writer.run)
         await nursery.start(bus.run)
         await nursery.start(fanout.run)
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))
-        await nursery.start(hub.serve, [listener], client_places(raise_descriptor_limit()))
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
+        await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
         gc.collect()

@@ -1,4 +1,4 @@
-"""Listening sockets, opened before anything else so that a taken port is said in a sentence.
+"""Listening sockets, opened before anything else so that a taken port is said in a sentence, or handed over.
 
 And how many connections they may bring: a daemon whose clients hold every descriptor could neither serve its
 backend nor reach its database.
@@ -7,16 +7,23 @@ backend nor reach its database.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import socket
 
 import trio
 
-from chatd.config import split_bind
+from chatd import systemd
+from chatd.config import Config, split_bind
 from chatd.errors import OperatorError
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
+
+# What a socket that is handed over is called: FileDescriptorName= of its unit, or the unit's own name.
+NAMES = {"api": "api", "chatd-api.socket": "api", "hub": "hub", "chatd.socket": "hub"}
+# Without names the order tells: one is for the clients, which come from outside; two stand as in chatd.toml.
+UNNAMED = {1: ["hub"], 2: ["api", "hub"]}
 
 RESERVED = 256  # descriptors that are left to the API, the database and Redis, or
 RESERVED_SHARE = 4  # a quarter of them, where there are few
@@ -56,17 +63,58 @@ def client_places(descriptors: int) -> int:
     return descriptors - min(RESERVED, descriptors // RESERVED_SHARE)
 
 
-def open_sockets(*binds: tuple[str, str]) -> list[socket.socket]:
-    """All of them, given as (key, bind), or none."""
-    opened: list[socket.socket] = []
+def open_sockets(config: Config) -> tuple[socket.socket, list[socket.socket]]:
+    """The socket of the API and those of the hub: handed over where they are, bound where not. All or none.
+
+    Raises OperatorError.
+    """
+    opened: dict[str, list[socket.socket]] = {"api": [], "hub": []}
     try:
-        for key, bind in binds:
-            opened.append(open_socket(key, bind))
+        for name, descriptor in _named(systemd.handed_over()):
+            opened[name].append(_adopt(name, descriptor))
+        for name, bind in (("api", config.api.bind), ("hub", config.hub.bind)):
+            if not opened[name]:
+                opened[name].append(open_socket(f"{name}.bind", bind))
+        if len(opened["api"]) > 1:
+            raise OperatorError("Two sockets are handed over as `api`: the API listens on one address.")
     except OperatorError:
-        for one in opened:
+        for one in opened["api"] + opened["hub"]:
             one.close()
         raise
-    return opened
+    return opened["api"][0], opened["hub"]
+
+
+def _named(handed_over: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The same with `api` and `hub` for names."""
+    if all(name in ("", "unknown") for name, _ in handed_over) and len(handed_over) in UNNAMED:
+        names = UNNAMED[len(handed_over)]
+        return [(name, descriptor) for name, (_, descriptor) in zip(names, handed_over, strict=True)]
+    for name, _ in handed_over:
+        if name not in NAMES:
+            raise OperatorError(
+                f"A socket is handed over as {name!r}. Call it `hub` or `api`: FileDescriptorName= in its unit."
+            )
+    return [(NAMES[name], descriptor) for name, descriptor in handed_over]
+
+
+def _adopt(name: str, descriptor: int) -> socket.socket:
+    """A socket that somebody else has bound, with the options of our own."""
+    wrong = (
+        f"What is handed over as `{name}` is no listening TCP socket: write ListenStream=host:port in its unit."
+    )
+    try:
+        os.set_inheritable(descriptor, False)
+        adopted = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise OperatorError(wrong) from error
+    # What else it could be: UDP, a path (its peers have no address), one connection (Accept=yes).
+    is_tcp = adopted.family in (socket.AF_INET, socket.AF_INET6) and adopted.type == socket.SOCK_STREAM
+    if not is_tcp or not adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        adopted.close()
+        raise OperatorError(wrong)
+    adopted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+    adopted.setblocking(False)
+    return adopted
 
 
 def open_socket(key: str, bind: str) -> socket.socket:
