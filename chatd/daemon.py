@@ -35,6 +35,7 @@ from chatd.store.writer import Writer
 API_GRACE = 5.0  # seconds for HTTP requests in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
 SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
+PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
 SWITCH_INTERVAL = 0.001
@@ -67,6 +68,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
+        nursery.start_soon(_follow_parent, stop)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -114,11 +116,14 @@ async def _flush(writer: Writer) -> None:
 async def _watch_signals(
     stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """The first signal asks to stop, the second ends the process at once."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first signal asks to stop, the second ends the process at once. SIGHUP does neither."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         asked_at = math.inf
         async for number in signals:
+            if number == signal.SIGHUP:
+                log.warning("reload_unsupported", advice="restart chatd to apply a changed configuration")
+                continue
             if trio.current_time() - asked_at > SAME_SIGNAL:
                 log.warning("ended_at_once", signal=signal.Signals(number).name)
                 os._exit(1)
@@ -136,6 +141,21 @@ def _end_anyhow_after(seconds: float) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+
+
+async def _follow_parent(stop: trio.Event) -> None:
+    """A worker whose parent was killed ends as with SIGTERM: nobody is left to end it, or to start it again.
+
+    It asks, instead of having a signal sent (PR_SET_PDEATHSIG): that one comes when the *thread* that started a
+    process ends, and trio starts processes in threads.
+    """
+    parent = os.environ.get("CHATD_WORKER_PARENT")
+    if parent is None:
+        return
+    while os.getppid() == int(parent):  # noqa: ASYNC110  # nobody sets an event any more
+        await trio.sleep(PARENT_PERIOD)
+    log.error("parent_gone")
+    stop.set()
 
 
 async def _report_to_systemd(hub: Hub, stop: trio.Event) -> None:
