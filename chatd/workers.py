@@ -25,6 +25,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from chatd import systemd
 from chatd.config import Config
+from chatd.errors import OperatorError
 from chatd.listen import open_sockets
 
 START_PATIENCE = 120.0  # seconds until a worker must be ready
@@ -35,6 +36,7 @@ STOP_GRACE = 5.0  # seconds beyond what a worker asks for
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 10.0  # seconds until a restart, doubled each time
 LATE = 1.0  # seconds after a deadline: whoever notices it so late was away itself
 LONG_LIFE = 30.0  # seconds after which an end has nothing to do with the one before it
+LONGEST_DIRECTORY = 90  # bytes: the kernel takes 107 with the name of a socket in it
 DATAGRAM = 4096  # bytes; a worker's messages have a few dozen
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -55,10 +57,8 @@ async def run(config: Config, *, on_ready: Callable[[], None] = lambda: None) ->
     """
     api_socket, hub_sockets = open_sockets(config)
     sockets = [("api", api_socket), *(("hub", one) for one in hub_sockets)]
-    # For the notify sockets and the metrics: nobody else reaches into it. Where systemd gives a place, no
-    # housekeeping of /tmp does either.
-    with tempfile.TemporaryDirectory(prefix="chatd-", dir=os.environ.get("RUNTIME_DIRECTORY")) as directory:
-        return await Crew(config, sockets, Path(directory), on_ready).run()
+    with _directory() as directory:
+        return await Crew(config, sockets, directory, on_ready).run()
 
 
 class Worker:
@@ -306,6 +306,21 @@ class Crew:
         while period is not None:
             systemd.notify("WATCHDOG=1")
             await trio.sleep(period)
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """For the notify sockets and the metrics: nobody else reaches into it. Where systemd gives a place, no
+    housekeeping of /tmp does either.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="chatd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
+    except OSError as error:
+        raise OperatorError(f"server.workers: no directory for temporary files: {error}.") from error
+    with made as name:
+        if len(name) > LONGEST_DIRECTORY:
+            raise OperatorError(f"server.workers: {name} is too long for a socket's path; set TMPDIR.")
+        yield Path(name)
 
 
 @contextmanager
