@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from chatd import systemd
+from chatd import listen, systemd
 from chatd.config import Api, Config, Hub
 from chatd.errors import OperatorError
-from chatd.listen import USER_TIMEOUT, open_sockets
+from chatd.listen import IN_A_ROW, USER_TIMEOUT, Gate, open_sockets
 from tests.client import connect
 from tests.daemon import Daemon
 
@@ -130,6 +130,56 @@ def test_names_that_mean_nothing_here_are_refused(monkeypatch: pytest.MonkeyPatc
         taken(monkeypatch, closing, ("api", listening()), ("api", listening()))
     with pytest.raises(OperatorError, match="'unknown'"):
         taken(monkeypatch, closing, *(("unknown", listening()) for _ in range(3)))
+
+
+# Several processes that accept from one socket.
+
+
+async def test_the_worker_with_few_clients_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their pauses it is chance, or the order in which the kernel wakes them."""
+    monkeypatch.setattr(listen, "SHARED", True)
+    with listening() as one:
+        one.setblocking(False)
+        counts = {"few": 0, "many": 0}
+
+        async def accept(name: str, clients: int) -> None:
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(one.dup()))
+            async with Gate(listener, trio.Semaphore(100), lambda: clients) as gate:
+                while True:
+                    async with await gate.accept() as stream:
+                        counts[name] += 1
+                        await stream.send_all(b"!")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept, "few", 0)
+            nursery.start_soon(accept, "many", 5000)
+            for _ in range(50):
+                async with await trio.open_tcp_stream("127.0.0.1", port(one)) as client:
+                    assert await client.receive_some() == b"!"
+            nursery.cancel_scope.cancel()
+    assert counts["few"] >= 38, counts
+
+
+async def test_a_crowd_is_taken_without_a_pause_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "SHARED", True)
+    monkeypatch.setattr(listen, "PAUSE_LEAST", 1.0)
+    monkeypatch.setattr(listen, "PAUSE_MOST", 1.0)
+    with listening() as one:
+        one.setblocking(False)
+        async with Gate(
+            trio.SocketListener(trio.socket.from_stdlib_socket(one.dup())), trio.Semaphore(100)
+        ) as gate:
+            with ExitStack() as clients:
+                for _ in range(IN_A_ROW):
+                    clients.enter_context(socket.create_connection(one.getsockname()))
+                await (await gate.accept()).aclose()  # it pauses for the first, up to a second
+                started = trio.current_time()
+                for _ in range(IN_A_ROW - 1):
+                    await (await gate.accept()).aclose()
+                assert trio.current_time() - started < 0.5
+                with trio.move_on_after(0.1):
+                    await gate.accept()
+                    raise AssertionError("nobody waits")
 
 
 # A whole chatd.
