@@ -28,7 +28,7 @@ from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
-from chatd.listen import client_places, open_sockets, raise_descriptor_limit
+from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
@@ -48,6 +48,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     api_socket, hub_sockets = open_sockets(config)
+    addresses = [address_of(one) for one in (api_socket, *hub_sockets)]
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 
@@ -75,8 +76,8 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         log.info(
             "ready",
             node=node,
-            api=config.api.bind,
-            hub=config.hub.bind,
+            api=addresses[0],
+            hub=" ".join(addresses[1:]),
             bus="redis" if config.redis.url else "memory",
         )
         systemd.ready("serving")

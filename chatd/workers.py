@@ -252,7 +252,7 @@ class Crew:
 
     def _welcome(self) -> None:
         """All are there for the first time."""
-        if self._complete or not all(worker.ready for worker in self._workers):
+        if self._complete or self._stop.is_set() or not all(worker.ready for worker in self._workers):
             return
         self._complete = True
         log.info("workers_ready", workers=len(self._workers))
