@@ -12,7 +12,7 @@ from typing import Any
 import click
 import trio
 
-from chatd import __version__, config, logs
+from chatd import __version__, config, logs, workers
 from chatd.auth.tokens import Tokens
 from chatd.errors import ConfigError, OperatorError
 from chatd.limits import MAX_ID
@@ -73,10 +73,14 @@ def serve(path: Path | None, demo: bool) -> None:
     settings = config.load(path, demo=demo)
     logs.configure(settings.logs.level, settings.logs.format)
     store = database.open_store(settings.database)
-    on_ready = partial(_welcome, settings) if demo else lambda: None
-    from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
-
+    greets = demo and not workers.is_worker()  # the parent greets for all
+    on_ready = partial(_welcome, settings) if greets else lambda: None
     try:
+        if settings.server.workers > 1 and not workers.is_worker():
+            store.close()  # opened for its mistakes, its migrations, and what is made once for all workers
+            sys.exit(trio.run(partial(workers.run, settings, on_ready=on_ready)))
+        from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
+
         trio.run(partial(daemon.run, settings, store, on_ready=on_ready))
     except* OperatorError as group:
         raise _first(group) from None

@@ -37,7 +37,7 @@ _NO_TOKEN = (
 
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
     drain_window: Annotated[float, Meta(ge=0, le=300)] = 5.0
-    workers: Literal[1] = 1
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 class Api(Struct, frozen=True, forbid_unknown_fields=True):
@@ -276,6 +276,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
     if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
         yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
+    if config.server.workers > 1 and not config.redis.url:
+        yield "server.workers: more than one need redis.url, for they tell each other of messages through it."
     if config.redis.accept_foreign and not config.redis.url:
         yield "redis.accept_foreign: needs redis.url."
     for origin in config.hub.origins:

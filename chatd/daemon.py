@@ -28,13 +28,14 @@ from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
-from chatd.listen import client_places, open_sockets, raise_descriptor_limit
+from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
 API_GRACE = 5.0  # seconds for HTTP requests in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
 SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
+PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
 SWITCH_INTERVAL = 0.001
@@ -46,7 +47,8 @@ log: FilteringBoundLogger = structlog.get_logger()
 async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    api_socket, hub_socket = open_sockets(("api.bind", config.api.bind), ("hub.bind", config.hub.bind))
+    api_socket, hub_sockets = open_sockets(config)
+    addresses = [address_of(one) for one in (api_socket, *hub_sockets)]
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 
@@ -63,18 +65,19 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(writer.run)
         await nursery.start(bus.run)
         await nursery.start(fanout.run)
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(hub_socket))
-        await nursery.start(hub.serve, [listener], client_places(raise_descriptor_limit()))
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
+        await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
+        nursery.start_soon(_follow_parent, stop)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         log.info(
             "ready",
             node=node,
-            api=config.api.bind,
-            hub=config.hub.bind,
+            api=addresses[0],
+            hub=" ".join(addresses[1:]),
             bus="redis" if config.redis.url else "memory",
         )
         systemd.ready("serving")
@@ -114,11 +117,14 @@ async def _flush(writer: Writer) -> None:
 async def _watch_signals(
     stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """The first signal asks to stop, the second ends the process at once."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first signal asks to stop, the second ends the process at once. SIGHUP does neither."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         asked_at = math.inf
         async for number in signals:
+            if number == signal.SIGHUP:
+                log.warning("reload_unsupported", advice="restart chatd to apply a changed configuration")
+                continue
             if trio.current_time() - asked_at > SAME_SIGNAL:
                 log.warning("ended_at_once", signal=signal.Signals(number).name)
                 os._exit(1)
@@ -136,6 +142,21 @@ def _end_anyhow_after(seconds: float) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+
+
+async def _follow_parent(stop: trio.Event) -> None:
+    """A worker whose parent was killed ends as with SIGTERM: nobody is left to end it, or to start it again.
+
+    It asks, instead of having a signal sent (PR_SET_PDEATHSIG): that one comes when the *thread* that started a
+    process ends, and trio starts processes in threads.
+    """
+    parent = os.environ.get("CHATD_WORKER_PARENT")
+    if parent is None:
+        return
+    while os.getppid() == int(parent):  # noqa: ASYNC110  # nobody sets an event any more
+        await trio.sleep(PARENT_PERIOD)
+    log.error("parent_gone")
+    stop.set()
 
 
 async def _report_to_systemd(hub: Hub, stop: trio.Event) -> None:

@@ -6,8 +6,11 @@ Every module takes its logger from structlog; this says how lines look.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from collections.abc import MutableMapping
+from typing import Any
 
 import structlog
 
@@ -31,6 +34,17 @@ class _Seldom(logging.Filter):
         return True
 
 
+class _Worker:
+    """Tells apart whose line it is, where several processes write to one log."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, _logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        line["worker"] = self._number
+        return line
+
+
 def configure(level: str, form: str) -> None:
     """`level`: debug, info, warning or error. `form`: json, text, or auto (text on a terminal)."""
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
@@ -42,16 +56,19 @@ def configure(level: str, form: str) -> None:
         if text
         else structlog.processors.JSONRenderer()
     )
+    worker = os.environ.get("CHATD_WORKER_NUMBER")
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            *([_Worker(int(worker))] if worker else []),
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
             *([] if text else [structlog.processors.format_exc_info]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # A line is one write: workers share their standard error.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     # Quart, Hypercorn and Alembic use the standard library: only what is wrong with them is of interest.

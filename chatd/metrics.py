@@ -5,15 +5,23 @@ Counted where things happen; this says what is counted and under which name.
 
 from __future__ import annotations
 
+import os
 from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from chatd.errors import ChatError
 
-CONNECTIONS = Gauge("chatd_connections", "WebSocket connections now")
+# One of several workers: each counts in files of its own, which whoever is asked adds up. They are named after
+# the worker's number, not its pid: one that was restarted counts on where the one before it ended.
+SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+if SHARED and "CHATD_WORKER_NUMBER" in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: os.environ["CHATD_WORKER_NUMBER"])  # type: ignore[no-untyped-call]
+
+CONNECTIONS = Gauge("chatd_connections", "WebSocket connections now", multiprocess_mode="livesum")
 CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
 REFUSED = Counter("chatd_handshakes_refused_total", "WebSocket handshakes refused", ["reason"])
 FAILED = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
@@ -25,9 +33,20 @@ DELIVERED = Counter("chatd_deliveries_total", "Changes handed to a connection")
 SHED = Counter("chatd_shed_total", "Ephemeral events left out for a connection that reads too slowly")
 REPAIRS = Counter("chatd_repairs_total", "Holes that were read from the database")
 RESYNCS = Counter("chatd_resyncs_total", "Subscriptions told to start over")
-REDIS_UP = Gauge("chatd_redis_up", "1 while every link to Redis works, or none is configured")
+REDIS_UP = Gauge(
+    "chatd_redis_up", "1 while every link to Redis works, or none is configured", multiprocess_mode="livemin"
+)
 OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")
 OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old to publish")
+
+
+def exposition() -> bytes:
+    """What /metrics answers: the numbers of this process, or of all workers."""
+    if not SHARED:
+        return generate_latest()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
 
 
 def count_outcomes(outcomes: Iterable[Any]) -> None:

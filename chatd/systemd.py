@@ -1,6 +1,7 @@
-"""What the service manager is told: ready, stopping, a status line, and that the event loop still turns.
+"""What the service manager is told (ready, stopping, a status line, that the event loop still turns), and what
+it hands over: listening sockets.
 
-`daemon` calls it; without a service manager every call does nothing, so nobody has to ask for one.
+Without a service manager every call does nothing, so nobody has to ask for one. `workers` is one, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import socket
 
 # Seconds. The manager empties its socket at once; should it hang, losing a line is better than a stuck loop.
 SEND_TIMEOUT = 1.0
+FIRST_FD = 3  # where the sockets that are handed over begin: after stdin, stdout and stderr
 
 
 def notify(*assignments: str) -> bool:
@@ -55,6 +57,20 @@ def watchdog_period() -> float | None:
     if not microseconds.isdecimal() or int(microseconds) == 0:
         return None
     return int(microseconds) / 1e6 / 2
+
+
+def handed_over() -> list[tuple[str, int]]:
+    """Name and descriptor of each socket that is handed to this process, as sd_listen_fds_with_names(3) has it.
+
+    The variables are for one reader: they are unset, so that no other process takes the sockets for its own.
+    """
+    given = {key: os.environ.pop(f"LISTEN_{key}", "") for key in ("PID", "FDS", "FDNAMES")}
+    if given["PID"] != str(os.getpid()) or not given["FDS"].isdecimal():
+        return []  # inherited from a parent, for which they were meant
+    count = int(given["FDS"])
+    names = given["FDNAMES"].split(":") if given["FDNAMES"] else []
+    names += ["unknown"] * (count - len(names))  # as systemd calls what has no name
+    return [(names[number], FIRST_FD + number) for number in range(count)]
 
 
 def _status(text: str) -> str:

@@ -56,6 +56,7 @@ class Daemon:
         self.environ |= {f"CHATD_{key.upper()}": str(value) for key, value in (defaults | settings).items()}
         self.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
         self._prefix = ["prlimit", f"--nofile={open_files}:{open_files}"] if open_files else []
+        self._inherited: list[int] = []  # descriptors beyond the usual three
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -95,6 +96,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=self._inherited,
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:

@@ -109,3 +109,37 @@ def test_no_watchdog(monkeypatch: pytest.MonkeyPatch, microseconds: str | None) 
     if microseconds is not None:
         monkeypatch.setenv("WATCHDOG_USEC", microseconds)
     assert systemd.watchdog_period() is None
+
+
+# What it hands over.
+
+
+def hand_over(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[tuple[str, int]]:
+    for key in ("PID", "FDS", "FDNAMES"):
+        monkeypatch.delenv(f"LISTEN_{key}", raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(f"LISTEN_{key}", value)
+    found = systemd.handed_over()
+    assert not [name for name in os.environ if name.startswith("LISTEN_")], (
+        "a child would take them for its own"
+    )
+    return found
+
+
+def test_sockets_have_the_names_of_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = str(os.getpid())
+    assert hand_over(monkeypatch, PID=own, FDS="3", FDNAMES="api:hub:hub") == [
+        ("api", 3),
+        ("hub", 4),
+        ("hub", 5),
+    ]
+    assert hand_over(monkeypatch, PID=own, FDS="2") == [("unknown", 3), ("unknown", 4)]
+    assert hand_over(monkeypatch, PID=own, FDS="0") == []
+
+
+@pytest.mark.parametrize(("pid", "count"), [("", "2"), ("1", "2"), ("own", ""), ("own", "-1"), ("own", "two")])
+def test_sockets_for_somebody_else_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, pid: str, count: str
+) -> None:
+    pid = str(os.getpid()) if pid == "own" else pid
+    assert hand_over(monkeypatch, PID=pid, FDS=count, FDNAMES="api:hub") == []

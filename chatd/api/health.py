@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import trio
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 from quart_schema import hide
 
+from chatd import metrics
 from chatd.api.bodies import answer
 from chatd.bus import Bus
 from chatd.errors import Unavailable
@@ -77,7 +78,7 @@ def blueprint(health: Health) -> Blueprint:
 
     @routes.get("/metrics")
     @hide
-    async def metrics() -> Response:
-        return Response(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+    async def numbers() -> Response:
+        return Response(metrics.exposition(), content_type=CONTENT_TYPE_LATEST)
 
     return routes

@@ -52,7 +52,7 @@ class Hub:
             nursery.start_soon(self._heartbeat)
             task_status.started()
             with self._accepting:
-                gates = [Gate(listener, self._places) for listener in listeners]
+                gates = [Gate(one, self._places, lambda: len(self.connections)) for one in listeners]
                 await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
