@@ -25,7 +25,7 @@ from wsproto.utilities import ProtocolError
 from chatd import metrics
 from chatd.errors import Close
 from chatd.hub.outbox import Outbox
-from chatd.hub.registry import Handshake, Refused
+from chatd.hub.registry import Admission, Handshake, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
 from chatd.limits import TokenBucket
@@ -64,7 +64,15 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             most = 4 * services.config.limits.frame_bytes + RECEIVE_BYTES
             outbox = Outbox(stream, nursery, unfinished_bytes=most)
             try:
-                await _serve(services, stream, outbox, nursery, connected)
+                if opened := await _shake_hands(services, stream, outbox, nursery):
+                    connection, session, admission = opened
+                    del opened  # a frame that lives as long as a connection keeps no more than it needs
+                    with admission:
+                        connected[connection] = None
+                        try:
+                            await connection.run(session)
+                        finally:
+                            del connected[connection]
             finally:
                 outbox.cut = True
                 nursery.cancel_scope.cancel()
@@ -77,13 +85,10 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
         log.warning("connection_error", error=_innermost(group), exc_info=group)
 
 
-async def _serve(
-    services: Services,
-    stream: trio.SocketStream,
-    outbox: Outbox,
-    nursery: trio.Nursery,
-    connected: dict[Connection, None],
-) -> None:
+async def _shake_hands(
+    services: Services, stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nursery
+) -> tuple[Connection, Session, Admission] | None:
+    """None for a peer who was refused, and told so."""
     registry = services.registry
     with trio.fail_after(services.config.hub.handshake_timeout):
         request = await wrap_server_stream(
@@ -101,17 +106,15 @@ async def _serve(
             metrics.REFUSED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
             await _refuse(request, outbox, refusal)
-            return
-    with admission:
-        with trio.fail_after(services.config.hub.handshake_timeout):
-            ws = await request.accept(subprotocol=_chosen(handshake))
-        outbox.message_finished()
-        connection = Connection(ws, outbox, nursery, flat=handshake.flat)
-        connected[connection] = None
+            return None
         try:
-            await connection.run(Session(services, connection, handshake))
-        finally:
-            del connected[connection]
+            ws = await request.accept(subprotocol=_chosen(handshake))
+        except BaseException:
+            admission.give_back()
+            raise
+    outbox.message_finished()
+    connection = Connection(ws, outbox, nursery, flat=handshake.flat)
+    return connection, Session(services, connection, handshake), admission
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
@@ -157,6 +160,11 @@ def _chosen(handshake: Handshake) -> str | None:
 class Connection:
     """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
 
+    __slots__ = (
+        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_pinged_at", "_reading", "_ws"),
+        *("name", "nursery", "offer", "push"),
+    )
+
     def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
         self._ws, self._outbox, self.nursery, self._flat = ws, outbox, nursery, flat
         self.push, self.offer = outbox.push, outbox.offer  # called for each delivery, so nothing stands between
@@ -164,13 +172,13 @@ class Connection:
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
         self._pinged_at = 0.0
-        self._one_answer = trio.Lock()
+        self._one_answer: trio.Lock | None = None
         self.name = secrets.token_hex(8)
 
     async def run(self, session: Session) -> None:
         try:
             with self._reading:
-                await session.run(self._messages())
+                await session.run()
             if self._goodbye is None and self._reading.cancelled_caught:
                 self._goodbye = self._at_deadline
         except ConnectionClosed:
@@ -178,19 +186,21 @@ class Connection:
         finally:
             await self._say_goodbye()
 
-    async def _messages(self) -> AsyncIterator[str | bytes]:
-        while True:
-            await self._outbox.uncongested()
-            message = await self._ws.get_message()
-            self._outbox.message_finished()
-            yield message
+    async def next_message(self) -> str | bytes:
+        await self._outbox.uncongested()
+        message = await self._ws.get_message()
+        self._outbox.message_finished()
+        return message
 
     @asynccontextmanager
     async def unhurried(self) -> AsyncIterator[None]:
         """A block for a long answer. A client that asked for thirty pages of history is no slow reader."""
-        async with self._one_answer:
+        turn = self._one_answer = self._one_answer or trio.Lock()
+        async with turn:
             await self._outbox.uncongested()
             yield
+        if not turn.locked():  # nobody waits: most connections need it once
+            self._one_answer = None
 
     async def _say_goodbye(self) -> None:
         code: int

@@ -23,6 +23,8 @@ FINISH_SECONDS = 1.0
 # Close without a goodbye also frees what the kernel holds for a peer that does not read.
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 
+_NOTHING: deque[bytes | memoryview] = deque(maxlen=0)  # nearly always: an empty one of its own has 700 bytes
+
 
 class Outbox(trio.abc.Stream):
     # A push finds all it needs in this one object: among many connections, memory is what Python waits for.
@@ -57,10 +59,10 @@ class Outbox(trio.abc.Stream):
         self._stream, self._nursery = stream, nursery
         self._descriptor = stream.socket.fileno()
         self._limit = limit
-        self._queue: deque[bytes | memoryview] = deque()
+        self._queue: deque[bytes | memoryview] = _NOTHING
         self._queued = 0
         self._flushing = False
-        self._drained = trio.lowlevel.ParkingLot()
+        self._drained: trio.Event | None = None  # set when much has been sent, where somebody waits for that
         self._unfinished_most = unfinished_bytes
         self._unfinished_bytes = 0
         self._unfinished_reads = 0
@@ -104,6 +106,8 @@ class Outbox(trio.abc.Stream):
             if sent == len(frames) or self.cut:
                 return
             data = memoryview(frames)[sent:]
+        if self._queue is _NOTHING:
+            self._queue = deque()
         self._queue.append(data)
         self._queued += len(data)
         if self._queued > self._limit:
@@ -123,23 +127,23 @@ class Outbox(trio.abc.Stream):
     async def uncongested(self) -> None:
         """Wait until the peer has read what it asked for, before more is read from it."""
         while self.congested and not self.cut:
-            await self._drained.park()
+            await self._something()
 
     async def finish(self) -> None:
         """Send no more, and give the peer a moment to read what it was sent: somebody else reads from it."""
         await self._stream.send_eof()
         with trio.move_on_after(FINISH_SECONDS):
             while not self._peer_finished and not self.cut:
-                await self._drained.park()
+                await self._something()
 
     def abort(self) -> None:
         """Cut the connection now, without a goodbye: it would queue behind what the peer does not read."""
         if self.cut:
             return
         self.cut = True
-        self._queue.clear()
+        self._queue = _NOTHING
         self._queued = 0
-        self._drained.unpark_all()
+        self._wake()
         try:
             self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
             self._stream.socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
@@ -165,7 +169,7 @@ class Outbox(trio.abc.Stream):
         self.last_heard = trio.current_time()
         if not data:
             self._peer_finished = True
-            self._drained.unpark_all()
+            self._wake()
         self._unfinished_bytes += len(data)
         self._unfinished_reads += 1
         # trio-websocket counts the text of a message, not the frames: 200,000 empty ones would pass.
@@ -177,6 +181,18 @@ class Outbox(trio.abc.Stream):
     async def aclose(self) -> None:
         self.cut = True
         await self._stream.aclose()
+
+    # Waiting.
+
+    async def _something(self) -> None:
+        if self._drained is None:
+            self._drained = trio.Event()
+        await self._drained.wait()
+
+    def _wake(self) -> None:
+        if self._drained is not None:
+            self._drained.set()
+            self._drained = None
 
     # Writing.
 
@@ -199,6 +215,8 @@ class Outbox(trio.abc.Stream):
             self.abort()
         finally:
             self._flushing = False
+            if not self._queue:
+                self._queue = _NOTHING
 
     def _write_queued(self) -> None:
         data = self._queue[0] if len(self._queue) == 1 else self._join()
@@ -211,7 +229,7 @@ class Outbox(trio.abc.Stream):
         elif sent:
             self._queue[0] = memoryview(data)[sent:]
         if not self.congested:
-            self._drained.unpark_all()
+            self._wake()
 
     def _join(self) -> bytes | memoryview:
         """Make one write of the first frames."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -49,6 +47,24 @@ class Refused(Exception):
         self.status, self.reason = status, reason
 
 
+class Admission:
+    """Somebody is counted among the connected. Given back when its block ends."""
+
+    __slots__ = ("_address", "_registry")
+
+    def __init__(self, registry: Registry, address: str) -> None:
+        self._registry, self._address = registry, address
+
+    def give_back(self) -> None:
+        self._registry.give_back(self._address)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+
 class Guest(Protocol):
     """What the registry knows of a session."""
 
@@ -80,8 +96,8 @@ class Registry:
 
     # Who may connect. Synchronous: counted and decided in one step.
 
-    def admit(self, handshake: Handshake, address: str) -> AbstractContextManager[None]:
-        """Raises Refused. The admission is given back when its block ends."""
+    def admit(self, handshake: Handshake, address: str) -> Admission:
+        """Raises Refused. The admission must be given back."""
         limits = self._limits
         if handshake.path != PATH:
             raise Refused(404, "not_found")
@@ -95,21 +111,17 @@ class Registry:
             raise Refused(503, "too_many_of_this_address")
         if self._handshakes is not None and self._handshakes.take(trio.current_time()):
             raise Refused(503, "too_many_handshakes")
-        return self._admission(address)
-
-    @contextmanager
-    def _admission(self, address: str) -> Iterator[None]:
         self._admitted += 1
         self._addresses[address] += 1
         metrics.CONNECTIONS.inc()
-        try:
-            yield
-        finally:
-            metrics.CONNECTIONS.dec()
-            self._admitted -= 1
-            self._addresses[address] -= 1
-            if not self._addresses[address]:
-                del self._addresses[address]
+        return Admission(self, address)
+
+    def give_back(self, address: str) -> None:
+        metrics.CONNECTIONS.dec()
+        self._admitted -= 1
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
 
     def _may_come_from(self, origin: str, host: str) -> bool:
         if self._origins:

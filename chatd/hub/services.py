@@ -26,10 +26,13 @@ class Services:
 
 
 class Line(Protocol):
-    """A session's connection, as the session sees it. Nothing here waits but `unhurried`."""
+    """A session's connection, as the session sees it. Only `next_message` and `unhurried` wait."""
 
     name: str
     nursery: trio.Nursery  # ends with the connection
+
+    async def next_message(self) -> str | bytes:
+        """Raises ConnectionClosed of the library: the session does not look at it."""
 
     def push(self, frames: bytes) -> None: ...
     def offer(self, frames: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -48,41 +48,49 @@ log = structlog.get_logger()
 class Session:
     """One client, for as long as its connection lives."""
 
+    __slots__ = (
+        *("_chat", "_config", "_freed", "_handshake", "_line", "_requests", "_rooms", "_services", "_strikes"),
+        *("_waiting", "flat", "identity", "user_id"),
+    )
+
     def __init__(self, services: Services, line: Line, handshake: Handshake) -> None:
-        self._services, self._line, self._handshake = services, line, handshake
+        self._services, self._line = services, line
+        self._handshake: Handshake | None = handshake  # until it has been looked at
         self._config, self._chat = services.config, services.chat
         self.flat = handshake.flat
         self._rooms = Subscriptions(services, line, flat=self.flat)
-        self._slots = trio.Semaphore(WAITING_REQUESTS)
-        clock = trio.current_time()
-        self._requests = TokenBucket(REQUESTS_PER_SECOND, REQUESTS_BURST, clock)
-        self._strikes = TokenBucket(1, STRIKES_BURST, clock)
+        self._waiting = 0  # requests that are not answered yet
+        self._freed: trio.Event | None = None  # set when one is, where somebody waits for that
+        self._requests = TokenBucket(REQUESTS_PER_SECOND, REQUESTS_BURST, trio.current_time())
+        self._strikes: TokenBucket | None = None
         self.identity: Identity | None = None
         self.user_id = 0
 
-    async def run(self, messages: AsyncIterator[str | bytes]) -> None:
-        """Until there are no more messages, or it is cancelled; has left all rooms then."""
+    async def run(self) -> None:
+        """Until the connection has ended, or this is cancelled; has left all rooms then."""
         try:
             with self._rooms:
-                await self._run(messages)
+                assert self._handshake is not None
+                await self._begin(self._handshake)
+                self._handshake = None
+                while True:
+                    await self._take(await self._line.next_message())
         finally:
             if self.identity is not None:
                 self._services.registry.forget(self)
 
-    async def _run(self, messages: AsyncIterator[str | bytes]) -> None:
-        if self._handshake.subprotocols and protocol.SUBPROTOCOL not in self._handshake.subprotocols:
+    async def _begin(self, handshake: Handshake) -> None:
+        if handshake.subprotocols and protocol.SUBPROTOCOL not in handshake.subprotocols:
             self.close(Close.UNSUPPORTED_VERSION, f"this server speaks {protocol.SUBPROTOCOL}")
             return
         deadline = trio.current_time() + self._config.hub.auth_timeout
         self._line.close_at(deadline, Close.NO_AUTH, "no auth in time")
         if self.flat:
-            await self._start_flat()
+            await self._start_flat(handshake.query)
         else:
             self._push(self._hello())
-            if self._handshake.bearer is not None:
-                await self._guard(self._authenticate, protocol.Auth(token=self._handshake.bearer))
-        async for message in messages:
-            await self._take(message)
+            if handshake.bearer is not None:
+                await self._guard(self._authenticate, protocol.Auth(token=handshake.bearer))
 
     def close(self, code: Close, reason: str) -> None:
         self._line.close_soon(code, reason)
@@ -116,7 +124,10 @@ class Session:
 
     def _refuse_rate(self, ref: Any, wait: float) -> None:
         self._tell_error(RateLimited(retry_after=round(wait, 3)), ref)
-        if self._strikes.take(trio.current_time()):
+        now = trio.current_time()
+        if self._strikes is None:
+            self._strikes = TokenBucket(1, STRIKES_BURST, now)
+        if self._strikes.take(now):
             self.close(Close.TOO_MANY_REQUESTS, "too many requests")
 
     async def _guard(self, work: Any, subject: Any, *rest: Any) -> None:
@@ -154,27 +165,34 @@ class Session:
         self._line.nursery.start_soon(self._release_after, work, command, *rest)
 
     async def _slot(self) -> None:
-        try:
-            self._slots.acquire_nowait()
-        except trio.WouldBlock:
-            await self._slots.acquire()
+        """Take one of the places for requests that wait, or wait for it. `_free` gives it back."""
+        while self._waiting >= WAITING_REQUESTS:
+            self._freed = trio.Event()
+            await self._freed.wait()
+        self._waiting += 1
+
+    def _free(self) -> None:
+        self._waiting -= 1
+        if self._freed is not None:
+            self._freed.set()
+            self._freed = None
 
     async def _release_after(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         try:
             await self._guard(work, command, *rest)
         finally:
-            self._slots.release()
+            self._free()
 
     # Authentication.
 
-    async def _start_flat(self) -> None:
+    async def _start_flat(self, query: dict[str, str]) -> None:
         """The trivial client: everything it wants is in the URL, and it hears nothing but messages."""
         if not self._config.hub.allow_query_token:
             self.close(Close.INVALID_TOKEN, "tokens in the URL are not accepted here")
             return
         try:
-            conversation_id = _id_from_text(self._handshake.query.get("conversation_id", ""))
-            identity = await self._verify(self._handshake.query["token"])
+            conversation_id = _id_from_text(query.get("conversation_id", ""))
+            identity = await self._verify(query["token"])
             await self._chat.logins.check(identity)
             if self._become(identity, None):
                 await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
@@ -279,7 +297,7 @@ class Session:
         try:
             self._chat.messages.submit(self._to_store(command, identity), partial(self._written, command))
         except BaseException:
-            self._slots.release()
+            self._free()
             raise
 
     def _to_store(
@@ -317,7 +335,7 @@ class Session:
 
     def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
         """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""
-        self._slots.release()
+        self._free()
         (outcome,) = outcomes
         match outcome:
             case ChatError():

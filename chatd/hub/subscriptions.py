@@ -6,7 +6,7 @@ then the snapshot is read and answered, and what was buffered follows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +28,11 @@ RESYNC_RETRY = 1.0  # seconds, while the database does not answer
 class Subscriptions:
     """`flat` listeners know nothing but messages: no answer is sent to them. `identity` is set at login."""
 
+    __slots__ = (
+        *("_conversations", "_inbox", "_line", "_most", "_rooms", "_services"),
+        *("flat", "identity", "offer", "push", "user_id"),
+    )
+
     def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
         self._services, self._line, self.flat = services, line, flat
         # Nothing stands between a room and the line: these are called for each delivery.
@@ -35,7 +40,7 @@ class Subscriptions:
         self._conversations = services.chat.conversations
         self._most = services.config.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
-        self._inbox: set[int] = set()  # rooms that do not count against the most
+        self._inbox: Set[int] = frozenset()  # rooms that do not count against the most
         self.identity: Identity | None = None
         self.user_id = 0
 
