@@ -81,8 +81,7 @@ class Transaction:
         aimed = [command for command in commands if isinstance(command, Edit | Delete)]
         replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
         self._places = self._find_places([*(command.message_id for command in aimed), *replies])
-        self._create_conversations(commands)
-        self._lock_conversations({self._conversation_of(command) for command in commands} - {None})
+        self._lock_conversations(commands)
         self._read_members({pair for command in commands for pair in self._member_pairs(command)})
         self._read_earlier([c for c in commands if isinstance(c, Create) and c.client_id is not None])
         self._read_messages({command.message_id for command in aimed})
@@ -98,23 +97,34 @@ class Transaction:
             return self._places.get(command.message_id)
         return command.conversation_id
 
-    def _create_conversations(self, commands: Sequence[AnyCommand]) -> None:
-        wanted = {
+    def _lock_conversations(self, commands: Sequence[AnyCommand]) -> None:
+        """All of them, in id order; those that a command may make are made first, in the same order."""
+        ids = {id for command in commands if (id := self._conversation_of(command)) is not None}
+        if not ids:
+            return
+        if self._dialect == "sqlite":  # one lock for everything, which is ours already: look first
+            self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
+            missing = self._to_make(commands) - self._conversations.keys()
+        else:
+            wanted = list(self._to_make(commands))
+            there = (
+                self._connection.scalars(statements.EXISTING_CONVERSATIONS, {"ids": wanted}) if wanted else ()
+            )
+            missing = set(wanted).difference(there)
+        if missing:
+            rows = [{"id": id, "updated_at": self._now} for id in sorted(missing)]
+            self._connection.execute(statements.CREATE_CONVERSATIONS[self._dialect], rows)
+        if missing or not self._conversations:
+            self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
+
+    @staticmethod
+    def _to_make(commands: Sequence[AnyCommand]) -> set[int]:
+        return {
             command.conversation_id
             for command in commands
             if isinstance(command, SetMember)
             or (isinstance(command, Create) and command.rights is not Rights.MEMBER)
         }
-        if not wanted:
-            return
-        there = set(self._connection.scalars(statements.EXISTING_CONVERSATIONS, {"ids": list(wanted)}))
-        if missing := sorted(wanted - there):
-            rows = [{"id": id, "updated_at": self._now} for id in missing]
-            self._connection.execute(statements.CREATE_CONVERSATIONS[self._dialect], rows)
-
-    def _lock_conversations(self, ids: set[int | None]) -> None:
-        if ids:
-            self._conversations = self._rows(statements.LOCK_CONVERSATIONS, {"ids": list(ids)}, "id")
 
     def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
         conversation = self._conversation_of(command)
@@ -301,7 +311,7 @@ class Transaction:
 
         SQLite gives rows back in no certain order: SQLAlchemy would send a statement for each.
         """
-        if self._dialect == "sqlite":
+        if self._dialect == "sqlite" and len(rows) > 1:
             last = self._connection.scalar(statements.LAST_MESSAGE_ID) or 0
             for id, row in enumerate(rows, last + 1):
                 row["id"] = id
