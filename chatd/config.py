@@ -62,6 +62,7 @@ class Database(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
+    ingest: bool = True
     accept_foreign: bool = False
     stream_length: Positive = 100_000
 

@@ -21,6 +21,7 @@ from structlog.typing import FilteringBoundLogger
 
 from chatd import api, metrics, systemd
 from chatd.bus import Bus
+from chatd.bus.intake import Intake
 from chatd.bus.memory import MemoryBus
 from chatd.bus.redis import RedisBus
 from chatd.chat import Chat
@@ -28,11 +29,12 @@ from chatd.config import Config
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
+from chatd.ingest import Ingest
 from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
-API_GRACE = 5.0  # seconds for HTTP requests in progress
+API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
 SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
 PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
@@ -58,6 +60,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     chat = Chat(config, store, writer)
     hub = Hub(config, chat, rooms, fanout)
     fanout.sweep.also = hub.check_standings
+    ingest = Ingest(Intake(config.redis, node), chat.messages)
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
@@ -68,6 +71,10 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
+        if config.redis.url and config.redis.ingest:
+            await nursery.start(ingest.run, stop)
+        else:
+            ingest.finished.set()
         nursery.start_soon(_report_to_systemd, hub, stop)
         nursery.start_soon(_follow_parent, stop)
         gc.collect()
@@ -92,6 +99,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
         with trio.move_on_after(API_GRACE):
             await api_served.wait()
+            await ingest.finished.wait()
         await _flush(writer)
         nursery.cancel_scope.cancel()
     log.info("stopped")

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import trio
 
-from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, NewMessage, decode
+from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.errors import body_of, unforeseen
-from chatd.api.messages import check_key, create, stored
+from chatd.api.messages import check_key, stored
 from chatd.chat import Chat
+from chatd.chat.posts import NewMessage, create, decode
 from chatd.errors import BadRequest, ChatError, TooLarge, Unauthorized
 
 PATH = "/api/ws/messages"

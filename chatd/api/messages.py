@@ -15,15 +15,14 @@ from chatd.api.bodies import (
     Altered,
     Batch,
     BatchResults,
-    NewMessage,
     Stored,
     answer,
     check_id,
-    decode,
     posted,
 )
 from chatd.api.errors import body_of
 from chatd.chat import Chat
+from chatd.chat.posts import NewMessage, create, decode
 from chatd.errors import BadRequest, ChatError
 from chatd.limits import CLIENT_ID_CHARS
 from chatd.store.commands import Create, Created
@@ -86,18 +85,6 @@ def check_key(header: bytes | None) -> str | None:
     if key is not None and not 1 <= len(key) <= CLIENT_ID_CHARS:
         raise BadRequest(f"The key has 1 to {CLIENT_ID_CHARS} characters.", field="Idempotency-Key")
     return key
-
-
-def create(message: NewMessage, key: str | None = None) -> Create:
-    return Create(
-        conversation_id=message.conversation_id,
-        user_id=message.sender_id,
-        content=message.content,
-        type=message.type or "text",
-        meta=message.meta,
-        client_id=message.client_id or key,
-        reply_to=message.reply_to,
-    )
 
 
 def _checked(chat: Chat, raw: msgspec.Raw) -> Create | ChatError:

@@ -46,7 +46,7 @@ RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect, doubl
 RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
 
 # Redis is gone, or there is no descriptor left to reach it with: redis-py reads a file of its own to connect.
-_LOST = (redis.RedisError, OSError)
+LOST = (redis.RedisError, OSError)
 
 log = structlog.get_logger()
 
@@ -121,10 +121,10 @@ class RedisBus:
         delay = RETRY_FIRST
         while True:
             started = trio.current_time()
-            client = self._client()
+            client = client_of(self._config)
             try:
                 await link(client)
-            except _LOST as error:
+            except LOST as error:
                 self._set_link(name, False, str(error))
             except ChatError as error:  # the outbox could not be read: the database's trouble, not Redis's
                 log.warning("outbox_unavailable", error=str(error))
@@ -134,16 +134,6 @@ class RedisBus:
                 delay = RETRY_FIRST
             await trio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, RETRY_MOST)
-
-    def _client(self) -> redis.Redis:
-        return redis.Redis.from_url(
-            self._config.url,
-            protocol=2,  # RESP3 builds a log line for every pub/sub message
-            retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=SOCKET_TIMEOUT,
-            health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
-        )
 
     def _set_link(self, name: str, up: bool, reason: str = "") -> None:
         if self._links[name] is up:
@@ -266,7 +256,7 @@ class RedisBus:
             nursery.start_soon(self._take_batches, receive)
             try:
                 await self._in_thread(self._read_stream, client, send)
-            except _LOST as error:
+            except LOST as error:
                 failure = error
             nursery.cancel_scope.cancel()
         raise failure
@@ -328,6 +318,17 @@ class RedisBus:
     async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
         # A limiter of its own: a thread that waits in Redis shall not take a place from anybody.
         return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
+
+
+def client_of(config: Redis) -> redis.Redis:
+    return redis.Redis.from_url(
+        config.url,
+        protocol=2,  # RESP3 builds a log line for every pub/sub message
+        retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
+        socket_timeout=SOCKET_TIMEOUT,
+        socket_connect_timeout=SOCKET_TIMEOUT,
+        health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
+    )
 
 
 def _size(group: Group) -> int:

@@ -1,0 +1,79 @@
+"""A message as a backend posts it: the same JSON object over HTTP, in a batch, and in `chat.ingest`. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from chatd.errors import BadRequest, NotJSON
+from chatd.protocol import ClientId, Content, Id, TypeName, field_of
+from chatd.store.commands import Create
+from chatd.validation import mistakes, reason
+
+S = TypeVar("S", bound=Struct)
+
+POST_BYTES = 256 * 1024  # of one message
+EXPLAIN_BYTES = 64 * 1024  # of a longer body only the first mistake is named: reading it again takes too long
+
+
+class NewMessage(Struct, frozen=True, kw_only=True):
+    """A message from a backend. `sender_id` is the user it speaks for."""
+
+    conversation_id: Id
+    sender_id: Id
+    content: Content
+    type: TypeName | None = None
+    meta: Any = None
+    client_id: ClientId | None = None
+    reply_to: Id | None = None
+
+
+def create(message: NewMessage, key: str | None = None) -> Create:
+    """`key` serves where the message has no `client_id`."""
+    return Create(
+        conversation_id=message.conversation_id,
+        user_id=message.sender_id,
+        content=message.content,
+        type=message.type or "text",
+        meta=message.meta,
+        client_id=message.client_id or key,
+        reply_to=message.reply_to,
+    )
+
+
+def decode(kind: type[S], raw: str | bytes | msgspec.Raw, *, sent_as: str = "application/json") -> S:
+    """Raises NotJSON (400), BadRequest (422) with every field that is wrong."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as error:
+        if len(raw if isinstance(raw, str) else memoryview(raw)) > EXPLAIN_BYTES:
+            field = field_of(error)
+            raise refuse({field: [f"The {field} field {reason(error)}."]} if field else {}) from None
+        raise _explain(kind, raw, sent_as) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _not_json(sent_as) from None
+
+
+def refuse(errors: dict[str, list[str]]) -> BadRequest:
+    """`{field: [sentence, …]}` as one error."""
+    sentences = [sentence for found in errors.values() for sentence in found]
+    return BadRequest(sentences[0] if sentences else "The request is not valid.", errors=errors)
+
+
+def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw, sent_as: str) -> BadRequest:
+    try:
+        data = msgspec.json.decode(raw)
+    except msgspec.ValidationError:
+        return BadRequest("The body holds a number that is out of range.")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _not_json(sent_as)
+    if not isinstance(data, dict):
+        return BadRequest("The body must be a JSON object.")
+    return refuse(mistakes(kind, data))
+
+
+def _not_json(sent_as: str) -> NotJSON:
+    hint = f" It was sent as {sent_as}." if sent_as and "json" not in sent_as else ""
+    return NotJSON("The body is no JSON." + hint)

@@ -1,0 +1,252 @@
+"""What a backend XADDs to `chat.ingest`: stored in that order, once, by whichever node, whatever breaks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.client import login
+from tests.daemon import Daemon
+from tests.services import RedisServer
+
+PATIENCE = 20.0  # seconds
+STREAM, DEAD, LEASE = "chat.ingest", "chat.ingest.dead", "chat.ingest.reader"
+
+
+class Feed:
+    """A backend that has Redis at hand, and a look at the database that nodes share."""
+
+    def __init__(self, server: RedisServer, directory: Path) -> None:
+        self.server, self.database = server, directory / "shared.db"
+        self._directory, self._nodes = directory, 0
+        self.redis = redis.Redis.from_url(server.url, protocol=2)
+        self.daemons: list[Daemon] = []
+
+    def node(self, **settings: Any) -> Daemon:
+        directory = self._directory / f"node-{len(self.daemons)}"
+        directory.mkdir()
+        given = {"database__url": f"sqlite:///{self.database}", "redis__url": self.server.url} | settings
+        self.daemons.append(Daemon(directory, **given))
+        return self.daemons[-1].start()
+
+    def add(self, content: str, **fields: Any) -> str:
+        return self.add_raw(json.dumps({"conversation_id": 1, "sender_id": 5, "content": content} | fields))
+
+    def add_raw(self, payload: str | bytes, name: str = "m") -> str:
+        id: bytes = self.redis.xadd(STREAM, {name: payload})
+        return id.decode()
+
+    def add_all(self, contents: list[str]) -> None:
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for content in contents:
+                body = {"conversation_id": 1, "sender_id": 5, "content": content}
+                pipeline.xadd(STREAM, {"m": json.dumps(body)})
+            pipeline.execute()
+
+    def contents(self, conversation: int = 1) -> list[str]:
+        """As the log has them."""
+        with sqlite3.connect(self.database) as connection:
+            rows = connection.execute(
+                "SELECT m.content FROM chat_changes c JOIN chat_messages m ON m.id = c.message_id"
+                " WHERE c.conversation_id = ? ORDER BY c.seq",
+                [conversation],
+            ).fetchall()
+        return [content for (content,) in rows]
+
+    def dead(self) -> list[dict[str, str]]:
+        entries: Any = self.redis.xrange(DEAD)
+        return [{k.decode(): v.decode(errors="replace") for k, v in fields.items()} for _, fields in entries]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, [node.log[-2000:] for node in self.daemons]
+            time.sleep(0.02)
+
+    def until_empty(self) -> None:
+        self.until(lambda: self.redis.xlen(STREAM) == 0)
+
+
+@pytest.fixture
+def feed(own_redis: RedisServer, tmp_path: Path) -> Iterator[Feed]:
+    directory = tmp_path / "feed"
+    directory.mkdir()
+    made = Feed(own_redis, directory)
+    yield made
+    for node in made.daemons:
+        node.close()
+    made.redis.close()
+
+
+async def test_an_entry_is_stored_delivered_and_gone(feed: Feed) -> None:
+    node = feed.node()
+    async with login(node, 7, {"1": None}) as ada:
+        feed.add("Hello", client_id="k", meta={"a": 1})
+        (message,) = await ada.messages(1)
+        feed.until_empty()
+    assert (message["content"], message["user_id"], message["seq"]) == ("Hello", 5, 1)
+    assert (message["client_id"], message["meta"]) == ("k", {"a": 1})
+    assert feed.redis.xpending(STREAM, "chatd")["pending"] == 0
+    assert feed.redis.exists(DEAD) == 0
+    assert "chatd_ingested_total 1.0" in node.get("/metrics").body.decode()
+
+
+def test_entries_keep_their_order_with_two_nodes(feed: Feed) -> None:
+    feed.node()
+    feed.node()
+    wanted = [str(n) for n in range(2000)]
+    for start in range(0, 2000, 100):
+        feed.add_all(wanted[start : start + 100])
+    feed.until_empty()
+    assert feed.contents() == wanted
+
+
+def test_an_entry_that_comes_again_makes_no_second_row(feed: Feed) -> None:
+    """A node has committed, and died before it said so: the next one commits it again."""
+    id = feed.add("once")
+    feed.redis.xgroup_create(STREAM, "chatd", id="0")
+    feed.redis.xreadgroup("chatd", "dead-node", {STREAM: ">"})
+    feed.node(redis__ingest="false").post(1, 5, "once", client_id=f"ingest:{id}")
+    feed.node()
+    feed.until_empty()
+    assert feed.contents() == ["once"]
+    assert feed.redis.exists(DEAD) == 0
+
+
+def test_the_same_client_id_is_the_same_message(feed: Feed) -> None:
+    feed.node()
+    feed.add("first", client_id="k")
+    feed.add("first", client_id="k")
+    feed.add("other", client_id="k")
+    feed.until_empty()
+    assert feed.contents() == ["first"]
+    assert [(entry["code"], entry["field"]) for entry in feed.dead()] == [("conflict", "client_id")]
+
+
+def test_what_is_refused_lies_with_the_dead_and_harms_no_other(feed: Feed) -> None:
+    feed.redis.xgroup_create(STREAM, "chatd", id="0", mkstream=True)
+    good = [feed.add("before")]
+    wrong = {
+        feed.add_raw("no json"): ("bad_request", None),
+        feed.add_raw(b"\xff\xfe"): ("bad_request", None),
+        feed.add_raw("[1]"): ("bad_request", None),
+        feed.add_raw('{"conversation_id":1}'): ("bad_request", "sender_id, content"),
+        feed.add("x", conversation_id="1"): ("bad_request", "conversation_id"),
+        feed.add("x" * 8001): ("too_large", "content"),
+        feed.add_raw("x" * 300_000): ("too_large", "m"),
+        feed.add_raw("{}", name="q"): ("bad_request", "m"),
+        feed.add("x", reply_to=99): ("bad_request", "reply_to"),
+        feed.add("x", meta={"a": "y" * 9000}): ("too_large", "meta"),
+    }
+    good.append(feed.add("after"))
+    node = feed.node()
+    feed.until_empty()
+    assert feed.contents() == ["before", "after"]
+    dead = {entry["id"]: (entry["code"], entry.get("field")) for entry in feed.dead()}
+    assert dead == wrong
+    assert all(entry["message"] for entry in feed.dead())
+    assert feed.dead()[0]["m"] == "no json"
+    assert node.log.count("ingest_refused") == 1
+    assert "no json" not in node.log
+
+
+def test_what_a_dead_node_left_pending_comes_first(feed: Feed) -> None:
+    feed.redis.xgroup_create(STREAM, "chatd", id="0", mkstream=True)
+    feed.add_all([str(n) for n in range(1200)])
+    feed.redis.xreadgroup("chatd", "dead-node", {STREAM: ">"}, count=1100)
+    feed.node()
+    feed.until_empty()
+    assert feed.contents() == [str(n) for n in range(1200)]
+    consumers: Any = feed.redis.xinfo_consumers(STREAM, "chatd")
+    assert b"dead-node" not in [consumer["name"] for consumer in consumers]
+
+
+def test_a_killed_reader_is_followed_without_a_loss(feed: Feed) -> None:
+    first = feed.node()
+    feed.until(lambda: feed.redis.exists(LEASE) == 1)
+    second = feed.node()
+    wanted = [str(n) for n in range(6000)]
+    for start in range(0, 6000, 500):
+        feed.add_all(wanted[start : start + 500])
+        if start == 3000:
+            feed.until(lambda: len(feed.contents()) > 1000)
+            first.kill()
+    feed.until_empty()
+    assert feed.contents() == wanted
+    assert '"held": true' in second.log
+
+
+def test_a_database_that_is_away_loses_nothing(feed: Feed) -> None:
+    node = feed.node()
+    feed.add("before")
+    feed.until_empty()
+    with sqlite3.connect(feed.database, isolation_level=None) as somebody:
+        somebody.execute("BEGIN IMMEDIATE")
+        feed.add_all(["a", "b", "c"])
+        feed.until(lambda: "write_unavailable" in node.log)
+        assert feed.redis.xlen(STREAM) == 3
+        somebody.execute("ROLLBACK")
+    feed.until_empty()
+    assert feed.contents() == ["before", "a", "b", "c"]
+    assert feed.redis.exists(DEAD) == 0
+
+
+def test_it_goes_on_after_redis_was_emptied_and_restarted(feed: Feed) -> None:
+    feed.node()
+    feed.add("one")
+    feed.until_empty()
+    feed.redis.flushall()
+    feed.add("two")
+    feed.until_empty()
+    feed.server.kill()
+    feed.server.start()
+    feed.add("three")
+    feed.until_empty()
+    assert feed.contents() == ["one", "two", "three"]
+
+
+def test_a_reader_that_stood_still_does_no_harm(feed: Feed) -> None:
+    """Its lease goes to another; when it wakes up, what it had read is there already."""
+    first = feed.node()
+    feed.until(lambda: feed.redis.exists(LEASE) == 1)
+    feed.node()
+    feed.add_all([str(n) for n in range(500)])
+    feed.until_empty()
+    first.signal(signal.SIGSTOP)  # in the middle of a read, which Redis answers
+    feed.add_all([str(n) for n in range(500, 1000)])
+    feed.until_empty()
+    first.signal(signal.SIGCONT)
+    feed.add_all([str(n) for n in range(1000, 1500)])
+    feed.until_empty()
+    assert feed.contents() == [str(n) for n in range(1500)]
+
+
+def test_a_stop_finishes_the_batch_and_gives_the_lease_back(feed: Feed) -> None:
+    node = feed.node()
+    feed.until(lambda: feed.redis.exists(LEASE) == 1)
+    feed.add_all([str(n) for n in range(3000)])
+    assert node.stop() == 0
+    assert feed.redis.exists(LEASE) == 0
+    stored = feed.contents()
+    assert stored == [str(n) for n in range(len(stored))]
+    assert feed.redis.xlen(STREAM) == 3000 - len(stored)
+    feed.node()
+    feed.until_empty()
+    assert feed.contents() == [str(n) for n in range(3000)]
+
+
+def test_it_can_be_left_off(feed: Feed) -> None:
+    node = feed.node(redis__ingest="false")
+    feed.add("not for us")
+    node.post(1, 1, "posted")
+    time.sleep(0.7)  # longer than a read waits
+    assert feed.redis.xinfo_groups(STREAM) == []
+    assert feed.contents() == ["posted"]
