@@ -20,6 +20,7 @@ import pytest
 import trio
 from trio_websocket import ConnectionRejected, wrap_client_stream
 
+from chatd.store.engine import SQLITE_WRITER_CACHE
 from tests.client import Client, connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -429,7 +430,9 @@ async def test_a_slow_reader_costs_bounded_memory_and_delays_nobody(
 ) -> None:
     daemon = await trio.to_thread.run_sync(partial(daemons, limits__sends_per_second=0))
     async with login(daemon, 1, {conversation: None}) as prompt, AsyncExitStack() as stack:
-        await traffic(daemon, conversation, prompt)  # what the daemon needs for this without slow readers
+        # What the daemon needs for this without slow readers, the pages among it that the database keeps.
+        for _ in range(2 + SQLITE_WRITER_CACHE * 1024 // (BATCH * SIZE)):
+            await traffic(daemon, conversation, prompt)
         before = memory(daemon)
         for user_id in range(2, 2 + SLOW):
             await stack.enter_async_context(slow_reader(daemon, user_id, conversation))
