@@ -6,9 +6,7 @@ stdin, and when no command comes for a while.
 
 from __future__ import annotations
 
-import gc
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -23,7 +21,8 @@ import trio
 from msgspec import Struct
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
-from chatd import config, daemon, logs
+from benchmarks.daemons import SECRET
+from chatd import config, daemon, garbage, logs
 from chatd.bus.memory import MemoryBus
 from chatd.chat import Chat
 from chatd.hub.fanout import Fanout
@@ -35,8 +34,6 @@ from chatd.protocol import change_payload
 from chatd.store.database import Store, open_store
 
 ROOM = 1
-SECRET = "a secret of the benchmarks alone"
-SMALLEST = 200  # bytes of an event with a little text
 IDLE_SECONDS = 900  # without a command: whoever gave them is gone or stuck
 
 
@@ -55,19 +52,7 @@ class Go(Struct, tag=True):
     pause: float = 0.0
 
 
-class Measure(Struct, tag=True):
-    """Say what the process has used so far."""
-
-
-class Usage(Struct):
-    """CPU seconds of the whole process, and bytes of memory it holds."""
-
-    user: float
-    system: float
-    resident: int
-
-
-Command = Prepare | Go | Measure
+Command = Prepare | Go
 Way = Callable[[Sequence[Change], float], Awaitable[None]]
 
 
@@ -221,10 +206,7 @@ def _settings(directory: Path) -> config.Config:
 async def _run(server: ChatdServer | PlainServer) -> None:
     async with trio.open_nursery() as nursery:
         port: int = await nursery.start(server.run)
-        # What `daemon.run` does at this point, for both.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*daemon.GC_THRESHOLDS)
+        await nursery.start(garbage.collect, lambda: 0)  # as `daemon.run` does at this point, for both
         _answer(port)
         await _obey(server.ways)
         nursery.cancel_scope.cancel()
@@ -241,16 +223,10 @@ async def _obey(ways: dict[str, Way]) -> None:
                     prepared = messages(first, count, size)
                 case Go(way, pause):
                     await ways[way](prepared, pause)
-            _answer(_usage())
+            _answer(True)
 
 
-def _usage() -> Usage:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return Usage(used.ru_utime, used.ru_stime, pages * resource.getpagesize())
-
-
-def _answer(value: int | Usage) -> None:
+def _answer(value: int) -> None:
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
 

@@ -6,7 +6,6 @@ the HTTP requests, flush the writer, each under a deadline; then cancel what is 
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import secrets
@@ -19,7 +18,7 @@ import structlog
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from chatd import api, metrics, systemd
+from chatd import api, garbage, metrics, systemd
 from chatd.bus import Bus
 from chatd.bus.intake import Intake
 from chatd.bus.memory import MemoryBus
@@ -41,7 +40,6 @@ PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is th
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
 SWITCH_INTERVAL = 0.001
-GC_THRESHOLDS = (10_000, 20, 50)  # connections are long-lived: scanning them young is wasted
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -77,9 +75,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
             ingest.finished.set()
         nursery.start_soon(_report_to_systemd, hub, stop)
         nursery.start_soon(_follow_parent, stop)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        await nursery.start(garbage.collect, lambda: hub.ended)
         log.info(
             "ready",
             node=node,

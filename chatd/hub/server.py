@@ -35,6 +35,7 @@ class Hub:
         self._services = Services(config, chat, rooms, fanout, self._registry)
         self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}
+        self.ended = 0  # connections so far
         self._accepting = trio.CancelScope()
 
     async def serve(
@@ -59,6 +60,7 @@ class Hub:
         try:
             await connection.serve(self._services, stream, self.connections)
         finally:
+            self.ended += 1
             self._places.release()
 
     def drain_window(self) -> float:

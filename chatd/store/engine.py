@@ -16,7 +16,7 @@ from chatd.errors import ConfigError
 
 # A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
 SQLITE_BUSY_SECONDS = 5
-# KiB that the writer keeps of the file. SQLite's own 2 MiB do not hold the end of each index for 300 busy rooms.
+# KiB that the writer keeps of the file: SQLite's own 2 MiB do not hold the index ends of 300 busy rooms.
 SQLITE_WRITER_CACHE = 16 * 1024
 # PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
 # locks until the last ones end its session. They count between two statements, but not within a pipeline.
