@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench faults clean
+.PHONY: help run test check format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run  ## the demo, on this machine alone: installs into .venv and serves
 	@exec $(BIN)/chatd serve --demo
@@ -35,11 +35,16 @@ faults: $(VENV)/dev  ## break what can break under load, for half an hour, and c
 	@sh tests/install.sh
 	@$(BIN)/python -m tests.faults $(or $(ARGS),--pairs 6)
 
-bench: $(VENV)/dev  ## the benchmarks
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/dev  ## all goals, beside the peers, which are installed into .bench: half an hour
+	@sh tests/install.sh
+	@$(BIN)/python -m benchmarks $(or $(ARGS),goals)
+
+bench-quick: $(VENV)/dev  ## the same in three minutes: A to E, beside write() alone and websockets
+	@sh tests/install.sh
+	@$(BIN)/python -m benchmarks goals --quick $(ARGS)
 
 clean:  ## remove .venv and all caches; databases stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps: installed with what `run` needs, and with what the checks need on top. The package itself is

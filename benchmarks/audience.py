@@ -1,26 +1,24 @@
-"""A thousand clients in one epoll loop that costs less than what it listens to.
+"""Thousands of clients in one epoll loop that costs less than what it listens to.
 
-Every byte is compared with what should come: each message at each client, once, in order, or it fails.
+Every byte is kept and compared with what should have come: each message at each client, once, in order, or it
+fails. `subjects` says how a client of each server enters its room.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
-from io import BufferedReader
-
-from chatd.protocol import event
+from typing import Self
 
 CONNECT_SECONDS = 10.0
 BUFFER_BYTES = 256 * 1024
-MASK = bytes(4)  # a client must mask what it sends; zeros change nothing
+SOURCES = 8  # addresses that the clients connect from, so that there are ports for all
+LOOK = 0.05  # seconds between looks at whether all was sent
 
-_REQUEST = (
-    b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
+Enter = Callable[[socket.socket, int], None]
 
 
 class Failure(Exception):
@@ -28,7 +26,7 @@ class Failure(Exception):
 
 
 class Audience:
-    """Connected clients. `with Audience(…) as audience:` closes them."""
+    """Connected clients. `with Audience() as audience:` closes them."""
 
     def __init__(self) -> None:
         self._sockets: list[socket.socket] = []
@@ -36,7 +34,7 @@ class Audience:
         self._ready = select.epoll()
         self._buffer = bytearray(BUFFER_BYTES)
 
-    def __enter__(self) -> Audience:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,63 +42,81 @@ class Audience:
             one.close()
         self._ready.close()
 
-    def connect(self, port: int, room: int, token: str | None) -> None:
-        """One more client; with a token it signs in and enters the room."""
-        one = socket.create_connection(("127.0.0.1", port), CONNECT_SECONDS)
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def connect(self, port: int, enter: Enter) -> None:
+        """One more client; `enter(socket, number)` brings it into the room."""
+        number = len(self._sockets)
+        source = (f"127.0.0.{2 + number % SOURCES}", 0)
+        one = socket.create_connection(("127.0.0.1", port), CONNECT_SECONDS, source)
         self._sockets.append(one)
-        with one.makefile("rb") as replies:
-            one.sendall(_REQUEST)
-            _upgraded(replies)
-            if token is not None:
-                one.sendall(_masked(event("auth", token=token, rooms={room: None})))
-                _entered(replies, room)
+        enter(one, number)
         one.setblocking(False)
         self._receive[one.fileno()] = one.recv_into
         self._ready.register(one, select.EPOLLIN)
 
-    def hear(self, expected: bytes, seconds: float) -> None:
-        """Read until everybody has exactly these bytes, for so long at most. Raises Failure."""
-        positions = dict.fromkeys(self._receive, 0)
-        receive, buffer, view = self._receive, self._buffer, memoryview(self._buffer)
-        missing, deadline = len(positions), time.monotonic() + seconds
-        while missing:
-            ready = self._ready.poll(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                got = sum(positions.values()) / (len(expected) * len(positions))
-                raise Failure(f"after {seconds:.0f} s {missing} clients lack something; {got:.1%} of it came")
-            for descriptor, _ in ready:
-                size = receive[descriptor](buffer)
-                start = positions[descriptor]
-                if not size or not expected.startswith(view[:size], start):
-                    raise Failure(f"a client got {bytes(view[: min(size, 200)])!r} at byte {start}")
-                positions[descriptor] = start + size
-                if start + size == len(expected):
-                    missing -= 1
+    def hear(self, send: Callable[[], bytes], seconds: float) -> float:
+        """Call `send` in a thread, and read until everybody has exactly what it returns.
+
+        Returns the seconds from the call to the last byte. Raises Failure, or what `send` raises.
+        """
+        got = {descriptor: bytearray() for descriptor in self._receive}
+        sender = _Sender(send)
+        began = time.monotonic()
+        total, wanted = 0, None
+        while wanted is None or total < wanted:
+            total += self._read(got)
+            if wanted is None and sender.done:
+                wanted = len(sender.sent) * len(got)
+            if time.monotonic() - began > seconds:
+                raise Failure(f"after {seconds:.0f} s {total:,} bytes had come of {wanted or 'unknown':,}")
+        elapsed = time.monotonic() - began
+        for have in got.values():
+            if have != sender.sent:
+                raise Failure(f"a client got {_difference(bytes(have), sender.sent)}")
+        return elapsed
+
+    def _read(self, got: dict[int, bytearray]) -> int:
+        """Bytes that had come, or came within a moment."""
+        view, total = memoryview(self._buffer), 0
+        for descriptor, _ in self._ready.poll(LOOK):
+            size = self._receive[descriptor](self._buffer)
+            if not size:
+                raise Failure("a client was disconnected")
+            got[descriptor] += view[:size]
+            total += size
+        return total
 
 
-def _upgraded(replies: BufferedReader) -> None:
-    status = replies.readline()
-    if not status.startswith(b"HTTP/1.1 101 "):
-        raise Failure(f"the handshake was answered with {status!r}")
-    while replies.readline().strip():
-        pass
+class _Sender(threading.Thread):
+    """Sends beside the one who listens. `sent` is what everybody must get, once it is `done`."""
+
+    def __init__(self, send: Callable[[], bytes]) -> None:
+        super().__init__(daemon=True)
+        self._send = send
+        self._sent: bytes | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._sent = self._send()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        if self._error is not None:
+            raise Failure(f"sending failed: {self._error}") from self._error
+        return self._sent is not None
+
+    @property
+    def sent(self) -> bytes:
+        assert self._sent is not None
+        return self._sent
 
 
-def _entered(replies: BufferedReader, room: int) -> None:
-    """`hello`, then `ready` with the room in it."""
-    found = [_next_text(replies), _next_text(replies)]
-    if not found[1].startswith(b'{"event":"ready"') or b'"rooms":{"%d":' % room not in found[1]:
-        raise Failure(f"a client was not let in: {found}")
-
-
-def _next_text(replies: BufferedReader) -> bytes:
-    first, size = replies.read(2) or (0, 0)
-    if first != 0x81 or size > 126:
-        raise Failure(f"a client was not let in: a frame begins with {first:#x} {size:#x}")
-    return replies.read(int.from_bytes(replies.read(2), "big") if size == 126 else size)
-
-
-def _masked(text: bytes) -> bytes:
-    size = len(text).to_bytes(2, "big")
-    head = b"\x81\xfe" + size if len(text) > 125 else b"\x81" + bytes([0x80 | len(text)])
-    return head + MASK + text
+def _difference(have: bytes, wanted: bytes) -> str:
+    place = next((n for n, (a, b) in enumerate(zip(have, wanted, strict=False)) if a != b), len(have))
+    return f"{have[place : place + 80]!r} at byte {place}, not {wanted[place : place + 80]!r}"
