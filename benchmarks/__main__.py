@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from benchmarks import goals, outage, storm, stuck
+from benchmarks import churn, goals, outage, storm, stuck
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +20,7 @@ def main(context: click.Context) -> None:
             context.invoke(command)
 
 
-for module in (goals, outage, stuck, storm):
+for module in (goals, outage, stuck, storm, churn):
     main.add_command(module.command)
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ class Line:
         """At once, without a goodbye: the client that is tested for has lost its network."""
         self._stream.socket.close()
 
+    async def close_well(self) -> None:
+        """With a goodbye, and without waiting for the server's."""
+        await self._send(CLOSE, (1000).to_bytes(2, "big"))
+
     async def send(self, event: str, **fields: object) -> None:
         await self._send(TEXT, msgspec.json.encode({"event": event} | fields))
 
