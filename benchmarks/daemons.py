@@ -59,6 +59,12 @@ def process_cpu(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+def children(pid: int) -> list[int]:
+    """Whichever of its threads has started them."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for found in lists for child in found]
+
+
 def pin() -> tuple[int, int]:
     """(core for the server, core for this process). This process is moved to its own."""
     cores = sorted(os.sched_getaffinity(0))

@@ -7,8 +7,9 @@ Each letter is a module: `fan` (A, B), `join` (C, D), `storm` (C), `ingest` (E),
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,62 +69,76 @@ def command(quick: bool, only: str, peers: tuple[str, ...], stored: int | None, 
         changes["stored"] = stored
     cores = pin()
     results = of_this_machine(cores)
-    try:
-        allow_descriptors(2 * scale.clients if not quick else 5 * scale.clients)
-        _run(results, replace(scale, **changes), cores[0])
-    except* (Failure, OSError) as group:
-        raise click.ClickException(f"this run does not count: {group.exceptions[0]}.") from None
-    tell("")
     output.mkdir(parents=True, exist_ok=True)
-    results.save(output / "results.json")
+    try:
+        allow_descriptors(2 * scale.clients + DESCRIPTORS)
+    except Failure as failure:
+        raise click.ClickException(f"{failure}.") from failure
+    for letters, measure in _steps(results, replace(scale, **changes), cores[0]):
+        try:
+            measure()
+        except* (Failure, OSError) as group:
+            results.note(f"{letters} does not count: {group.exceptions[0]}.")
+        results.save(output / "results.json")
+    tell("")
     (output / "results.md").write_text(report.markdown(results))
     drawn = plots.draw(results, output)
     click.echo(report.markdown(results))
     click.echo(f"\n{output}: results.json, results.md{''.join(f', {path.name}' for path in drawn)}")
 
 
-def _run(results: Results, scale: Scale, core: int) -> None:
+def _steps(results: Results, scale: Scale, core: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Those that are wanted, in an order that a person would read."""
+    steps: dict[str, Callable[[list[Subject]], None]] = {
+        "AB": lambda peers: _fan(results, scale, core, peers),
+        "CD": lambda peers: _join(results, scale, core, peers),
+        "C": lambda _: _storm(results, core, scale.clients),
+        "E": lambda _: _ingest(results, scale, core),
+        "F": lambda _: _delay(results, core, scale),
+        "G": lambda _: _small_rooms(results, scale, core),
+        "H": lambda _: _growth(results, scale, core),
+        "I": lambda _: _workers(results, scale),
+    }
     wanted = set(scale.goals)
     peers = list(_installed(results, scale)) if wanted & set("ABCD") else []
-    if wanted & set("AB"):
-        subjects = [BARE, SEND_MESSAGE, HUB, Daemon(report.CHATD), *peers]
-        fan.measure(
-            results,
-            subjects,
-            core,
-            subscribers=scale.subscribers,
-            messages=scale.messages,
-            rounds=scale.rounds,
-        )
-    if wanted & set("CD"):
-        plain = OwnServer(report.UPGRADE, "plain", "write")
-        join.measure(
-            results,
-            [plain, Daemon(report.CHATD), *peers],
-            core,
-            clients=scale.clients,
-            rounds=scale.join_rounds,
-        )
-    if "C" in wanted:
-        _storm(results, core, scale.clients)
-    if "E" in wanted:
-        with _redis(results) as url, _node(core, redis__url=url) as node:
-            ingest.measure(results, node, url, seconds=scale.seconds, rounds=scale.ingest_rounds)
-    if "F" in wanted:
-        _delay(results, core, scale)
-    if "G" in wanted:
-        with _node(core) as node:
-            smallrooms.measure(results, node, clients=scale.clients, rate=2000, seconds=10, rounds=3)
-    if "H" in wanted:
-        for subject in (HUB, BARE):
-            growth.deliveries(results, subject, core, scale.rounds)
-        growth.joins(results, core, scale.join_rounds)
-        with tempfile.TemporaryDirectory(prefix="chatd-benchmark-") as directory:
-            growth.posts(results, core, Path(directory), scale.stored, scale.rounds)
-    if "I" in wanted:
-        with _redis(results) as url:
-            if url:
-                workers.measure(results, url, clients=min(scale.clients, 4000), rounds=scale.join_rounds)
+    for letters, step in steps.items():
+        if wanted & set(letters):
+            yield letters, partial(step, peers)
+
+
+def _fan(results: Results, scale: Scale, core: int, peers: list[Subject]) -> None:
+    subjects = [BARE, SEND_MESSAGE, HUB, Daemon(report.CHATD), *peers]
+    counts = {"subscribers": scale.subscribers, "messages": scale.messages, "rounds": scale.rounds}
+    fan.measure(results, subjects, core, **counts)
+
+
+def _join(results: Results, scale: Scale, core: int, peers: list[Subject]) -> None:
+    subjects = [OwnServer(report.UPGRADE, "plain", "write"), Daemon(report.CHATD), *peers]
+    join.measure(results, subjects, core, clients=scale.clients, rounds=scale.join_rounds)
+
+
+def _ingest(results: Results, scale: Scale, core: int) -> None:
+    with _redis(results) as url, _node(core, redis__url=url) as node:
+        ingest.measure(results, node, url, seconds=scale.seconds, rounds=scale.ingest_rounds)
+
+
+def _small_rooms(results: Results, scale: Scale, core: int) -> None:
+    with _node(core) as node:
+        smallrooms.measure(results, node, clients=scale.clients, rate=2000, seconds=10, rounds=3)
+
+
+def _growth(results: Results, scale: Scale, core: int) -> None:
+    for subject in (HUB, BARE):
+        growth.deliveries(results, subject, core, scale.rounds)
+    growth.joins(results, core, scale.join_rounds)
+    with tempfile.TemporaryDirectory(prefix="chatd-benchmark-") as directory:
+        growth.posts(results, core, Path(directory), scale.stored, scale.rounds)
+
+
+def _workers(results: Results, scale: Scale) -> None:
+    with _redis(results) as url:
+        if url:
+            workers.measure(results, url, clients=min(scale.clients, 4000), rounds=scale.join_rounds)
 
 
 def _installed(results: Results, scale: Scale) -> Iterator[Subject]:

@@ -10,12 +10,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import trio
 
 from benchmarks.audience import Audience
-from benchmarks.daemons import SECRET, process_cpu, tell
+from benchmarks.daemons import SECRET, children, process_cpu, tell
 from benchmarks.results import Results
 from benchmarks.subjects import Daemon, Service
 from chatd.auth.tokens import Tokens
@@ -24,7 +23,7 @@ from tests.faults.line import Line
 JOINS, JOINS_CPU = "joins per second", "joins per CPU second of the busiest worker"
 RATE, RATE_CPU = "deliveries per second, joined", "deliveries per CPU second of the busiest worker"
 COMING = 100  # clients that connect at once
-SUBSCRIBERS, MESSAGES = 1000, 100
+SUBSCRIBERS, MESSAGES = 4000, 100
 
 
 def measure(results: Results, redis_url: str, *, clients: int, rounds: int) -> None:
@@ -103,4 +102,4 @@ def _workers(pid: int, workers: int) -> list[int]:
     """The processes that serve: the daemon itself, or its children."""
     if workers == 1:
         return [pid]
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children(pid)
