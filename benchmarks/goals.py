@@ -27,7 +27,7 @@ from benchmarks.subjects import Daemon, Foreign, OwnServer, Subject, allow_descr
 from tests.services import RedisServer
 
 HOME = Path(".bench")  # where peers are installed, and results are kept
-DESCRIPTORS = 500  # beside the sockets
+DESCRIPTORS = 500  # beside the sockets: of ten thousand clients, or of the audiences of all subjects
 
 
 class Scale(Struct, frozen=True):
@@ -35,11 +35,11 @@ class Scale(Struct, frozen=True):
 
     peers: tuple[str, ...]
     goals: str
-    rounds: int = 5
+    rounds: int = 3
     subscribers: int = 1000
     messages: int = 100
     clients: int = 10_000
-    join_rounds: int = 3
+    join_rounds: int = 2
     seconds: float = 5.0
     ingest_rounds: int = 3
     stored: int = 10_000_000
@@ -71,7 +71,7 @@ def command(quick: bool, only: str, peers: tuple[str, ...], stored: int | None, 
     results = of_this_machine(cores)
     output.mkdir(parents=True, exist_ok=True)
     try:
-        allow_descriptors(2 * scale.clients + DESCRIPTORS)
+        allow_descriptors(max(scale.clients, 15 * scale.subscribers) + DESCRIPTORS)
     except Failure as failure:
         raise click.ClickException(f"{failure}.") from failure
     for letters, measure in _steps(results, replace(scale, **changes), cores[0]):
