@@ -56,6 +56,12 @@ class Audience:
         self._receive[one.fileno()] = one.recv_into
         self._ready.register(one, select.EPOLLIN)
 
+    def settle(self, seconds: float) -> None:
+        """Read away what the server says by itself: nats-server sends its first PING after two seconds."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._read({descriptor: bytearray() for descriptor in self._receive})
+
     def hear(self, send: Callable[[], bytes], seconds: float) -> float:
         """Call `send` in a thread, and read until everybody has exactly what it returns.
 

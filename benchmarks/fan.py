@@ -14,6 +14,7 @@ from benchmarks.subjects import Service, Subject
 
 PAUSE = 0.02  # seconds from message to message, where they come one by one
 WARM_UP = 5  # messages
+SETTLE = 4.0  # seconds after the last client has come
 PATIENCE = 60.0  # seconds until a burst is given up
 
 PACED, BURST, RATE = "CPU per delivery, one by one", "CPU per delivery, joined", "deliveries per second"
@@ -69,6 +70,7 @@ def _ready(
         try:
             one = stack.enter_context(stage(subject, core))
             one.fill(subscribers)
+            one.audience.settle(SETTLE)
             one.send(WARM_UP, 0)
             one.send(WARM_UP, PAUSE)
         except (Failure, OSError, Unavailable) as failure:

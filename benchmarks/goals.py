@@ -77,8 +77,8 @@ def command(quick: bool, only: str, peers: tuple[str, ...], stored: int | None, 
     for letters, measure in _steps(results, replace(scale, **changes), cores[0]):
         try:
             measure()
-        except* (Failure, OSError) as group:
-            results.note(f"{letters} does not count: {group.exceptions[0]}.")
+        except* Exception as group:  # the others still count
+            results.note(f"{letters} does not count: {group.exceptions[0]!r}.")
         results.save(output / "results.json")
     tell("")
     (output / "results.md").write_text(report.markdown(results))

@@ -22,7 +22,7 @@ from tests.daemon import TOKEN
 
 DELIVERY, JOIN, POST = "CPU per delivery", "CPU to let one in", "CPU per post"
 FEW, MANY = 100, 10_000  # clients
-MESSAGES = 50
+MESSAGES = 20
 DELIVERIES_A_SECOND = 25_000  # so that neither end is busy all the time
 JOINERS = 500
 SETTLE = 0.5  # seconds

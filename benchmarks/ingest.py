@@ -25,6 +25,7 @@ CONTENT = "x" * 100
 WARM_UP = 1.0  # seconds
 POSTERS, BATCHERS, SENDERS = 16, 4, 300  # connections; a sender keeps below its limit of requests
 BATCH = 500  # messages in a request
+COMING = 0.002  # seconds between two of them that connect: those who are there send as fast as they can
 PIPELINED = 4  # sends of a connection that wait for their answers
 ENTRIES = 200  # XADDs in a pipeline
 BACKLOG = 20_000  # entries that may wait in chat.ingest: it is full all the time, and no longer than that
@@ -97,6 +98,7 @@ async def _post_batches(node: Pinned, tally: Tally, number: int) -> None:
 
 
 async def _send(node: Pinned, tally: Tally, number: int) -> None:
+    await trio.sleep(number * COMING)
     line = await Line.open(node.hub_port, f"127.0.0.{2 + number % 8}")
     await line.send("auth", ref=0, token=Tokens(SECRET).issue(number + 1, 3600), rooms={})
     while not any(frame.event == "ready" for frame in await line.receive()):
