@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 
 from chatd.model import timestamp
@@ -95,6 +97,7 @@ messages = Table(
     Column("reply_to", BigInteger),
     Column("edited_at", Timestamp),
     Column("deleted_at", Timestamp),
+    Column("reactions", JSON(none_as_null=True)),  # what `chat_reactions` has, in short: read with the message
     # Durable idempotency. Rows without a client_id do not collide: NULLs are distinct.
     UniqueConstraint("chat_conversation_id", "user_id", "client_id", name="chat_messages_client_id"),
     Index("chat_messages_page", "chat_conversation_id", "id"),
@@ -121,6 +124,15 @@ members = Table(
     Column("muted_until", Timestamp),
     Column("updated_at", Timestamp, nullable=False),
     Index("chat_members_user", "user_id", "state"),
+)
+
+reactions = Table(
+    "chat_reactions",
+    metadata,
+    Column("message_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("emoji", String(32), primary_key=True),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at", Timestamp, nullable=False),
 )
 
 users = Table(
@@ -150,6 +162,21 @@ outbox = Table(
     Column("node", String(32), nullable=False),
     Column("created_at", Timestamp, nullable=False),
     Column("payloads", LargeBinary, nullable=False),  # one JSON event a line
+    sqlite_autoincrement=True,
+)
+
+webhooks = Table(
+    "chat_webhooks",
+    metadata,
+    Column("id", Serial, primary_key=True),
+    Column("event", String(32), nullable=False),
+    Column("body", LargeBinary, nullable=False),  # as it is sent
+    Column("created_at", Timestamp, nullable=False),
+    Column("due_at", Timestamp, nullable=False),  # when to try, or to try again
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("dead", Boolean, nullable=False, server_default=false()),  # given up
+    Column("error", String(200)),  # of the last attempt
+    Index("chat_webhooks_due", "dead", "due_at"),
     sqlite_autoincrement=True,
 )
 

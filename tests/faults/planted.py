@@ -70,20 +70,18 @@ def ack_before_commit() -> None:
 
 
 def no_idempotency() -> None:
-    """G2: a retry is not recognised. The index that would refuse it is dropped."""
+    """G2: a retry is not recognised. The index that would refuse it is dropped before anybody can write."""
     replace(Transaction, "_read_earlier", lambda original: lambda self, commands: None)
 
-    def commit(original: Any) -> Any:
-        def patched(self: Any, *arguments: Any) -> Any:
-            if not getattr(self, "dropped", False):
-                self.dropped = True
-                with self._engine.begin() as connection:
-                    connection.execute(text(DROP_INDEX))
-            return original(self, *arguments)
+    def init(original: Any) -> Any:
+        def patched(self: Any, engine: Any, **named: Any) -> None:
+            with engine.begin() as connection:
+                connection.execute(text(DROP_INDEX))
+            original(self, engine, **named)
 
         return patched
 
-    replace(Writer, "_commit", commit)
+    replace(Writer, "__init__", init)
 
 
 def hole_in_the_log() -> None:
