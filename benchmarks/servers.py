@@ -23,11 +23,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 
 from benchmarks.daemons import SECRET
 from chatd import config, daemon, garbage, logs
-from chatd.bus.memory import MemoryBus
-from chatd.chat import Chat
-from chatd.hub.fanout import Fanout
-from chatd.hub.rooms import Rooms, Subscription
-from chatd.hub.server import Hub
+from chatd.hub.rooms import Subscription
 from chatd.listen import client_places, open_socket, raise_descriptor_limit
 from chatd.model import Change, Group, Kind, Message
 from chatd.protocol import change_payload
@@ -102,17 +98,14 @@ class ChatdServer:
 
     async def _serve(self, settings: config.Config, store: Store, status: trio.TaskStatus[int]) -> None:
         listening = open_socket("hub.bind", settings.hub.bind)
-        self._rooms = Rooms()
-        fanout = Fanout(self._rooms, store.read)
-        self._bus = MemoryBus(fanout)
-        writer = store.writer(node=None, on_commit=self._bus.publish)
-        hub = Hub(settings, Chat(settings, store, writer), self._rooms, fanout)
-        fanout.sweep.also = hub.check_standings
+        parts = daemon.assemble(settings, store, "benchmark")
+        self._bus = parts.bus
+        self._rooms = parts.fanout.rooms
         async with trio.open_nursery() as nursery:
-            await nursery.start(writer.run)
-            await nursery.start(fanout.run)
+            await nursery.start(parts.writer.run)
+            await nursery.start(parts.fanout.run)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-            await nursery.start(hub.serve, [listener], client_places(raise_descriptor_limit()))
+            await nursery.start(parts.hub.serve, [listener], client_places(raise_descriptor_limit()))
             status.started(listening.getsockname()[1])
 
     async def _one_by_one(self, changes: Sequence[Change], pause: float) -> None:

@@ -13,19 +13,23 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 import trio
 from structlog.typing import FilteringBoundLogger
 
 from chatd import api, garbage, metrics, systemd
-from chatd.bus import Bus
+from chatd.bus import Bus, Receiver
 from chatd.bus.intake import Intake
 from chatd.bus.memory import MemoryBus
 from chatd.bus.redis import RedisBus
 from chatd.chat import Chat
+from chatd.chat.presence import Presence
 from chatd.config import Config
 from chatd.hub.fanout import Fanout
+from chatd.hub.reception import Reception
+from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
 from chatd.ingest import Ingest
@@ -52,12 +56,8 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 
-    rooms = Rooms()
-    fanout = Fanout(rooms, store.read)
-    writer, bus = _writer_and_bus(config, store, fanout, node)
-    chat = Chat(config, store, writer)
-    hub = Hub(config, chat, rooms, fanout)
-    fanout.sweep.also = hub.check_standings
+    parts = assemble(config, store, node)
+    chat, hub, bus, writer = parts.chat, parts.hub, parts.bus, parts.writer
     ingest = Ingest(Intake(config.redis, node), chat.messages)
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
@@ -65,7 +65,9 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(_watch_signals, stop)
         await nursery.start(writer.run)
         await nursery.start(bus.run)
-        await nursery.start(fanout.run)
+        await nursery.start(parts.fanout.run)
+        await nursery.start(chat.presence.run)
+        await nursery.start(chat.typing.run)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
@@ -101,14 +103,40 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
     log.info("stopped")
 
 
-def _writer_and_bus(config: Config, store: Store, fanout: Fanout, node: str) -> tuple[Writer, Bus]:
+@dataclass(frozen=True)
+class Parts:
+    """What serves the chat, before it runs. None of it waits for anything yet."""
+
+    writer: Writer
+    bus: Bus
+    chat: Chat
+    fanout: Fanout
+    hub: Hub
+
+
+def assemble(config: Config, store: Store, node: str) -> Parts:
+    rooms = Rooms()
+    fanout = Fanout(rooms, store.read)
+    # Over the memory bus there are no other nodes to tell.
+    presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
+    registry = Registry(config, presence)
+    reception = Reception(fanout, registry, presence)
+    writer, bus = _writer_and_bus(config, store, reception, node)
+    chat = Chat(config, store, writer, presence, bus.tell)
+    hub = Hub(config, chat, rooms, fanout, registry)
+    reception.audiences = hub.audiences
+    fanout.sweep.also = hub.check_standings
+    return Parts(writer, bus, chat, fanout, hub)
+
+
+def _writer_and_bus(config: Config, store: Store, receiver: Receiver, node: str) -> tuple[Writer, Bus]:
     """The writer tells the bus of commits, the bus tells the writer what it has passed on."""
     if not config.redis.url:
-        memory = MemoryBus(fanout)
+        memory = MemoryBus(receiver)
         metrics.REDIS_UP.set(1)
         return store.writer(node=None, on_commit=memory.publish), memory
     writer = store.writer(node=node, on_commit=lambda group: bus.publish(group))
-    bus = RedisBus(config.redis, fanout, node=node, outbox=store.outbox, settle=writer.settle)
+    bus = RedisBus(config.redis, receiver, node=node, outbox=store.outbox, settle=writer.settle)
     return writer, bus
 
 

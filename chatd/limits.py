@@ -15,7 +15,11 @@ HISTORY_PAGE = 50
 HISTORY_PAGE_MAX = 100
 UNREAD_MAX = 1000  # counted exactly up to here
 BATCH_MESSAGES = 1000
+EVENT_BYTES = 64 * 1024  # of an event that is not stored
 CLIENT_ID_CHARS = 64
+EMOJI_CHARS = 32
+EMOJIS = 20  # different ones under a message
+EMOJI_USERS = 20  # who gave one are named up to here; beyond it they are counted
 META_DEPTH = 32  # nesting of `meta`: deeper is an attack or a mistake
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
@@ -27,6 +27,8 @@ class Message(Struct, frozen=True, omit_defaults=True):
     reply_to: int | None = None
     edited_at: str | None = None
     deleted_at: str | None = None
+    reactions: dict[str, list[int]] | None = None  # by emoji, the first who gave it
+    reaction_counts: dict[str, int] | None = None  # of those that more gave than are named
 
 
 class Kind(StrEnum):
@@ -35,6 +37,7 @@ class Kind(StrEnum):
     CREATED = "created"
     EDITED = "edited"
     DELETED = "deleted"
+    REACTED = "reacted"
 
 
 class Change(Struct, frozen=True):
@@ -59,7 +62,11 @@ class State(StrEnum):
     BANNED = "banned"
 
 
-class MemberChange(Struct, frozen=True):
+class Signal(Struct, frozen=True, tag_field="signal", tag=str.lower):
+    """What nodes tell each other beside the log of changes. None of it is needed to be right in the end."""
+
+
+class MemberChange(Signal, frozen=True):
     """Somebody was added to or removed from a conversation, whose `members_version` that made `version`.
 
     `quiet`: the room is not told. Who becomes a member by posting is announced by the message itself.
@@ -73,12 +80,54 @@ class MemberChange(Struct, frozen=True):
     quiet: bool = False
 
 
+class UserChange(Signal, frozen=True):
+    """A user's tokens were revoked, or the user banned: unix seconds, and a moment or None."""
+
+    user_id: int
+    valid_after: int
+    banned_until: str | None
+
+
+class Notice(Signal, frozen=True):
+    """An event for a room that has no seq: a receipt, typing, an application's own.
+
+    `to`: these users alone; `besides`: all but this one. `lasting`: who is just reading a snapshot, which may
+    be older, gets it after that.
+    """
+
+    conversation_id: int
+    payload: Raw
+    to: list[int] | None = None
+    besides: int | None = None
+    lasting: bool = False
+
+
+class Kick(Signal, frozen=True):
+    """End all connections of a user; `reconnect`: they may come back at once."""
+
+    user_id: int
+    reconnect: bool
+
+
+class Present(Signal, frozen=True):
+    """Who is connected to a node: (place, id, connections, version); see `chat.presence` for what places are.
+
+    `whole` is (round, part, parts) of all it has, None for what has changed.
+    """
+
+    node: str
+    entries: list[tuple[int, int, int, int]]
+    whole: tuple[int, int, int] | None = None
+
+
 class Group(Struct, frozen=True):
     """What one transaction committed. `outbox_id` is None where no bus outlives this process."""
 
     changes: list[Change]
     members: list[MemberChange]
     outbox_id: int | None
+    users: list[UserChange] = []
+    notices: list[Notice] = []
 
 
 class Identity(Struct, frozen=True):

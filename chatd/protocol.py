@@ -25,6 +25,7 @@ Ref = Annotated[int, Meta(ge=-limits.MAX_ID, le=limits.MAX_ID)] | Annotated[str,
 ClientId = Annotated[str, Meta(min_length=1, max_length=limits.CLIENT_ID_CHARS)]
 Content = Annotated[str, Meta(min_length=1)]
 TypeName = Annotated[str, Meta(min_length=1, max_length=32)]
+Emoji = Annotated[str, Meta(min_length=1, max_length=limits.EMOJI_CHARS)]
 PageSize = Annotated[int, Meta(ge=1, le=limits.HISTORY_PAGE_MAX)]
 
 
@@ -48,6 +49,7 @@ class Subscribe(Command, frozen=True, kw_only=True, tag="subscribe"):
     conversation_id: Id
     after: Seq | None = None
     epoch: str | None = None
+    presence: bool = False
 
 
 class Unsubscribe(Command, frozen=True, kw_only=True, tag="unsubscribe"):
@@ -75,6 +77,28 @@ class Delete(Command, frozen=True, kw_only=True, tag="delete"):
     id: Id
 
 
+class React(Command, frozen=True, kw_only=True, tag="react"):
+    conversation_id: Id
+    id: Id
+    emoji: Emoji
+    on: bool
+
+
+class Read(Command, frozen=True, kw_only=True, tag="read"):
+    conversation_id: Id
+    id: Id
+
+
+class Delivered(Command, frozen=True, kw_only=True, tag="delivered"):
+    conversation_id: Id
+    id: Id
+
+
+class Typing(Command, frozen=True, kw_only=True, tag="typing"):
+    conversation_id: Id
+    active: bool
+
+
 class History(Command, frozen=True, kw_only=True, tag="history"):
     conversation_id: Id
     before: Id | None = None
@@ -90,10 +114,30 @@ class Pong(Command, frozen=True, kw_only=True, tag="pong"):
     pass
 
 
-AnyCommand = Auth | Refresh | Subscribe | Unsubscribe | Send | Edit | Delete | History | Ping | Pong
+AnyCommand = (
+    Auth
+    | Refresh
+    | Subscribe
+    | Unsubscribe
+    | Send
+    | Edit
+    | Delete
+    | React
+    | Read
+    | Delivered
+    | Typing
+    | History
+    | Ping
+    | Pong
+)
 
 _commands = msgspec.json.Decoder(AnyCommand)
-_EVENT_NAME = {Kind.CREATED: "message", Kind.EDITED: "message.updated", Kind.DELETED: "message.deleted"}
+_EVENT_NAME = {
+    Kind.CREATED: "message",
+    Kind.EDITED: "message.updated",
+    Kind.REACTED: "message.updated",
+    Kind.DELETED: "message.deleted",
+}
 _FIELD = re.compile(r"(?:at `\$\.([^`.\[]+)|(?:field|in) `(?:\$\.)?([^`.\[]+))")
 
 # Names that a foreign payload on Redis cannot take: §3 and §4 of the contract, from either side.

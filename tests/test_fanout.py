@@ -117,7 +117,7 @@ async def test_a_forged_change_blocks_nobody(repairs: Repairs) -> None:
     repairs.fanout.changes([Change(1, 10_000, Kind.CREATED, b"forged")])
     await repairs.heard(*range(1, 401))
     with trio.fail_after(2):
-        while repairs.fanout._rooms.get(1).ahead:  # type: ignore[union-attr]
+        while repairs.fanout.rooms.get(1).ahead:  # type: ignore[union-attr]
             await trio.sleep(0.01)
 
 
@@ -134,7 +134,7 @@ async def test_without_redis_in_sight_a_hole_is_read_at_once(
 
 async def test_a_late_removal_does_not_undo_a_return(repairs: Repairs) -> None:
     """The signal outlived an outage; meanwhile the user was added again, and the room knows it."""
-    repairs.fanout._rooms.get(1).members_version = 6  # type: ignore[union-attr]
+    repairs.fanout.rooms.get(1).members_version = 6  # type: ignore[union-attr]
     repairs.fanout.member(
         MemberChange(1, Ear.user_id, State.REMOVED, None, version=5)
     )  # Ear asserts: not dropped
@@ -154,7 +154,7 @@ async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repai
                 one.leave(1)
 
     for _ in range(400):
-        mine = Membership(repairs.fanout._rooms)
+        mine = Membership(repairs.fanout.rooms)
         repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, 0)
         next(iter(mine)).settle(0)
         leavers.append(mine)
@@ -208,7 +208,7 @@ class Reading:
 
 
 def enter(repairs: Repairs, ear: Ear, conversation: int, version: int) -> Membership:
-    mine = Membership(repairs.fanout._rooms)
+    mine = Membership(repairs.fanout.rooms)
     subscription = mine.join(conversation, ear, entitled=False)
     subscription.settle(0)
     repairs.fanout.opened(subscription.room, 0, version)
@@ -267,7 +267,7 @@ async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("chatd.hub.fanout.RETRY", 0.05)
     repairs.fanout._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
     database.away.add(1)
-    room = repairs.fanout._rooms.get(1)
+    room = repairs.fanout.rooms.get(1)
     assert room is not None
     many = [Change(1, seq, Kind.CREATED, b"x", 9) for seq in range(1, AHEAD_CHANGES + 2)]
     repairs.fanout.changes(many)

@@ -13,7 +13,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 
 from chatd import __version__
-from chatd.api import conversations, demo, errors, health, messages, tokens
+from chatd.api import conversations, demo, errors, health, messages, tokens, users
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.health import Health
 from chatd.api.hot import Post
@@ -81,6 +81,7 @@ def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
     app.register_blueprint(health.blueprint(healthy))
     app.register_blueprint(messages.blueprint(chat))
     app.register_blueprint(conversations.blueprint(chat))
+    app.register_blueprint(users.blueprint(chat))
     app.register_blueprint(tokens.blueprint(chat, config.auth.token_ttl))
     if config.demo:
         app.register_blueprint(demo.blueprint(chat, config))

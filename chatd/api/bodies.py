@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -11,7 +12,10 @@ from quart import Response, request
 from chatd.chat.posts import POST_BYTES, decode, refuse
 from chatd.errors import BadRequest
 from chatd.limits import BATCH_MESSAGES, HISTORY_PAGE, MAX_ID
+from chatd.model import timestamp
 from chatd.protocol import Content, Id, PageSize
+from chatd.store.people import Member
+from chatd.store.snapshots import Cursor
 from chatd.validation import mistakes
 
 S = TypeVar("S", bound=Struct)
@@ -82,6 +86,61 @@ class Membership(Struct, frozen=True, kw_only=True):
     muted_until: str | UnsetType | None = UNSET
 
 
+class Removal(Struct, frozen=True, kw_only=True):
+    """`ban`: for the record; a removed member comes back by `PUT` alone, too."""
+
+    ban: bool = False
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """A conversation: its head, its first members by id, how many there are, where they stand, who is online.
+
+    With more than `limits.members_detail` members there are no `receipts` and no `online` but their count.
+    """
+
+    conversation_id: int
+    seq: int
+    members: list[Member]
+    members_count: int
+    receipts: list[Cursor]
+    online: list[int]
+    online_count: int
+
+
+class CustomEvent(Struct, frozen=True, kw_only=True):
+    """Any name that the protocol does not use itself; `data` goes to clients as it is.
+
+    `user_ids`: only to these of those who are in the room.
+    """
+
+    event: Annotated[str, Meta(min_length=1, max_length=64)]
+    data: Any = None
+    user_ids: Annotated[list[Id], Meta(max_length=1000)] | None = None
+
+
+class Disconnection(Struct, frozen=True, kw_only=True):
+    """`reconnect`: the clients are told to come back; otherwise, that they shall not."""
+
+    reconnect: bool = False
+
+
+class Disconnected(Struct, frozen=True, kw_only=True):
+    status: str = "ok"
+    closed: int
+
+
+class Revocation(Struct, frozen=True, kw_only=True):
+    """`before`: an RFC 3339 moment or unix seconds; now if it is left out."""
+
+    before: str | float | None = None
+
+
+class Ban(Struct, frozen=True, kw_only=True):
+    """`until`: an RFC 3339 moment; for ever if it is left out."""
+
+    until: str | None = None
+
+
 class Done(Struct, frozen=True):
     status: str = "ok"
 
@@ -116,6 +175,15 @@ def asked(kind: type[S]) -> S:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError:
         raise refuse(mistakes(kind, given, strict=False)) from None
+
+
+def moment(field: str, text: str) -> str:
+    """RFC 3339, with UTC where no zone is given, as we write it. Raises BadRequest."""
+    try:
+        found = datetime.fromisoformat(text)
+        return timestamp(found if found.tzinfo else found.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
+        raise BadRequest("Write a moment as 2026-01-01T00:00:00Z.", field=field) from None
 
 
 def check_id(name: str, value: int) -> int:

@@ -1,23 +1,50 @@
-"""`/api/ws/conversations`: history and members."""
+"""`/api/ws/conversations`: where they stand, history, members, events."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-from msgspec import UNSET, UnsetType
 from quart import Blueprint, Response, request
 from quart_schema import document_querystring, document_request, document_response
 
-from chatd.api.bodies import Done, Membership, PageQuery, answer, asked, check_id, posted
+from chatd.api.bodies import (
+    CustomEvent,
+    Done,
+    Membership,
+    PageQuery,
+    Place,
+    Removal,
+    answer,
+    asked,
+    check_id,
+    moment,
+    posted,
+)
 from chatd.chat import Chat
-from chatd.errors import BadRequest
-from chatd.model import timestamp
 from chatd.protocol import check_label
 from chatd.store.reads import Page
 
 
 def blueprint(chat: Chat) -> Blueprint:
     routes = Blueprint("conversations", __name__, url_prefix="/api/ws/conversations")
+
+    @routes.get("/<int:conversation_id>")
+    @document_response(Place)
+    async def get(conversation_id: int) -> Response:
+        """Where a conversation stands: its head, its members and how far they have read, who is online."""
+        id = check_id("conversation_id", conversation_id)
+        found = await chat.conversations.get(id)
+        crowded = len(found.members) < found.members_count
+        online = await chat.conversations.online(id)
+        return answer(
+            Place(
+                conversation_id=id,
+                seq=found.seq,
+                members=found.members,
+                members_count=found.members_count,
+                receipts=found.receipts,
+                online=[] if crowded else online,
+                online_count=len(online),
+            )
+        )
 
     @routes.get("/<int:conversation_id>/messages")
     @document_querystring(PageQuery)
@@ -35,29 +62,36 @@ def blueprint(chat: Chat) -> Blueprint:
         """Add a member, bring a removed one back, or change a role or a mute."""
         body = await posted(Membership) if (await request.get_data()) else Membership()
         check_label("role", body.role or None)
+        muted = body.muted_until
+        muted = moment("muted_until", muted) if isinstance(muted, str) else muted
         await chat.members.add(
             check_id("conversation_id", conversation_id),
             check_id("user_id", user_id),
             role=body.role,
-            muted_until=_moment(body.muted_until),
+            muted_until=moment("muted_until", body.muted_until)
+            if isinstance(body.muted_until, str)
+            else body.muted_until,
         )
         return answer(Done())
 
     @routes.delete("/<int:conversation_id>/members/<int:user_id>")
+    @document_querystring(Removal)
     @document_response(Done)
     async def remove_member(conversation_id: int, user_id: int) -> Response:
         """Remove a member: live connections hear no more of the conversation within a second."""
-        await chat.members.remove(check_id("conversation_id", conversation_id), check_id("user_id", user_id))
+        ban = asked(Removal).ban
+        place, user = check_id("conversation_id", conversation_id), check_id("user_id", user_id)
+        await chat.members.remove(place, user, ban=ban)
+        return answer(Done())
+
+    @routes.post("/<int:conversation_id>/events")
+    @document_request(CustomEvent)
+    @document_response(Done)
+    async def send_event(conversation_id: int) -> Response:
+        """Send an event of your own to who is in the room just now. It is not stored."""
+        body = await posted(CustomEvent)
+        place = check_id("conversation_id", conversation_id)
+        chat.events.send(place, body.event, body.data, body.user_ids)
         return answer(Done())
 
     return routes
-
-
-def _moment(text: str | UnsetType | None) -> str | UnsetType | None:
-    if text is None or text is UNSET:
-        return text
-    try:
-        moment = datetime.fromisoformat(str(text))
-        return timestamp(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    except (ValueError, OverflowError):
-        raise BadRequest("Write a moment as 2026-01-01T00:00:00Z.", field="muted_until") from None

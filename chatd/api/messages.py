@@ -23,6 +23,7 @@ from chatd.api.bodies import (
 from chatd.api.errors import body_of
 from chatd.chat import Chat
 from chatd.chat.posts import NewMessage, create, decode
+from chatd.chat.receipts import Delivery
 from chatd.errors import BadRequest, ChatError
 from chatd.limits import CLIENT_ID_CHARS
 from chatd.store.commands import Create, Created
@@ -75,6 +76,12 @@ def blueprint(chat: Chat) -> Blueprint:
         """Delete a message: its content goes, its place in the conversation stays."""
         changed = await chat.messages.delete(check_id("id", message_id))
         return answer(Altered(id=changed.id, seq=changed.seq))
+
+    @routes.get("/<int:message_id>/delivery")
+    @document_response(Delivery)
+    async def delivery(message_id: int) -> Response:
+        """Who has a message, who is online, and who needs a push notification: all but its author."""
+        return answer(await chat.receipts.delivery(check_id("id", message_id)))
 
     return routes
 

@@ -19,6 +19,8 @@ def blueprint(chat: Chat, default_ttl: int) -> Blueprint:
         """A token for a user to connect with."""
         body = await posted(TokenRequest)
         ttl = body.ttl or default_ttl
-        return answer(Token(chat.tokens.issue(body.user_id, ttl, body.conversations), ttl))
+        # After a revocation in this very second: else the user would have to wait for the next.
+        since = await chat.users.issue_from(body.user_id)
+        return answer(Token(chat.tokens.issue(body.user_id, ttl, body.conversations, since=since), ttl))
 
     return routes

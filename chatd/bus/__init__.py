@@ -11,14 +11,14 @@ from typing import Protocol
 
 import trio
 
-from chatd.model import Change, Group, MemberChange
+from chatd.model import Change, Group, Signal
 
 
 class Receiver(Protocol):
     """All synchronous and bounded: a receiver that is overrun repairs itself from the database."""
 
     def changes(self, changes: Sequence[Change]) -> None: ...
-    def member(self, change: MemberChange) -> None: ...
+    def signal(self, signal: Signal) -> None: ...
     def foreign(self, conversation_id: int, name: str, payload: bytes) -> None: ...
 
     def links(self, up: bool) -> None:
@@ -36,12 +36,17 @@ class Bus(Protocol):
     def publish(self, group: Group) -> None:
         """Never waits: called by the writer after each commit."""
 
+    def tell(self, signal: Signal) -> None:
+        """What is not stored: this node at once, the others if Redis is there. Never waits."""
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
 
 def give_to(receiver: Receiver, group: Group) -> None:
-    """Members first: a message of the same group shall not reach who was removed by it."""
-    for member in group.members:
-        receiver.member(member)
+    """Rights first: a message of the same group shall not reach who was removed by it."""
+    for right in (*group.members, *group.users):
+        receiver.signal(right)
     if group.changes:
         receiver.changes(group.changes)
+    for notice in group.notices:
+        receiver.signal(notice)

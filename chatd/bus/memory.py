@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from chatd.bus import Receiver, give_to
-from chatd.model import Group
+from chatd.model import Group, Signal
 
 
 class MemoryBus:
@@ -16,6 +16,9 @@ class MemoryBus:
 
     def publish(self, group: Group) -> None:
         give_to(self._receiver, group)
+
+    def tell(self, signal: Signal) -> None:
+        self._receiver.signal(signal)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()

@@ -13,7 +13,7 @@ import structlog
 from msgspec import Struct
 
 from chatd.limits import MAX_ID
-from chatd.model import Change, Kind, MemberChange
+from chatd.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
 from chatd.protocol import RESERVED_EVENTS
 
 FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
@@ -29,16 +29,21 @@ class _Head(Struct):
     seq: int
 
 
-class MemberSignal(Struct, tag_field="signal", tag="member"):
+AnySignal = MemberChange | UserChange | Notice | Kick | Present
+
+
+class Envelope(Struct, frozen=True):
+    """A signal as it stands on the channel, and who sent it."""
+
     node: str
-    change: MemberChange
+    signal: AnySignal
 
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _KINDS = {"message": Kind.CREATED, "message.updated": Kind.EDITED, "message.deleted": Kind.DELETED}
 _OF_A_NODE = re.compile(rb'\{"event":"message(?:\.\w+)?","node":"')
 _head = msgspec.json.Decoder(_Head)
-_signal = msgspec.json.Decoder(MemberSignal)
+_envelope = msgspec.json.Decoder(Envelope)
 
 
 def with_node(payload: bytes, node: str) -> bytes:
@@ -64,13 +69,15 @@ def change_of(fields: dict[bytes, bytes]) -> Change | None:
         return None
 
 
-def signal(node: str, change: MemberChange) -> bytes:
-    return msgspec.json.encode(MemberSignal(node, change))
+def signal(node: str, signal: Signal) -> bytes:
+    return msgspec.json.encode({"node": node, "signal": signal})
 
 
-def signal_of(data: bytes) -> MemberSignal | None:
+def signal_of(data: bytes) -> Envelope | None:
+    """None for what is wrong, or of a newer version."""
     try:
-        return _signal.decode(data)
+        data.decode()  # a notice goes to clients as it is, so all of it must be text
+        return _envelope.decode(data)
     except _UNREADABLE:
         return None
 

@@ -30,14 +30,14 @@ from chatd.bus import Receiver, give_to, payloads
 from chatd.config import Redis
 from chatd.errors import ChatError
 from chatd.limits import MAX_ID
-from chatd.model import Group, MemberChange
+from chatd.model import Group, MemberChange, Signal, UserChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 
 QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
 PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the loop waiting for the interpreter
 PIPELINE = 1000  # signals in one
-SIGNALS_KEPT = 10_000  # changes of members that wait for Redis, some 100 bytes each
+SIGNALS_KEPT = 10_000  # of each kind that wait for Redis, some 100 bytes each
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
 SOCKET_TIMEOUT = 2.0  # seconds
@@ -86,8 +86,10 @@ class RedisBus:
         self._outbox, self._settle = outbox, settle
         self._waiting: deque[Group] = deque()
         self._waiting_bytes = 0
-        # Kept until Redis has taken them, for no outbox does. Past the bound the oldest go, for the sweep.
-        self._signals: deque[MemberChange] = deque(maxlen=SIGNALS_KEPT)
+        # Rights are kept until Redis has taken them, for no outbox does. Past the bound the oldest go, for the
+        # sweep. The rest is worth nothing later: while Redis is away nobody waits for it.
+        self._rights: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
+        self._passing: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
         self._behind = True
         self._relayed = 0  # own outbox rows up to here are published
@@ -100,13 +102,25 @@ class RedisBus:
 
     def publish(self, group: Group) -> None:
         give_to(self._receiver, group)
-        self._signals.extend(group.members)
+        for signal in (*group.members, *group.users, *group.notices):
+            self._pass_on(signal)
         if group.changes:
             self._waiting.append(group)
             self._waiting_bytes += _size(group)
         if self._waiting_bytes > QUEUE_BYTES:
             self._fall_behind()
         self._wake.set()
+
+    def tell(self, signal: Signal) -> None:
+        self._receiver.signal(signal)
+        self._pass_on(signal)
+        self._wake.set()
+
+    def _pass_on(self, signal: Signal) -> None:
+        if isinstance(signal, MemberChange | UserChange):
+            self._rights.append(signal)
+        elif self._links["publish"]:
+            self._passing.append(signal)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -153,13 +167,16 @@ class RedisBus:
 
     async def _publish_link(self, client: redis.Redis) -> None:
         self._fall_behind()
+        self._passing.clear()
         while True:
-            if self._signals:  # first: who was removed shall not hear what comes after
-                await self._send_signals(client)
+            if self._rights:  # first: who was removed shall not hear what comes after
+                await self._send_signals(client, self._rights)
             elif self._behind:
                 await self._catch_up(client)
-            elif self._waiting:
-                await self._publish_waiting(client)
+            elif self._waiting or self._passing:
+                if self._waiting:
+                    await self._publish_waiting(client)
+                await self._send_signals(client, self._passing)
             else:
                 self._wake = trio.Event()
                 with trio.move_on_after(RELAY_EVERY):
@@ -218,20 +235,22 @@ class RedisBus:
                 pipeline.publish(MESSAGES, payloads.with_node(payload, node))
             pipeline.execute()
 
-    async def _send_signals(self, client: redis.Redis) -> None:
-        taken = list(islice(self._signals, PIPELINE))
+    async def _send_signals(self, client: redis.Redis, waiting: deque[Signal]) -> None:
+        taken = list(islice(waiting, PIPELINE))
+        if not taken:
+            return
 
         def send() -> None:
             with client.pipeline(transaction=False) as pipeline:
-                for change in taken:
-                    pipeline.publish(SIGNALS, payloads.signal(self._node, change))
+                for signal in taken:
+                    pipeline.publish(SIGNALS, payloads.signal(self._node, signal))
                 pipeline.execute()
 
         await self._in_thread(send)
-        for change in taken:
+        for signal in taken:
             # Those that came meanwhile may have pushed these out already.
-            if self._signals and self._signals[0] is change:
-                self._signals.popleft()
+            if waiting and waiting[0] is signal:
+                waiting.popleft()
 
     async def _relay_foreign(self) -> None:
         """What dead nodes left: `_catch_up` relays it with our own."""
@@ -310,7 +329,7 @@ class RedisBus:
             if item["channel"] == SIGNALS.encode():
                 signal = payloads.signal_of(data)
                 if signal is not None and signal.node != self._node:
-                    self._receiver.member(signal.change)
+                    self._receiver.signal(signal.signal)
             elif foreign := payloads.foreign_of(data):
                 self._receiver.foreign(*foreign)
 

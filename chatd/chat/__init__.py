@@ -2,28 +2,53 @@
 
 logins         who is it, and does that still count
 conversations  enter one, the inbox
-messages       post, send, edit, delete, history
+messages       post, send, edit, delete, react, history
 members        add, remove
+receipts       read and delivered cursors, who lacks a message
+users          who is there, send away, revoke, ban
+presence       who is connected, over all nodes
+typing         who is writing just now
+events         an application's own, to a room
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from chatd.auth.tokens import Tokens
 from chatd.chat.conversations import Conversations
+from chatd.chat.events import Events
 from chatd.chat.logins import Logins
 from chatd.chat.members import Members
 from chatd.chat.messages import Messages
+from chatd.chat.presence import Presence
+from chatd.chat.receipts import Receipts
+from chatd.chat.typing import Typing
+from chatd.chat.users import Users
 from chatd.config import Config
+from chatd.model import Signal
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
 
 class Chat:
-    """All use cases on one store."""
+    """All use cases on one store. `tell` gives a signal to this node and the others."""
 
-    def __init__(self, config: Config, store: Store, writer: Writer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        writer: Writer,
+        presence: Presence,
+        tell: Callable[[Signal], None],
+    ) -> None:
         self.tokens = Tokens(config.auth.secret or store.token_secret, config.auth.previous_secret)
         self.logins = Logins(self.tokens, store.read)
-        self.conversations = Conversations(store.read, store.epoch, config.rooms, config.limits)
+        self.conversations = Conversations(store.read, store.epoch, config.rooms, config.limits, presence)
         self.messages = Messages(writer, store.read, config.limits)
         self.members = Members(writer)
+        self.receipts = Receipts(writer, store.read, presence, config.limits)
+        self.users = Users(writer, store.read, presence, tell)
+        self.presence = presence
+        self.typing = Typing(tell)
+        self.events = Events(tell)

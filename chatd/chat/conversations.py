@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from chatd.chat.logins import check_standing
+from chatd.chat.presence import Presence
 from chatd.config import Limits, Rooms
 from chatd.errors import NotFound
 from chatd.limits import INBOX_ROOMS
 from chatd.model import Identity
-from chatd.store import reads
+from chatd.store import people, reads
 from chatd.store.commands import Rights
+from chatd.store.people import Place
 from chatd.store.reader import Gathered, Reader
 from chatd.store.reads import Standing
 from chatd.store.snapshots import Entry, Found, Snapshot, logins
 
 
 class Conversations:
-    def __init__(self, read: Reader, epoch: str, rooms: Rooms, config: Limits) -> None:
+    def __init__(self, read: Reader, epoch: str, rooms: Rooms, config: Limits, presence: Presence) -> None:
+        self._presence = presence
         self._read, self.epoch = read, epoch
         self._enter: Gathered[Entry, tuple[Standing | None, Found]] = Gathered(read, logins, _weight)
         self._open = rooms.access == "open"
@@ -51,6 +54,18 @@ class Conversations:
     def _entry(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Entry:
         wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
         return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self._members_detail)
+
+    async def get(self, conversation_id: int) -> Place:
+        """For a backend. Raises NotFound, Unavailable."""
+        return await self._read(people.place, conversation_id, self._members_detail)
+
+    async def online(self, conversation_id: int) -> list[int]:
+        """Members who have a connection, and who is in the room without being one. Raises Unavailable."""
+        members = await self.member_ids(conversation_id, people.PEOPLE)
+        return sorted(self._presence.who(conversation_id, members))
+
+    async def member_ids(self, conversation_id: int, most: int) -> list[int]:
+        return await self._read(people.member_ids, conversation_id, most)
 
     async def inbox(self, identity: Identity) -> list[int]:
         """The user's conversations, the most recently active first."""

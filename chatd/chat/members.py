@@ -32,9 +32,10 @@ class Members:
             )
         )
 
-    async def remove(self, conversation_id: int, user_id: int) -> None:
+    async def remove(self, conversation_id: int, user_id: int, *, ban: bool = False) -> None:
         """Leaves a row behind, which beats what a token lists."""
-        await self._set(SetMember(conversation_id=conversation_id, user_id=user_id, state=State.REMOVED))
+        state = State.BANNED if ban else State.REMOVED
+        await self._set(SetMember(conversation_id=conversation_id, user_id=user_id, state=state))
 
     async def _set(self, command: SetMember) -> None:
         await self._writer.submit([command]).outcome()

@@ -13,7 +13,7 @@ from chatd.config import Limits
 from chatd.errors import BadRequest, ChatError
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.store import reads
-from chatd.store.commands import Changed, Create, Created, Delete, Edit
+from chatd.store.commands import Changed, Create, Created, Delete, Edit, React
 from chatd.store.reader import Reader
 from chatd.store.reads import Page
 from chatd.store.writer import Submission, Then, Writer
@@ -35,9 +35,11 @@ class Messages:
         elif command.content is UNSET and command.meta is UNSET:
             raise BadRequest("Nothing to change: give content or meta.", field="content")
 
-    def submit(self, command: Create | Edit | Delete, then: Then | None = None) -> Submission:
+    def submit(self, command: Create | Edit | Delete | React, then: Then | None = None) -> Submission:
         """Check and queue one command. Commands are committed in the order of these calls."""
-        if not isinstance(command, Delete):
+        if isinstance(command, React):
+            check_label("emoji", command.emoji)
+        elif not isinstance(command, Delete):
             self.check(command)
         return self._writer.submit([command], then)
 

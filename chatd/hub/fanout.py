@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 
+import msgspec
 import structlog
 import trio
 from msgspec import Struct
@@ -19,7 +20,7 @@ from chatd.hub.pieces import Piece, pieces
 from chatd.hub.rooms import Room, Rooms, Subscription
 from chatd.hub.sweep import Sweep, check_rights
 from chatd.limits import READY_BYTES
-from chatd.model import Change, MemberChange, State
+from chatd.model import Change, MemberChange, Notice, State
 from chatd.protocol import event, text_frame
 from chatd.store import reads
 from chatd.store.reader import Reader
@@ -36,12 +37,16 @@ log = structlog.get_logger()
 
 
 class Announcement(Struct):
-    """Something for a room that has no seq and is not stored: a foreign payload, say."""
+    """Something for a room that has no seq and is not stored: a receipt, say, or a foreign payload."""
 
     conversation_id: int
     frame: bytes
-    flat: bool  # whether a listener that knows nothing but messages gets it
+    flat: bool = False  # whether a listener that knows nothing but messages gets it
     ephemeral: bool = False  # whether who reads too slowly does without
+    lasting: bool = False  # whether who is just reading a snapshot gets it after that
+    to: list[int] | None = None  # these users alone
+    besides: int | None = None  # all but this user
+    watchers: bool = False  # only who wants to know who is online
 
 
 class Repaired(Struct):
@@ -76,10 +81,10 @@ Item = Change | MemberChange | Announcement | Repaired | Checked | StartOver | K
 
 
 class Fanout:
-    """Implements `bus.Receiver`."""
+    """What the bus brings for rooms; `reception` hands it over."""
 
     def __init__(self, rooms: Rooms, read: Reader) -> None:
-        self._rooms, self._read = rooms, read
+        self.rooms, self._read = rooms, read
         self._queue: deque[Item] = deque()
         self._queued = 0
         self._wake = trio.Event()
@@ -91,7 +96,7 @@ class Fanout:
 
     def changes(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            room = self._rooms.get(change.conversation_id)
+            room = self.rooms.get(change.conversation_id)
             if room is None:
                 continue
             if self._queued + len(change.payload) <= QUEUE_BYTES:
@@ -102,20 +107,37 @@ class Fanout:
                 self._put(Kick(room))
 
     def member(self, change: MemberChange) -> None:
-        if self._rooms.get(change.conversation_id) is None or self._queued > QUEUE_BYTES:
+        if self.rooms.get(change.conversation_id) is None or self._queued > QUEUE_BYTES:
             return  # on overflow the sweep finds that the members have changed
         self._queued += SIGNAL_BYTES
         self._put(change)
 
-    def foreign(self, conversation_id: int, name: str, payload: bytes) -> None:
-        if self._rooms.get(conversation_id) is None:
-            return
-        frame = text_frame(payload)
-        if self._queued + len(frame) > QUEUE_BYTES:
+    def notice(self, notice: Notice) -> None:
+        frame = text_frame(bytes(notice.payload))
+        one = Announcement(
+            notice.conversation_id,
+            frame,
+            ephemeral=True,
+            lasting=notice.lasting,
+            to=notice.to,
+            besides=notice.besides,
+        )
+        self.announce(one)
+
+    def announce(self, item: Announcement) -> None:
+        if self.rooms.get(item.conversation_id) is None or self._queued + len(item.frame) > QUEUE_BYTES:
             return  # not stored anywhere: there is nothing to repair it from
-        self._queued += len(frame)
+        self._queued += len(item.frame)
+        last = self._queue[-1] if self._queue else None
+        if isinstance(last, Announcement) and _alike(last, item):
+            last.frame += item.frame
+        else:
+            self._put(item)
+
+    def foreign(self, conversation_id: int, name: str, payload: bytes) -> None:
         is_message = name == "message"
-        self._put(Announcement(conversation_id, frame, flat=is_message, ephemeral=not is_message))
+        frame = text_frame(payload)
+        self.announce(Announcement(conversation_id, frame, flat=is_message, ephemeral=not is_message))
 
     def links(self, up: bool) -> None:
         self._up = up
@@ -127,7 +149,7 @@ class Fanout:
 
     def doubt(self, conversation_id: int) -> None:
         """Somebody may not be entitled to this room any more: hold its rights against the database now."""
-        if room := self._rooms.get(conversation_id):
+        if room := self.rooms.get(conversation_id):
             room.members_version = -1  # lower than any, so that no snapshot replaces it
             self.sweep.soon()
 
@@ -185,7 +207,7 @@ class Fanout:
 
     async def _advance_all(self, gathered: dict[int, list[Change]]) -> None:
         for conversation_id, changes in gathered.items():
-            if room := self._rooms.get(conversation_id):
+            if room := self.rooms.get(conversation_id):
                 await self._advance(room, changes)
         await trio.lowlevel.checkpoint()
 
@@ -219,18 +241,24 @@ class Fanout:
 
     async def _announce(self, item: Announcement) -> None:
         def announce(subscription: Subscription) -> None:
-            if not item.flat and subscription.listener.flat:
+            listener = subscription.listener
+            if (
+                (listener.flat and not item.flat)
+                or listener.user_id == item.besides
+                or (item.to is not None and listener.user_id not in item.to)
+                or (item.watchers and not subscription.presence)
+            ):
                 return
             if item.ephemeral:
-                subscription.offer(item.frame)
+                subscription.offer(item.frame, lasting=item.lasting)
             else:
                 subscription.announce(item.frame)
 
-        if room := self._rooms.get(item.conversation_id):
+        if room := self.rooms.get(item.conversation_id):
             await self._to_all(room, announce)
 
     async def _tell_members(self, change: MemberChange) -> None:
-        room = self._rooms.get(change.conversation_id)
+        room = self.rooms.get(change.conversation_id)
         if room is None:
             return
         # Those present were all held against this version or a later one: who came back since shall stay.
@@ -262,7 +290,7 @@ class Fanout:
             self._nursery.start_soon(self._check, room)
 
     async def _check(self, room: Room) -> None:
-        while room.in_doubt and self._rooms.get(room.conversation_id) is room:
+        while room.in_doubt and self.rooms.get(room.conversation_id) is room:
             seqs = set(room.ahead)
             try:
                 await check_rights(self._read, room)
@@ -288,7 +316,7 @@ class Fanout:
     async def _repair(self, room: Room, wait: float) -> None:
         """Read what follows the head and hand it over. One at a time for a room."""
         await trio.sleep(wait)
-        while room.behind and self._rooms.get(room.conversation_id) is room:
+        while room.behind and self.rooms.get(room.conversation_id) is room:
             room.stale = False
             try:
                 self._put(await self._find_missing(room))
@@ -318,6 +346,11 @@ class Fanout:
         room.skip_to(head)
         await self._to_all(room, restart)
         await self._advance(room, [])
+
+
+def _alike(one: Announcement, other: Announcement) -> bool:
+    """Whether two go to the same listeners, in the same way: then as one."""
+    return msgspec.structs.replace(one, frame=b"") == msgspec.structs.replace(other, frame=b"")
 
 
 def restart(subscription: Subscription) -> None:

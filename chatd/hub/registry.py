@@ -14,6 +14,7 @@ import trio
 from msgspec import Struct
 
 from chatd import metrics
+from chatd.chat.presence import USERS, Presence
 from chatd.config import Config
 from chatd.errors import Close
 from chatd.limits import TokenBucket
@@ -85,7 +86,8 @@ class User:
 
 
 class Registry:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, presence: Presence) -> None:
+        self._presence = presence
         self._limits, self._origins = config.limits, config.hub.origins
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
         self._users: dict[int, User] = {}
@@ -159,11 +161,13 @@ class Registry:
         if most and len(user.guests) >= most:
             return False
         user.guests.add(guest)
+        self._presence.arrive(USERS, guest.user_id)
         return True
 
     def forget(self, guest: Guest) -> None:
         user = self._users[guest.user_id]
         user.guests.discard(guest)
+        self._presence.leave(USERS, guest.user_id)
         if not user.guests and not (user.sends and user.sends.used(trio.current_time())):
             del self._users[guest.user_id]
 

@@ -41,6 +41,14 @@ class Listener(Protocol):
         """The subscription was ended by the server."""
 
 
+class Watcher(Protocol):
+    """Who is told, synchronously, of what the rooms of this node are."""
+
+    def opened(self, room: Room) -> None: ...
+    def closed(self, room: Room) -> None: ...
+    def left(self, subscription: Subscription) -> None: ...
+
+
 class Subscription:
     """Nothing with `seq <= cursor` is pushed to it: replay, repair and the echo through Redis are safe.
 
@@ -57,8 +65,10 @@ class Subscription:
         "entitled",
         "joined",
         "listener",
+        "presence",
         "room",
         "torn",
+        "visiting",
     )
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
@@ -67,6 +77,8 @@ class Subscription:
         self.cursor = 0
         self.joined = True
         self.entered = False  # a snapshot was answered: the client knows that it is in
+        self.presence = False  # it wants to know who comes online and goes
+        self.visiting = False  # it is in without being a member, and counted as such
         self.hold()
 
     @property
@@ -119,10 +131,15 @@ class Subscription:
         else:
             self.listener.push(frame)
 
-    def offer(self, frame: bytes) -> None:
-        """Something that is worth nothing later: who is not live, or reads too slowly, does without."""
-        if self.joined and self._buffer is None:
+    def offer(self, frame: bytes, *, lasting: bool = False) -> None:
+        """Something that is worth little later: who reads too slowly does without, and who is not live yet,
+        unless it is `lasting`."""
+        if not self.joined:
+            return
+        if self._buffer is None:
             self.listener.offer(frame)
+        elif lasting:
+            self._keep(frame, len(frame))
 
     def _advance(self, piece: Piece) -> bytes:
         if piece.last <= self.cursor:
@@ -236,6 +253,7 @@ class Rooms:
 
     def __init__(self) -> None:
         self._rooms: dict[int, Room] = {}
+        self.watcher: Watcher | None = None
 
     def __len__(self) -> int:
         return len(self._rooms)
@@ -250,6 +268,8 @@ class Rooms:
         room = self._rooms.get(conversation_id)
         if room is None:
             room = self._rooms[conversation_id] = Room(conversation_id)
+            if self.watcher is not None:
+                self.watcher.opened(room)
         subscription = Subscription(room, listener, entitled=entitled)
         room.subscriptions[subscription] = None
         return subscription
@@ -258,8 +278,12 @@ class Rooms:
         subscription.joined = False
         room = subscription.room
         del room.subscriptions[subscription]
+        if self.watcher is not None:
+            self.watcher.left(subscription)
         if not room.subscriptions:
             del self._rooms[room.conversation_id]
+            if self.watcher is not None:
+                self.watcher.closed(room)
 
 
 class Membership:
@@ -288,6 +312,9 @@ class Membership:
 
     def __contains__(self, conversation_id: int) -> bool:
         return conversation_id in self._subscriptions
+
+    def get(self, conversation_id: int) -> Subscription | None:
+        return self._subscriptions.get(conversation_id)
 
     def join(self, conversation_id: int, listener: Listener, *, entitled: bool) -> Subscription:
         """The subscription to a room: the one there is, or a fresh one, which is buffering."""

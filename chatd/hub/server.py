@@ -15,6 +15,7 @@ from chatd.chat.logins import check_standing
 from chatd.config import Config
 from chatd.errors import Close, Revoked
 from chatd.hub import connection
+from chatd.hub.audience import Audiences
 from chatd.hub.connection import Connection
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
@@ -30,9 +31,11 @@ DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 
 
 class Hub:
-    def __init__(self, config: Config, chat: Chat, rooms: Rooms, fanout: Fanout) -> None:
-        self._registry = Registry(config)
-        self._services = Services(config, chat, rooms, fanout, self._registry)
+    def __init__(self, config: Config, chat: Chat, rooms: Rooms, fanout: Fanout, registry: Registry) -> None:
+        self._registry = registry
+        detail = config.limits.members_detail
+        self.audiences = Audiences(rooms, fanout, chat.presence, chat.conversations, detail)
+        self._services = Services(config, chat, rooms, fanout, registry, self.audiences)
         self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}
         self.ended = 0  # connections so far
@@ -65,7 +68,7 @@ class Hub:
 
     def drain_window(self) -> float:
         """Seconds that `drain` takes: as configured, longer for very many."""
-        return max(self._drain_window, 2 * len(self.connections) / DRAIN_RATE)
+        return window_for(len(self.connections), self._drain_window)
 
     async def drain(self) -> None:
         """Stop accepting and ask everybody to move, in the first half of the window; send away who is still
@@ -128,3 +131,8 @@ class Hub:
                         check_standing(guest.identity, standing)
                     except Revoked as error:
                         guest.close(Close.REVOKED, str(error))
+
+
+def window_for(connections: int, configured: float) -> float:
+    """Seconds in which so many are sent away: each of them logs in again somewhere."""
+    return max(configured, 2 * connections / DRAIN_RATE)

@@ -11,6 +11,7 @@ import trio
 from chatd.chat import Chat
 from chatd.config import Config
 from chatd.errors import Close
+from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
@@ -23,6 +24,7 @@ class Services:
     rooms: Rooms
     fanout: Fanout
     registry: Registry
+    audiences: Audiences
 
 
 class Line(Protocol):

@@ -22,25 +22,30 @@ from chatd.errors import (
     Close,
     Forbidden,
     LimitExceeded,
+    NotFound,
     NotJSON,
     RateLimited,
     Unauthorized,
     Unavailable,
 )
+from chatd.hub.receipts import Receipts
 from chatd.hub.registry import Handshake
 from chatd.hub.rooms import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.subscriptions import Subscriptions
+from chatd.hub.writes import Write, to_store
 from chatd.limits import TokenBucket
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
-from chatd.store.commands import Changed, Create, Created, Delete, Edit
+from chatd.store.commands import Changed, Created
 from chatd.store.writer import Outcome
 
 WAITING_REQUESTS = 32  # of one connection; it is not read from while so many wait
 REQUESTS_PER_SECOND = 50  # of one connection, on average; a chat client needs one or two
 REQUESTS_BURST = 300  # a client that comes back subscribes to all of its rooms at once
 STRIKES_BURST = 100  # refusals for rate before the connection is closed; one a second is forgiven
+
+_NOWHERE: set[int] = set()  # for all who have never typed
 
 log = structlog.get_logger()
 
@@ -49,8 +54,8 @@ class Session:
     """One client, for as long as its connection lives."""
 
     __slots__ = (
-        *("_chat", "_config", "_freed", "_handshake", "_line", "_requests", "_rooms", "_services", "_strikes"),
-        *("_waiting", "flat", "identity", "user_id"),
+        *("_chat", "_config", "_freed", "_handshake", "_line", "_receipts", "_requests", "_rooms", "_services"),
+        *("_strikes", "_typing", "_waiting", "flat", "identity", "user_id"),
     )
 
     def __init__(self, services: Services, line: Line, handshake: Handshake) -> None:
@@ -63,6 +68,8 @@ class Session:
         self._freed: trio.Event | None = None  # set when one is, where somebody waits for that
         self._requests = TokenBucket(REQUESTS_PER_SECOND, REQUESTS_BURST, trio.current_time())
         self._strikes: TokenBucket | None = None
+        self._receipts: Receipts | None = None
+        self._typing: set[int] = _NOWHERE  # conversations where the user has been typing on this connection
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -78,6 +85,14 @@ class Session:
         finally:
             if self.identity is not None:
                 self._services.registry.forget(self)
+                self._leave_behind(self.identity)
+
+    def _leave_behind(self, identity: Identity) -> None:
+        """What was read counts; who has gone types no more."""
+        if self._receipts is not None:
+            self._receipts.write(identity)
+        for conversation_id in self._typing:
+            self._chat.typing.stop(conversation_id, identity.user_id)
 
     async def _begin(self, handshake: Handshake) -> None:
         if handshake.subprotocols and protocol.SUBPROTOCOL not in handshake.subprotocols:
@@ -150,14 +165,18 @@ class Session:
             case protocol.Refresh():
                 await self._refresh(command, self.identity)
             case protocol.Subscribe():
-                await self._later(self._subscribe, command, self._rooms.join(command.conversation_id))
+                subscription = self._rooms.join(command.conversation_id, presence=command.presence)
+                await self._later(self._subscribe, command, subscription)
             case protocol.Unsubscribe():
-                self._rooms.leave(command.conversation_id)
-                self._ok(command.ref)
+                self._unsubscribe(command, self.identity)
             case protocol.History():
                 await self._later(self._history, command, self.identity)
-            case protocol.Send() | protocol.Edit() | protocol.Delete():
+            case protocol.Send() | protocol.Edit() | protocol.Delete() | protocol.React():
                 await self._write(command, self.identity)
+            case protocol.Read() | protocol.Delivered():
+                self._note_receipt(command, self.identity)
+            case protocol.Typing():
+                self._type(command, self.identity)
 
     async def _later(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         """Go on reading while this waits; at most so many do."""
@@ -268,6 +287,38 @@ class Session:
         self._become(fresh, command.ref)
         self._ok(command.ref, expires_in=_seconds_left(fresh))
 
+    # Being in rooms.
+
+    def _unsubscribe(self, command: protocol.Unsubscribe, identity: Identity) -> None:
+        self._rooms.leave(command.conversation_id)
+        if command.conversation_id in self._typing:
+            self._typing.discard(command.conversation_id)
+            self._chat.typing.stop(command.conversation_id, identity.user_id)
+        self._ok(command.ref)
+
+    def _type(self, command: protocol.Typing, identity: Identity) -> None:
+        """Raises NotFound for a room that this connection is not in."""
+        if not self._rooms.has_entered(command.conversation_id):
+            raise NotFound("subscribe to this conversation first", field="conversation_id")
+        if command.active:
+            self._typing = self._typing or set()
+            self._typing.add(command.conversation_id)
+            self._chat.typing.start(command.conversation_id, identity.user_id)
+        else:
+            self._chat.typing.stop(command.conversation_id, identity.user_id)
+        self._ok(command.ref)
+
+    def _note_receipt(self, command: protocol.Read | protocol.Delivered, identity: Identity) -> None:
+        if self._receipts is None:
+            self._receipts = Receipts(self._chat, self._line.nursery, self._tell_noted)
+        self._receipts.note(command, identity)
+
+    def _tell_noted(self, ref: Any, error: ChatError | None) -> None:
+        if error is not None:
+            self._tell_error(error, ref)
+        else:
+            self._ok(ref)
+
     # Reading.
 
     async def _subscribe(self, command: protocol.Subscribe, subscription: Subscription) -> None:
@@ -287,51 +338,17 @@ class Session:
 
     # Writing.
 
-    async def _write(
-        self, command: protocol.Send | protocol.Edit | protocol.Delete, identity: Identity
-    ) -> None:
+    async def _write(self, command: Write, identity: Identity) -> None:
         if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate(command.ref, wait)
             return
         await self._slot()
         try:
-            self._chat.messages.submit(self._to_store(command, identity), partial(self._written, command))
+            rights = self._chat.conversations.rights(identity, command.conversation_id)
+            self._chat.messages.submit(to_store(command, identity, rights), partial(self._written, command))
         except BaseException:
             self._free()
             raise
-
-    def _to_store(
-        self, command: protocol.Send | protocol.Edit | protocol.Delete, identity: Identity
-    ) -> Create | Edit | Delete:
-        rights = self._chat.conversations.rights(identity, command.conversation_id)
-        match command:
-            case protocol.Send():
-                return Create(
-                    conversation_id=command.conversation_id,
-                    user_id=identity.user_id,
-                    content=command.content,
-                    type=command.type,
-                    meta=command.meta,
-                    client_id=command.client_id,
-                    reply_to=command.reply_to,
-                    rights=rights,
-                )
-            case protocol.Edit():
-                return Edit(
-                    message_id=command.id,
-                    conversation_id=command.conversation_id,
-                    user_id=identity.user_id,
-                    content=command.content,
-                    meta=command.meta,
-                    rights=rights,
-                )
-            case protocol.Delete():
-                return Delete(
-                    message_id=command.id,
-                    conversation_id=command.conversation_id,
-                    user_id=identity.user_id,
-                    rights=rights,
-                )
 
     def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
         """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""

@@ -89,14 +89,21 @@ class Subscriptions:
     def _counted(self) -> set[int]:
         return {one.conversation_id for one in self._rooms} - self._inbox
 
-    def join(self, conversation_id: int) -> Subscription:
-        """Register; `enter` must follow. Raises LimitExceeded."""
+    def join(self, conversation_id: int, *, presence: bool | None = None) -> Subscription:
+        """Register; `enter` must follow. `presence`: tell who is online. Raises LimitExceeded."""
         known = conversation_id in self._rooms or conversation_id in self._inbox
         if not known and len(self._counted) >= self._most:
             raise LimitExceeded(f"at most {self._most} rooms on a connection", field="conversation_id")
         assert self.identity is not None
         entitled = self._conversations.entitled(self.identity, conversation_id)
-        return self._rooms.join(conversation_id, self, entitled=entitled)
+        subscription = self._rooms.join(conversation_id, self, entitled=entitled)
+        if presence is not None:
+            subscription.presence = presence
+        return subscription
+
+    def has_entered(self, conversation_id: int) -> bool:
+        subscription = self._rooms.get(conversation_id)
+        return subscription is not None and subscription.entered
 
     def leave(self, conversation_id: int) -> None:
         self._rooms.leave(conversation_id)
@@ -105,11 +112,13 @@ class Subscriptions:
         """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it."""
         async with self._line.unhurried():
             try:
+                if subscription.presence:
+                    await self._services.audiences.load(subscription.conversation_id)
                 snapshot = await self._snapshot(subscription, after, epoch)
             except ChatError as error:
                 self._not_entered(subscription, error)
                 raise
-            self._tell(event("subscribed", ref, **self._answer(snapshot)))
+            self._tell(event("subscribed", ref, **self._answer(subscription, snapshot)))
             self._settle(subscription, snapshot)
 
     async def enter_inbox(self, epoch: str | None, ref: Any, **ready: Any) -> None:
@@ -135,7 +144,7 @@ class Subscriptions:
                     self._not_entered(subscription, error)
                 raise
             entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
-            rooms = {str(id): self._answer(snapshot) for id, snapshot in entered.items()}
+            rooms = {str(id): self._answer(joined[id], snapshot) for id, snapshot in entered.items()}
             self._tell(event("ready", ref, **ready, epoch=self._conversations.epoch, rooms=rooms))
             for conversation_id, subscription in joined.items():
                 if snapshot := entered.get(conversation_id):
@@ -185,8 +194,10 @@ class Subscriptions:
 
     async def _read_anew(self, subscription: Subscription) -> None:
         async with self._line.unhurried():
+            if subscription.presence:
+                await self._services.audiences.load(subscription.conversation_id)
             snapshot = await self._snapshot(subscription, subscription.cursor, None)
-            self._tell(event("subscribed", **self._answer(snapshot)))
+            self._tell(event("subscribed", **self._answer(subscription, snapshot)))
             self._catch_up_flat(snapshot)
             self._settle(subscription, snapshot)
 
@@ -209,7 +220,10 @@ class Subscriptions:
 
     # Telling.
 
-    def _answer(self, snapshot: Snapshot) -> dict[str, Any]:
+    def _answer(self, subscription: Subscription, snapshot: Snapshot) -> dict[str, Any]:
+        audiences = self._services.audiences
+        audiences.visit(subscription, member=snapshot.member)
+        online = audiences.online(snapshot.conversation_id) if subscription.presence else {}
         return {
             "conversation_id": snapshot.conversation_id,
             "epoch": self._conversations.epoch,
@@ -219,7 +233,7 @@ class Subscriptions:
             "has_more": snapshot.has_more,
             "unread": snapshot.unread,
             "receipts": snapshot.receipts,
-        }
+        } | online
 
     def _tell_unsubscribed(self, conversation_id: int, error: ChatError) -> None:
         self._tell(event("unsubscribed", conversation_id=conversation_id, code=error.code, message=str(error)))

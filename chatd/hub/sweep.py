@@ -24,7 +24,9 @@ log = structlog.get_logger()
 
 
 class Sweep:
-    """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome."""
+    """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome.
+    `members_missed` is told of a room whose members have changed unnoticed.
+    """
 
     def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
         """`behind` is told of each room whose head the database has passed."""
@@ -32,6 +34,7 @@ class Sweep:
         self._now = trio.Event()
         self.often = False
         self.also: Callable[[], Awaitable[None]] | None = None
+        self.members_missed: Callable[[Room], None] = lambda room: None
 
     def soon(self) -> None:
         self._now.set()
@@ -61,6 +64,7 @@ class Sweep:
     async def _compare(self, room: Room, found: reads.Heads) -> None:
         if found.members_version != room.members_version:
             await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
+            self.members_missed(room)
         if room.head is not None and found.seq > room.head:
             self._behind(room)
 

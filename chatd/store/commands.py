@@ -54,6 +54,39 @@ class Delete(Struct, frozen=True, kw_only=True):
     rights: Rights = Rights.TRUSTED
 
 
+class React(Struct, frozen=True, kw_only=True):
+    """Give a reaction to a message or take it back."""
+
+    message_id: int
+    conversation_id: int
+    user_id: int
+    emoji: str
+    on: bool
+    rights: Rights = Rights.TRUSTED
+
+
+class MoveCursor(Struct, frozen=True, kw_only=True):
+    """Everything up to these message ids is read, or received. Back it never goes.
+
+    `detail`: in a room with more members nobody else is told.
+    """
+
+    conversation_id: int
+    user_id: int
+    read: int = 0
+    delivered: int = 0
+    rights: Rights = Rights.MEMBER
+    detail: int = 0
+
+
+class SetUser(Struct, frozen=True, kw_only=True):
+    """Void a user's tokens issued before `valid_after` (unix seconds), or ban the user for a time."""
+
+    user_id: int
+    valid_after: int = 0
+    banned_until: str | UnsetType | None = UNSET
+
+
 class SetMember(Struct, frozen=True, kw_only=True):
     """Add or remove a member. What is UNSET stays as it is."""
 
@@ -64,7 +97,7 @@ class SetMember(Struct, frozen=True, kw_only=True):
     muted_until: str | UnsetType | None = UNSET
 
 
-AnyCommand = Create | Edit | Delete | SetMember
+AnyCommand = Create | Edit | Delete | React | MoveCursor | SetMember | SetUser
 
 
 class Created(Struct, frozen=True):
@@ -86,4 +119,15 @@ class MemberSet(Struct, frozen=True):
     changed: bool
 
 
-Result = Created | Changed | MemberSet
+class CursorMoved(Struct, frozen=True):
+    """Where it stands now."""
+
+    read: int
+    delivered: int
+
+
+class UserSet(Struct, frozen=True):
+    pass
+
+
+Result = Created | Changed | MemberSet | CursorMoved | UserSet

@@ -26,6 +26,8 @@ from sqlalchemy.types import TypeEngine
 
 Kinds = tuple[type[TypeEngine[Any]], ...]
 
+PLACES: Kinds = (BigInteger,)
+PAIRS: Kinds = (BigInteger, BigInteger)
 INTEGERS: Kinds = (BigInteger, BigInteger, BigInteger)
 WITH_TEXT: Kinds = (BigInteger, BigInteger, String)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, func, select
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, func, select, union
 
 from chatd.model import State
 from chatd.store import keys
@@ -114,8 +114,53 @@ def _rooms(dialect: str) -> Select[Any]:
     ).select_from(joined)
 
 
+def _unread_in(dialect: str) -> Select[Any]:
+    """Of users in conversations: `keys` are (anything, user, conversation)."""
+    listed, (_, user, conversation) = keys.listed(dialect, keys.INTEGERS)
+    joined = listed.join(conversations, conversations.c.id == conversation).outerjoin(
+        reads, (reads.c.conversation_id == conversation) & (reads.c.user_id == user)
+    )
+    return select(conversation, conversations.c.last_seq, _unread(user, listed)).select_from(joined)
+
+
 # By the name of the dialect.
+UNREAD = {dialect: _unread_in(dialect) for dialect in ("sqlite", "postgresql")}
 ROOMS = {dialect: _rooms(dialect) for dialect in ("sqlite", "postgresql")}
+
+_active = (members.c.conversation_id == _one("conversation_id")) & (members.c.state == State.ACTIVE.value)
+
+MEMBERS = (
+    select(members.c.user_id, members.c.role, members.c.muted_until)
+    .where(_active)
+    .order_by(members.c.user_id)
+    .limit(_one("most"))
+)
+
+PLACE_OF_MESSAGE = select(messages.c.chat_conversation_id, messages.c.user_id).where(
+    messages.c.id == _one("id")
+)
+
+# Members, and whoever else has a cursor and was not sent away.
+_gone = (
+    select(members.c.user_id)
+    .where(members.c.conversation_id == _one("conversation_id"), members.c.state != State.ACTIVE.value)
+    .scalar_subquery()
+)
+_people = union(
+    select(members.c.user_id).where(_active),
+    select(reads.c.user_id).where(
+        reads.c.conversation_id == _one("conversation_id"), reads.c.user_id.not_in(_gone)
+    ),
+).subquery()
+CURSORS_OF_PEOPLE = (
+    select(_people.c.user_id, func.coalesce(reads.c.read_id, 0), func.coalesce(reads.c.delivered_id, 0))
+    .outerjoin(
+        reads,
+        (reads.c.user_id == _people.c.user_id) & (reads.c.conversation_id == _one("conversation_id")),
+    )
+    .order_by(_people.c.user_id)
+    .limit(_one("most"))
+)
 
 STANDINGS = select(users).where(users.c.user_id.in_(_several("user_ids")))
 

@@ -15,12 +15,13 @@ MESSAGE_COLUMNS = [
     messages.c[name]
     for name in (
         "chat_conversation_id", "id", "user_id", "type", "content", "meta", "created_at", "seq",
-        "client_id", "reply_to", "edited_at", "deleted_at",
+        "client_id", "reply_to", "edited_at", "deleted_at", "reactions",
     )
 ]  # fmt: skip
 
 
 def message(row: RowMapping | Mapping[str, Any]) -> Message:
+    reactions = row["reactions"]
     return Message(
         conversation_id=row["chat_conversation_id"],
         id=row["id"],
@@ -34,4 +35,11 @@ def message(row: RowMapping | Mapping[str, Any]) -> Message:
         reply_to=row["reply_to"],
         edited_at=row["edited_at"],
         deleted_at=row["deleted_at"],
+        reactions={emoji: users for emoji, (_, users) in reactions.items()} if reactions else None,
+        reaction_counts=_uncounted(reactions) if reactions else None,
     )
+
+
+def _uncounted(reactions: dict[str, Any]) -> dict[str, int] | None:
+    """Of the emojis that more users gave than are named."""
+    return {emoji: count for emoji, (count, users) in reactions.items() if count > len(users)} or None

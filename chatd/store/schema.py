@@ -97,7 +97,9 @@ messages = Table(
     Column("reply_to", BigInteger),
     Column("edited_at", Timestamp),
     Column("deleted_at", Timestamp),
-    Column("reactions", JSON(none_as_null=True)),  # what `chat_reactions` has, in short: read with the message
+    Column(
+        "reactions", JSON(none_as_null=True)
+    ),  # of `chat_reactions`, in short: {emoji: [count, [first users]]}
     # Durable idempotency. Rows without a client_id do not collide: NULLs are distinct.
     UniqueConstraint("chat_conversation_id", "user_id", "client_id", name="chat_messages_client_id"),
     Index("chat_messages_page", "chat_conversation_id", "id"),

@@ -54,6 +54,7 @@ class Snapshot(Struct, frozen=True):
     has_more: bool
     unread: int
     receipts: list[Cursor]
+    member: bool = True  # False for who is here without a row of `chat_members`
 
     @property
     def size(self) -> int:
@@ -154,6 +155,7 @@ def _snapshot(entry: Entry, place: _Place, after: int | None, cursors: Cursors, 
         has_more=has_more,
         unread=place.unread,
         receipts=cursors.get(place.id, []) if place.quiet else list(_own_cursor(entry.user_id, place)),
+        member=place.state is not None,
     )
 
 

@@ -7,12 +7,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BindParameter, Column, Select, and_, bindparam, delete, insert, select, text, update
+from sqlalchemy import (
+    BindParameter,
+    Column,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
+from chatd.model import State
 from chatd.store import keys
 from chatd.store.rows import MESSAGE_COLUMNS
-from chatd.store.schema import changes, conversations, facts, members, messages, outbox
+from chatd.store.schema import (
+    changes,
+    conversations,
+    facts,
+    members,
+    messages,
+    outbox,
+    reactions,
+    reads,
+    users,
+)
 
 
 def _several(name: str) -> BindParameter[Any]:
@@ -73,7 +96,12 @@ INSERT_NUMBERED_MESSAGES = insert(messages)
 UPDATE_MESSAGE = (
     update(messages)
     .where(messages.c.id == bindparam("key"))
-    .values({name: bindparam(name) for name in ("content", "meta", "edited_at", "deleted_at", "updated_at")})
+    .values(
+        {
+            name: bindparam(name)
+            for name in ("content", "meta", "edited_at", "deleted_at", "reactions", "updated_at")
+        }
+    )
 )
 
 
@@ -86,6 +114,97 @@ def _set_members(into: Any) -> Any:
 SET_MEMBERS = {name: _set_members(into(members)) for name, into in _insert_of.items()}
 
 INSERT_CHANGES = insert(changes)
+
+# Cursors. A conversation that nobody has written to has no newest message.
+
+
+def _for_each_place(value: Any) -> dict[str, Select[Any]]:
+    """`keys` are lists of one conversation_id; `value` makes the subquery for one."""
+
+    def of(dialect: str) -> Select[Any]:
+        rows, (place,) = keys.listed(dialect, keys.PLACES)
+        return select(place, value(place, rows)).select_from(rows)
+
+    return {dialect: of(dialect) for dialect in _insert_of}
+
+
+NEWEST_MESSAGES = _for_each_place(
+    lambda place, rows: (
+        select(func.max(messages.c.id))
+        .where(messages.c.chat_conversation_id == place)
+        .correlate(rows)
+        .scalar_subquery()
+    )
+)
+
+
+def _count_members(place: Any, rows: Any) -> Any:
+    active = (members.c.conversation_id == place) & (members.c.state == State.ACTIVE.value)
+    some = select(members.c.user_id).where(active).limit(bindparam("most")).correlate(rows).subquery()
+    return select(func.count()).select_from(some).correlate(rows).scalar_subquery()
+
+
+COUNT_MEMBERS = _for_each_place(_count_members)
+
+CURSORS = _by_keys(
+    select(reads.c.conversation_id, reads.c.user_id, reads.c.read_id, reads.c.delivered_id),
+    keys.PAIRS,
+    reads.c.conversation_id,
+    reads.c.user_id,
+)
+
+
+def _move_cursors(name: str, into: Any) -> Any:
+    further: Any = {"sqlite": func.max, "postgresql": func.greatest}[name]
+    ids = {id: further(reads.c[id], into.excluded[id]) for id in ("read_id", "delivered_id")}
+    upsert = into.on_conflict_do_update(
+        index_elements=list(reads.primary_key), set_=ids | {"updated_at": into.excluded.updated_at}
+    )
+    return upsert.returning(reads.c.user_id)
+
+
+MOVE_CURSORS = {name: _move_cursors(name, into(reads)) for name, into in _insert_of.items()}
+
+# Reactions.
+
+REACTIONS = _by_keys(
+    select(reactions.c.message_id, reactions.c.user_id, reactions.c.emoji),
+    keys.WITH_TEXT,
+    reactions.c.message_id,
+    reactions.c.user_id,
+    reactions.c.emoji,
+)
+
+GIVE_REACTIONS = insert(reactions).values(
+    message_id=bindparam("message"), user_id=bindparam("user"), emoji=bindparam("wanted")
+)
+
+TAKE_REACTION = delete(reactions).where(
+    reactions.c.message_id == bindparam("message"),
+    reactions.c.user_id == bindparam("user"),
+    reactions.c.emoji == bindparam("wanted"),
+)
+
+CLEAR_REACTIONS = delete(reactions).where(reactions.c.message_id.in_(_several("ids")))
+
+FIRST_REACTIONS = (
+    select(reactions.c.user_id)
+    .where(reactions.c.message_id == bindparam("message"), reactions.c.emoji == bindparam("wanted"))
+    .order_by(reactions.c.created_at, reactions.c.user_id)
+    .limit(bindparam("most"))
+)
+
+# Users.
+
+USERS = select(users).where(users.c.user_id.in_(_several("user_ids"))).with_for_update()
+
+
+def _set_users(into: Any) -> Any:
+    fresh = {name: into.excluded[name] for name in ("valid_after", "banned_until")}
+    return into.on_conflict_do_update(index_elements=list(users.primary_key), set_=fresh)
+
+
+SET_USERS = {name: _set_users(into(users)) for name, into in _insert_of.items()}
 
 
 def _advance_conversations(into: Any) -> Any:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
 from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, Muted, NotFound
-from chatd.model import Change, Group, Kind, MemberChange, State, now
+from chatd.model import Change, Group, Kind, MemberChange, State, UserChange, now
 from chatd.protocol import change_payload
 from chatd.store import statements
 from chatd.store.commands import (
@@ -21,17 +21,25 @@ from chatd.store.commands import (
     Changed,
     Create,
     Created,
+    CursorMoved,
     Delete,
     Edit,
     MemberSet,
+    MoveCursor,
+    React,
     Result,
     Rights,
     SetMember,
+    SetUser,
+    UserSet,
 )
+from chatd.store.cursors import Cursors
 from chatd.store.keys import as_parameter
+from chatd.store.reactions import Reactions
 from chatd.store.rows import message
 
 Row = dict[str, Any]
+MODERATOR = "moderator"  # the role that may change what others wrote
 
 
 class Step(Struct):
@@ -62,6 +70,10 @@ class Transaction:
         self._set: dict[tuple[int, int], Row] = {}
         self._steps: list[Step] = []
         self._member_changes: list[MemberChange] = []
+        self._user_changes: dict[int, UserChange] = {}
+        self._users: dict[int, Row] = {}
+        self._cursors = Cursors(connection, self._now)
+        self._reactions = Reactions(connection, self._now)
 
     def run(
         self, commands: Sequence[AnyCommand], settled: Iterable[int] = ()
@@ -72,19 +84,24 @@ class Transaction:
         self._write()
         changes = [self._change(step) for step in self._steps]
         self._settle(settled)
-        group = Group(changes, self._member_changes, self._fill_outbox(changes))
+        outbox_id = self._fill_outbox(changes)
+        users = list(self._user_changes.values())
+        group = Group(changes, self._member_changes, outbox_id, users, self._cursors.notices())
         return [self._result(verdict) for verdict in verdicts], group
 
     # Reading, in the order of the locks.
 
     def _read(self, commands: Sequence[AnyCommand]) -> None:
-        aimed = [command for command in commands if isinstance(command, Edit | Delete)]
+        aimed = [command for command in commands if isinstance(command, Edit | Delete | React)]
         replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
         self._places = self._find_places([*(command.message_id for command in aimed), *replies])
         self._lock_conversations(commands)
         self._read_members({pair for command in commands for pair in self._member_pairs(command)})
         self._read_earlier([c for c in commands if isinstance(c, Create) and c.client_id is not None])
         self._read_messages({command.message_id for command in aimed})
+        self._reactions.read([c for c in commands if isinstance(c, React)])
+        self._cursors.read([c for c in commands if isinstance(c, MoveCursor)])
+        self._read_users({c.user_id for c in commands if isinstance(c, SetUser)})
 
     def _find_places(self, ids: Sequence[int]) -> dict[int, int]:
         if not ids:
@@ -93,13 +110,14 @@ class Transaction:
         return {row.id: row.chat_conversation_id for row in found}
 
     def _conversation_of(self, command: AnyCommand) -> int | None:
-        if isinstance(command, Edit | Delete):
+        if isinstance(command, Edit | Delete | React):
             return self._places.get(command.message_id)
-        return command.conversation_id
+        return None if isinstance(command, SetUser) else command.conversation_id
 
     def _lock_conversations(self, commands: Sequence[AnyCommand]) -> None:
         """All of them, in id order; those that a command may make are made first, in the same order."""
-        ids = {id for command in commands if (id := self._conversation_of(command)) is not None}
+        numbering = [command for command in commands if not isinstance(command, MoveCursor)]
+        ids = {id for command in numbering if (id := self._conversation_of(command)) is not None}
         if not ids:
             return
         if self._dialect == "sqlite":  # one lock for everything, which is ours already: look first
@@ -148,13 +166,17 @@ class Transaction:
         if ids:
             self._messages = self._rows(statements.MESSAGES, {"ids": list(ids)}, "id")
 
+    def _read_users(self, ids: set[int]) -> None:
+        if ids:
+            self._users = self._rows(statements.USERS, {"user_ids": sorted(ids)}, "user_id")
+
     def _rows(self, query: Select[Any], parameters: Row, *key: str) -> dict[Any, Row]:
         rows = [dict(row) for row in self._connection.execute(query, parameters).mappings()]
         return {row[key[0]] if len(key) == 1 else tuple(row[k] for k in key): row for row in rows}
 
     # Deciding. Each verdict sees what the commands before it in the group did.
 
-    def _decide(self, command: AnyCommand) -> Step | MemberSet | ChatError:
+    def _decide(self, command: AnyCommand) -> Step | Result | ChatError:
         try:
             match command:
                 case Create():
@@ -163,8 +185,14 @@ class Transaction:
                     return self._edit(command)
                 case Delete():
                     return self._delete(command)
+                case React():
+                    return self._react(command)
+                case MoveCursor():
+                    return self._move_cursor(command)
                 case SetMember():
                     return self._set_member(command)
+                case SetUser():
+                    return self._set_user(command)
         except ChatError as refusal:
             return refusal
 
@@ -201,6 +229,7 @@ class Transaction:
             "reply_to": command.reply_to,
             "edited_at": None,
             "deleted_at": None,
+            "reactions": None,
         }
 
     def _edit(self, command: Edit) -> Step:
@@ -213,14 +242,32 @@ class Transaction:
 
     def _delete(self, command: Delete) -> Step:
         row = self._own_message(command)
-        return self._alter(Kind.DELETED, row | {"content": None, "meta": None, "deleted_at": self._now})
+        self._reactions.clear(row["id"])
+        gone = {"content": None, "meta": None, "reactions": None, "deleted_at": self._now}
+        return self._alter(Kind.DELETED, row | gone)
+
+    def _react(self, command: React) -> Step | Changed:
+        row = self._visible_message(command)
+        summary = self._reactions.toggle(command, row["reactions"])
+        if summary is None:  # it was so already
+            return Changed(row["id"], self._conversations[row["chat_conversation_id"]]["last_seq"])
+        return self._alter(Kind.REACTED, row | {"reactions": summary or None})
 
     def _alter(self, kind: Kind, row: Row) -> Step:
         self._messages[row["id"]] = self._changed[row["id"]] = row
         return self._number(kind, row)
 
     def _own_message(self, command: Edit | Delete) -> Row:
-        """The message as it is now, if the user may see the room and wrote it. Deleted is as good as gone."""
+        """The message as it is now, if the user may change it: the author, a moderator, the backend."""
+        row = self._visible_message(command)
+        if command.user_id is not None and row["user_id"] != command.user_id:
+            member = self._members.get((row["chat_conversation_id"], command.user_id))
+            if member is None or member["role"] != MODERATOR:
+                raise Forbidden("only its author or a moderator may change a message", field="id")
+        return row
+
+    def _visible_message(self, command: Edit | Delete | React) -> Row:
+        """The message as it is now, if the user may see and write in its room. Deleted is as good as gone."""
         row = self._messages.get(command.message_id)
         elsewhere = row is not None and command.conversation_id not in (None, row["chat_conversation_id"])
         if row is None or elsewhere:
@@ -228,8 +275,6 @@ class Transaction:
         if command.user_id is not None:
             self._check_rights(row["chat_conversation_id"], command.user_id, command.rights, field="id")
             self._check_mute(row["chat_conversation_id"], command.user_id, command.rights)
-            if row["user_id"] != command.user_id:
-                raise Forbidden("only its author may change a message", field="id")
         if row["deleted_at"] is not None:
             raise NotFound(field="id")
         return row
@@ -250,6 +295,21 @@ class Transaction:
             return
         if member["muted_until"] and member["muted_until"] > self._now:
             raise Muted(until=member["muted_until"])
+
+    def _move_cursor(self, command: MoveCursor) -> CursorMoved:
+        if command.rights is not Rights.TRUSTED:
+            member = self._members.get((command.conversation_id, command.user_id))
+            if not (member["state"] == State.ACTIVE if member else command.rights is Rights.ENTITLED):
+                raise NotFound(field="conversation_id")
+        return self._cursors.move(command)
+
+    def _set_user(self, command: SetUser) -> UserSet:
+        before = self._users.get(command.user_id, {"valid_after": 0, "banned_until": None})
+        banned = before["banned_until"] if command.banned_until is UNSET else command.banned_until
+        after = {"valid_after": max(before["valid_after"], command.valid_after), "banned_until": banned}
+        self._users[command.user_id] = after | {"user_id": command.user_id}
+        self._user_changes[command.user_id] = UserChange(command.user_id, **after)
+        return UserSet()
 
     def _set_member(self, command: SetMember) -> MemberSet:
         before = self._members.get((command.conversation_id, command.user_id))
@@ -299,12 +359,18 @@ class Transaction:
     def _write(self) -> None:
         if self._created:
             self._insert_messages(self._created)
+        self._reactions.write()
+        self._reactions.refill(self._changed.values())
         for row in self._changed.values():
             self._connection.execute(statements.UPDATE_MESSAGE, self._altered(row))
         self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
         self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
         touched = [self._advanced(self._conversations[id]) for id in sorted(self._touched)]
         self._execute(statements.ADVANCE_CONVERSATIONS[self._dialect], touched)
+        self._cursors.write()
+        self._execute(
+            statements.SET_USERS[self._dialect], [self._users[id] for id in sorted(self._user_changes)]
+        )
 
     def _insert_messages(self, rows: list[Row]) -> None:
         """Their ids are known at once where nobody else can be writing, else by what the insert returns.
@@ -326,7 +392,7 @@ class Transaction:
             self._connection.execute(statement, rows)
 
     def _altered(self, row: Row) -> Row:
-        names = ("content", "meta", "edited_at", "deleted_at")
+        names = ("content", "meta", "edited_at", "deleted_at", "reactions")
         return {"key": row["id"], "updated_at": self._now} | {name: row[name] for name in names}
 
     def _logged(self, step: Step) -> Row:
@@ -354,7 +420,7 @@ class Transaction:
             self._connection.execute(statements.SETTLE_OUTBOX, {"ids": ids})
 
     @staticmethod
-    def _result(verdict: Step | MemberSet | ChatError) -> Result | ChatError:
+    def _result(verdict: Step | Result | ChatError) -> Result | ChatError:
         if not isinstance(verdict, Step):
             return verdict
         row = verdict.row

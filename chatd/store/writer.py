@@ -20,7 +20,7 @@ from chatd import metrics
 from chatd.errors import ChatError, Internal, Unavailable
 from chatd.model import Group, now
 from chatd.store import statements
-from chatd.store.commands import AnyCommand, Create, Delete, Edit, Result
+from chatd.store.commands import AnyCommand, Create, Delete, Edit, Result, SetUser
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
@@ -45,7 +45,7 @@ def _place(command: AnyCommand) -> Any:
     """What its lock depends on; a backend may change a message without saying in which conversation it is."""
     if isinstance(command, Edit | Delete) and command.conversation_id is None:
         return "message", command.message_id
-    return command.conversation_id
+    return ("user", command.user_id) if isinstance(command, SetUser) else command.conversation_id
 
 
 def _is_locked(error: Exception) -> bool:
@@ -199,7 +199,7 @@ class Writer:
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
         metrics.count_outcomes(outcomes)
         for group in groups:
-            if group.changes or group.members:
+            if group.changes or group.members or group.users or group.notices:
                 self._on_commit(group)
         answers = iter(outcomes)
         for submission in submissions:

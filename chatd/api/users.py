@@ -1,0 +1,81 @@
+"""`/api/ws/users`: who is there and what is unread; send away, revoke, ban."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from quart import Blueprint, Response, request
+from quart_schema import document_request, document_response
+
+from chatd.api.bodies import (
+    Ban,
+    Disconnected,
+    Disconnection,
+    Done,
+    Revocation,
+    answer,
+    check_id,
+    moment,
+    posted,
+)
+from chatd.chat import Chat
+from chatd.chat.users import User
+from chatd.errors import BadRequest
+
+FOR_EVER = "9999-12-31T23:59:59.000000Z"
+MOST_SECONDS = 253402300799  # the same, as unix seconds
+
+
+def blueprint(chat: Chat) -> Blueprint:
+    routes = Blueprint("users", __name__, url_prefix="/api/ws/users")
+
+    @routes.get("/<int:user_id>")
+    @document_response(User)
+    async def get(user_id: int) -> Response:
+        """Whether a user is online, with how many connections, and what is unread where."""
+        return answer(await chat.users.get(check_id("user_id", user_id)))
+
+    @routes.post("/<int:user_id>/disconnect")
+    @document_request(Disconnection)
+    @document_response(Disconnected)
+    async def disconnect(user_id: int) -> Response:
+        """End all connections of a user. Tokens stay valid: `revoke` is for those."""
+        body = await posted(Disconnection) if (await request.get_data()) else Disconnection()
+        closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=body.reconnect)
+        return answer(Disconnected(closed=closed))
+
+    @routes.post("/<int:user_id>/revoke")
+    @document_request(Revocation)
+    @document_response(Done)
+    async def revoke(user_id: int) -> Response:
+        """Void the tokens issued before a moment, and end the connections that came with them."""
+        body = await posted(Revocation) if (await request.get_data()) else Revocation()
+        await chat.users.revoke(check_id("user_id", user_id), _seconds(body.before))
+        return answer(Done())
+
+    @routes.put("/<int:user_id>/ban")
+    @document_request(Ban)
+    @document_response(Done)
+    async def ban(user_id: int) -> Response:
+        """Keep a user out of everything, until a moment or for ever. Live connections end."""
+        body = await posted(Ban) if (await request.get_data()) else Ban()
+        until = FOR_EVER if body.until is None else moment("until", body.until)
+        await chat.users.ban(check_id("user_id", user_id), until)
+        return answer(Done())
+
+    @routes.delete("/<int:user_id>/ban")
+    @document_response(Done)
+    async def unban(user_id: int) -> Response:
+        """Let a banned user in again."""
+        await chat.users.ban(check_id("user_id", user_id), None)
+        return answer(Done())
+
+    return routes
+
+
+def _seconds(before: str | float | None) -> float | None:
+    if isinstance(before, str):
+        return datetime.fromisoformat(moment("before", before)).timestamp()
+    if before is not None and not 0 <= before <= MOST_SECONDS:
+        raise BadRequest("Write unix seconds, or a moment as 2026-01-01T00:00:00Z.", field="before")
+    return before

@@ -1,0 +1,28 @@
+"""An application's own events: from its backend to a room, or to some users of it. Not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Raw
+
+from chatd.errors import BadRequest, TooLarge
+from chatd.limits import EVENT_BYTES
+from chatd.model import Notice, Signal
+from chatd.protocol import RESERVED_EVENTS, event
+
+
+class Events:
+    def __init__(self, tell: Callable[[Signal], None]) -> None:
+        self._tell = tell
+
+    def send(self, conversation_id: int, name: str, data: Any, user_ids: list[int] | None = None) -> None:
+        """Whoever is in the room just now has it. Raises BadRequest, TooLarge."""
+        if name in RESERVED_EVENTS:
+            raise BadRequest(f"{name!r} is an event of chatd's own; take another name.", field="event")
+        payload = event(name, conversation_id=conversation_id, data=data)
+        if len(payload) > EVENT_BYTES:
+            size = len(payload)
+            raise TooLarge(f"The event has {size} bytes; {EVENT_BYTES} are allowed.", field="data")
+        self._tell(Notice(conversation_id, Raw(payload), to=user_ids))

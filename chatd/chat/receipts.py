@@ -1,0 +1,58 @@
+"""Receipts: how far users have read and received a conversation, and who lacks a message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from chatd.chat.presence import USERS, Presence
+from chatd.config import Limits
+from chatd.store import people
+from chatd.store.commands import MoveCursor, Rights
+from chatd.store.reader import Reader
+from chatd.store.writer import Then, Writer
+
+
+class Delivery(Struct, frozen=True):
+    """User ids, of everybody in the conversation but the author. Who has read it has received it too.
+
+    `pending` have neither received it nor a connection: a push notification is for them.
+    """
+
+    read: list[int]
+    delivered: list[int]
+    online: list[int]
+    pending: list[int]
+
+
+class Receipts:
+    def __init__(self, writer: Writer, read: Reader, presence: Presence, limits: Limits) -> None:
+        self._writer, self._read, self._presence = writer, read, presence
+        self._detail = limits.members_detail
+
+    def move(self, conversation_id: int, user_id: int, read: int, delivered: int, rights: Rights) -> MoveCursor:
+        return MoveCursor(
+            conversation_id=conversation_id,
+            user_id=user_id,
+            read=read,
+            delivered=delivered,
+            rights=rights,
+            detail=self._detail,
+        )
+
+    def submit(self, moves: Sequence[MoveCursor], then: Then) -> None:
+        """Raises Unavailable where nothing was queued."""
+        self._writer.submit(moves, then)
+
+    async def delivery(self, message_id: int) -> Delivery:
+        """Raises NotFound, Unavailable."""
+        author, cursors = await self._read(people.cursors_of_message, message_id)
+        others = [cursor for cursor in cursors if cursor.user_id != author]
+        online = {one.user_id for one in others if self._presence.has(USERS, one.user_id)}
+        return Delivery(
+            read=[one.user_id for one in others if one.read >= message_id],
+            delivered=[one.user_id for one in others if one.delivered >= message_id],
+            online=sorted(online),
+            pending=[one.user_id for one in others if one.delivered < message_id and one.user_id not in online],
+        )

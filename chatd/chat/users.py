@@ -1,0 +1,61 @@
+"""Users, as a backend sees them: who is there, what is unread, and whom it sends away."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from chatd.chat.presence import USERS, Presence
+from chatd.model import Kick, Signal
+from chatd.store import people
+from chatd.store.commands import SetUser
+from chatd.store.people import Unread
+from chatd.store.reader import Reader
+from chatd.store.writer import Writer
+
+
+class User(Struct, frozen=True):
+    """`connections` on all nodes; `conversations` by membership, the most recently active first."""
+
+    user_id: int
+    online: bool
+    connections: int
+    conversations: list[Unread]
+
+
+class Users:
+    def __init__(
+        self, writer: Writer, read: Reader, presence: Presence, tell: Callable[[Signal], None]
+    ) -> None:
+        self._writer, self._read, self._presence, self._tell = writer, read, presence, tell
+
+    async def get(self, user_id: int) -> User:
+        """Raises Unavailable. A user whom nobody has heard of is offline and nowhere a member."""
+        conversations = await self._read(people.unread_of_user, user_id)
+        connections = self._presence.connections(user_id)
+        return User(user_id, self._presence.has(USERS, user_id), connections, conversations)
+
+    def disconnect(self, user_id: int, *, reconnect: bool) -> int:
+        """End the user's connections on all nodes; returns how many there were."""
+        connections = self._presence.connections(user_id)
+        self._tell(Kick(user_id, reconnect))
+        return connections
+
+    async def revoke(self, user_id: int, before: float | None = None) -> None:
+        """Void the tokens issued before a moment (unix seconds; now). Raises Unavailable.
+
+        Tokens tell whole seconds: to the next one, so that none of this second outlives it.
+        """
+        moment = time.time() if before is None else before
+        await self._writer.submit([SetUser(user_id=user_id, valid_after=math.ceil(moment))]).outcome()
+
+    async def ban(self, user_id: int, until: str | None) -> None:
+        """Until a moment; None ends it. Raises Unavailable."""
+        await self._writer.submit([SetUser(user_id=user_id, banned_until=until)]).outcome()
+
+    async def issue_from(self, user_id: int) -> int:
+        """The earliest `iat` that counts, unix seconds. Raises Unavailable."""
+        return await self._read(people.valid_after, user_id)

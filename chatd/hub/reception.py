@@ -1,0 +1,50 @@
+"""What the bus brings, handed to whom it concerns. Implements `bus.Receiver`: synchronous and bounded."""
+
+from __future__ import annotations
+
+from chatd.chat.logins import check_standing
+from chatd.chat.presence import Presence
+from chatd.errors import Close, Revoked
+from chatd.hub.audience import Audiences
+from chatd.hub.fanout import Fanout
+from chatd.hub.registry import Registry
+from chatd.model import Kick, MemberChange, Notice, Present, Signal, UserChange
+from chatd.store.reads import Standing
+
+
+class Reception:
+    def __init__(self, fanout: Fanout, registry: Registry, presence: Presence) -> None:
+        self._registry, self._presence, self._fanout = registry, presence, fanout
+        self.audiences: Audiences | None = None
+        self.changes = fanout.changes
+        self.foreign = fanout.foreign
+        self.links = fanout.links
+        self.lost = fanout.lost
+
+    def signal(self, signal: Signal) -> None:
+        match signal:
+            case Notice():
+                self._fanout.notice(signal)
+            case MemberChange():
+                self._fanout.member(signal)
+                if self.audiences is not None:
+                    self.audiences.member(signal)
+            case Present():
+                self._presence.hear(signal)
+            case UserChange():
+                self._revoke(signal)
+            case Kick():
+                self._kick(signal)
+
+    def _revoke(self, change: UserChange) -> None:
+        for guest in self._registry.guests_of(change.user_id):
+            assert guest.identity is not None
+            try:
+                check_standing(guest.identity, Standing(change.valid_after, change.banned_until))
+            except Revoked as error:
+                guest.close(Close.REVOKED, str(error))
+
+    def _kick(self, kick: Kick) -> None:
+        code = Close.ASKED_TO_RECONNECT if kick.reconnect else Close.REVOKED
+        for guest in self._registry.guests_of(kick.user_id):
+            guest.close(code, "disconnected by the backend")
