@@ -172,8 +172,22 @@ def writes(facts: Facts) -> Iterator[Anomaly]:
             yield from _post(facts, op)
         elif op.kind in (Kind.EDIT, Kind.DELETE):
             yield from _change(facts, op)
+    yield from _shared(facts)
     for conversation in facts.conversations.values():
         yield from _rows(facts, conversation)
+
+
+def _shared(facts: Facts) -> Iterator[Anomaly]:
+    """Two requests cannot have been the same change."""
+    owners: dict[tuple[int, int], Operation] = {}
+    for op in facts.operations:
+        for ack in op.acks:
+            owner = owners.setdefault((op.conversation, ack.seq), op)
+            if ack.seq and owner is not op:
+                yield Anomaly(
+                    "ack-disagrees", op.conversation, ack.ended,
+                    f"{op.body!r} was acknowledged as seq {ack.seq}, as {owner.body!r} was",
+                )  # fmt: skip
 
 
 def _post(facts: Facts, op: Operation) -> Iterator[Anomaly]:
