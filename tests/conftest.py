@@ -82,6 +82,38 @@ def demo(daemons: Daemons) -> Daemon:
     return daemons(demo=True)
 
 
+class Deployment:
+    """`here` and `there` serve the same chat: one daemon by itself, or two nodes."""
+
+    def __init__(self, here: Daemon, there: Daemon) -> None:
+        self.here, self.there = here, there
+
+    def add(self, conversation_id: int, *user_ids: int, **fields: Any) -> None:
+        """Make members of them."""
+        for user_id in user_ids:
+            path = f"/api/ws/conversations/{conversation_id}/members/{user_id}"
+            assert self.here.request("PUT", path, fields).status == 200
+
+
+@pytest.fixture(scope="module", params=["one", "two"])
+def deployment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    """SQLite and no Redis; then two nodes on one PostgreSQL and one Redis. Rooms are for members."""
+    settings: dict[str, Any] = {"rooms__access": "members", "limits__sends_per_second": 0}
+    nodes = [Daemon(tmp_path_factory.mktemp("node"), **settings)]
+    if request.param == "two":
+        url = request.getfixturevalue("postgres").create_database()
+        migrate(Database(url=url))
+        settings |= {"database__url": url, "redis__url": request.getfixturevalue("redis_server").url}
+        nodes = [Daemon(tmp_path_factory.mktemp("node"), **settings) for _ in range(2)]
+    for node in nodes:
+        node.start()
+    yield Deployment(nodes[0], nodes[-1])
+    for node in nodes:
+        node.close()
+
+
 _next_conversation = iter(range(1000, 10**9))
 
 

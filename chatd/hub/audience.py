@@ -101,6 +101,9 @@ class Audiences:
         audience.version += 1
         if change.state is State.ACTIVE:
             self._add(change.conversation_id, audience, change.user_id)
+            if self._presence.has(USERS, change.user_id):
+                version = self._presence.version(USERS, change.user_id)
+                self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version, ours=False))
         else:
             self._remove(change.conversation_id, audience, change.user_id)
 
