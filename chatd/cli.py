@@ -14,7 +14,7 @@ import trio
 
 from chatd import __version__, config, logs, workers
 from chatd.auth.tokens import Tokens
-from chatd.errors import ConfigError, OperatorError
+from chatd.errors import ConfigError, Forbidden, OperatorError
 from chatd.limits import MAX_ID
 from chatd.store import database
 
@@ -133,8 +133,11 @@ def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ..
         store = database.open_store(settings.database)
         secret = store.token_secret
         store.close()
-    tokens = Tokens(secret, settings.auth.previous_secret)
-    click.echo(tokens.issue(user_id, ttl or settings.auth.token_ttl, rooms or None))
+    try:
+        issued = Tokens(secret, settings.auth).issue(user_id, ttl or settings.auth.token_ttl, rooms or None)
+    except Forbidden as error:
+        raise OperatorError(str(error)) from None
+    click.echo(issued)
 
 
 def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:

@@ -10,11 +10,11 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from chatd.errors import ConfigError
 from chatd.validation import mistakes, suggestion
@@ -38,6 +38,7 @@ _NO_TOKEN = (
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
     drain_window: Annotated[float, Meta(ge=0, le=300)] = 5.0
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    private_networks: list[str] = field(default_factory=lambda: ["127.0.0.0/8", "::1/128"])
 
 
 class Api(Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,11 +68,23 @@ class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     stream_length: Positive = 100_000
 
 
+Algorithm = Literal["HS256", "RS256", "ES256", "EdDSA"]
+
+
 class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     secret: str = ""
     previous_secret: str = ""
-    backend_url: str = ""
+    algorithms: list[Algorithm] = field(default_factory=lambda: ["HS256"])
+    key_files: list[str] = []
+    jwks_url: str = ""
+    audience: str = ""
+    issuer: str = ""
+    leeway: Annotated[float, Meta(ge=0, le=30)] = 0.0
+    expiry_grace: Annotated[float, Meta(ge=0, le=300)] = 5.0
     token_ttl: Positive = 3600
+    backend_url: str = ""
+    backend_timeout: Seconds = 3.0
+    backend_cache: Annotated[float, Meta(ge=0, le=3600)] = 10.0
 
 
 class Rooms(Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,7 +253,7 @@ def _secret(path: Path, origin: str, found: list[str]) -> str:
 
 def _from_text(section: str, key: str, text: str) -> Any:
     field = next((f for f in msgspec.structs.fields(SECTIONS[section]) if f.name == key), None)
-    if field is not None and field.type == list[str]:
+    if field is not None and get_origin(field.type) is list:
         return [part.strip() for part in text.split(",") if part.strip()]
     if field is not None and field.type is not str:
         try:
@@ -266,8 +279,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             continue
         if config.demo and not _is_loopback(host):
             yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
-    if config.auth.backend_url:
-        yield "auth.backend_url: this version verifies tokens by itself; leave it empty and set auth.secret."
+    yield from _wrong_auth(config.auth)
+    for network in config.server.private_networks:
+        if not _is_network(network):
+            yield f"server.private_networks: {network!r} is neither an address nor a network."
     for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
@@ -285,10 +300,29 @@ def _contradictions(config: Config) -> Iterator[str]:
         if not _is_origin(origin):
             yield f"hub.origins: {origin!r} is no origin; write https://chat.example.com, without a path."
     for network in config.limits.trusted_proxies:
-        try:
-            ipaddress.ip_network(network)
-        except ValueError:
+        if not _is_network(network):
             yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
+
+
+def _wrong_auth(auth: Auth) -> Iterator[str]:
+    for key, url in (("backend_url", auth.backend_url), ("jwks_url", auth.jwks_url)):
+        if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
+            yield f"auth.{key}: write https://host/path, or http:// for an address in server.private_networks."
+    public = [name for name in auth.algorithms if name != "HS256"]
+    if not auth.algorithms:
+        yield 'auth.algorithms: names none, so no token would be valid; write ["HS256"].'
+    if public and not (auth.key_files or auth.jwks_url):
+        yield f"auth.algorithms: {public[0]} needs a public key; set auth.key_files or auth.jwks_url."
+    if (auth.key_files or auth.jwks_url) and not public:
+        yield "auth.algorithms: add RS256, ES256 or EdDSA, for HS256 alone uses no key file and no key server."
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _scheme(url: str) -> str:

@@ -36,6 +36,8 @@ RESYNCS = Counter("chatd_resyncs_total", "Subscriptions told to start over")
 REDIS_UP = Gauge(
     "chatd_redis_up", "1 while every link to Redis works, or none is configured", multiprocess_mode="livemin"
 )
+AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time in which the backend said whose a token is")
+AUTH_FAILURES = Counter("chatd_auth_failures_total", "Logins that the backend did not decide", ["reason"])
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
 OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")

@@ -93,7 +93,7 @@ def test_the_names_of_the_original_deployment_still_work() -> None:
     ("environ", "key"),
     [
         ({"CHATD_AUTH__SECRET": "short"}, "auth.secret"),
-        ({"CHATD_AUTH__BACKEND_URL": "http://x"}, "auth.backend_url"),
+        ({"CHATD_AUTH__BACKEND_URL": "ftp://x"}, "auth.backend_url"),
         ({"CHATD_REDIS__ACCEPT_FOREIGN": "true"}, "redis.accept_foreign"),
         ({"CHATD_REDIS__URL": "localhost:6379"}, "redis.url"),
         ({"CHATD_REDIS__URL": "redis://h:abc/0"}, "redis.url"),

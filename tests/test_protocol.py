@@ -15,6 +15,7 @@ from wsproto.frame_protocol import FrameDecoder, FrameProtocol
 from chatd import protocol
 from chatd.auth.tokens import Tokens
 from chatd.bus import payloads
+from chatd.config import Auth
 from chatd.errors import ChatError, NotJSON, TokenExpired, Unauthorized
 from chatd.limits import META_DEPTH, TokenBucket
 from chatd.model import Kind, Message
@@ -162,11 +163,11 @@ def test_a_token_says_who_and_until_when() -> None:
 
 def test_the_previous_secret_still_counts() -> None:
     old = Tokens("o" * 32).issue(1, 60)
-    assert Tokens(SECRET, "o" * 32).verify(old).user_id == 1
+    assert Tokens(SECRET, Auth(previous_secret="o" * 32)).verify(old).user_id == 1
     with pytest.raises(Unauthorized):
         Tokens(SECRET).verify(old)
     with pytest.raises(TokenExpired):
-        Tokens(SECRET, "o" * 32).verify(sign({"sub": "1", "exp": 1}, "o" * 32))
+        Tokens(SECRET, Auth(previous_secret="o" * 32)).verify(sign({"sub": "1", "exp": 1}, "o" * 32))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Who is it? `Authenticator` is what the use cases know; `tokens` verifies JWTs by itself."""
+"""Who is it? `Authenticator` is what the use cases know.
+
+tokens      verifies JWTs by itself, with secrets, key files or the keys of a `keyserver`
+backend     asks the backend instead
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from chatd.auth import Authenticator
+from chatd.auth.backend import Backend
+from chatd.auth.keyserver import KeyServer
 from chatd.auth.tokens import Tokens
 from chatd.chat.conversations import Conversations
 from chatd.chat.events import Events
@@ -25,7 +28,8 @@ from chatd.chat.presence import Presence
 from chatd.chat.receipts import Receipts
 from chatd.chat.typing import Typing
 from chatd.chat.users import Users
-from chatd.config import Config
+from chatd.config import Auth, Config
+from chatd.fetch import Fetcher
 from chatd.model import Signal
 from chatd.store.database import Store
 from chatd.store.writer import Writer
@@ -42,8 +46,9 @@ class Chat:
         presence: Presence,
         tell: Callable[[Signal], None],
     ) -> None:
-        self.tokens = Tokens(config.auth.secret or store.token_secret, config.auth.previous_secret)
-        self.logins = Logins(self.tokens, store.read)
+        fetch = Fetcher(config.server.private_networks)
+        self.tokens = tokens_of(config.auth, store.token_secret, fetch)
+        self.logins = Logins(_authenticator(config, self.tokens, fetch), store.read)
         self.conversations = Conversations(store.read, store.epoch, config.rooms, config.limits, presence)
         self.messages = Messages(writer, store.read, config.limits)
         self.members = Members(writer)
@@ -52,3 +57,14 @@ class Chat:
         self.presence = presence
         self.typing = Typing(tell)
         self.events = Events(tell)
+
+
+def tokens_of(config: Auth, secret: str, fetch: Fetcher) -> Tokens:
+    """`secret` if the configuration has none."""
+    return Tokens(secret, config, KeyServer(fetch, config.jwks_url) if config.jwks_url else None)
+
+
+def _authenticator(config: Config, tokens: Tokens, fetch: Fetcher) -> Authenticator:
+    if not config.auth.backend_url:
+        return tokens
+    return Backend(config.auth, config.api.internal_token, fetch)

@@ -271,7 +271,8 @@ class Session:
             log.info("authenticated", user_id=self.user_id)
         self.identity = identity
         self._rooms.become(identity)
-        deadline = trio.current_time() + identity.expires_at - time.time()
+        left = identity.expires_at - time.time() + self._config.auth.expiry_grace
+        deadline = trio.current_time() + left
         self._line.close_at(deadline, Close.TOKEN_EXPIRED, "the token has expired")
         return True
 

@@ -1,0 +1,110 @@
+"""Asks the backend whom a token belongs to. Implements `auth.Authenticator`.
+
+A backend that does not answer is never taken for a no. What it said is remembered for some seconds, so that
+thousands who come back at once do not fall upon it twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from typing import Annotated
+
+import msgspec
+import trio
+from msgspec import Meta, Struct
+
+from chatd import metrics
+from chatd.auth.breaker import Breaker
+from chatd.config import Auth
+from chatd.errors import Unauthorized, Unavailable
+from chatd.fetch import Fetcher
+from chatd.model import Identity
+from chatd.protocol import Id
+
+AT_ONCE = 32  # calls on their way
+REMEMBERED = 10_000  # tokens
+_NO = frozenset([400, 401, 403, 404, 422])  # the backend has looked, and knows no such login
+
+
+class _Login(Struct, frozen=True):
+    """What the backend answers."""
+
+    user_id: Id
+    expires_in: Annotated[float, Meta(gt=0)]
+    conversations: list[Id] = []
+
+
+class Backend:
+    def __init__(self, config: Auth, internal_token: str, fetch: Fetcher) -> None:
+        self._url, self._timeout, self._keep = config.backend_url, config.backend_timeout, config.backend_cache
+        self._headers = {"X-Internal-Token": internal_token, "Content-Type": "application/json"}
+        self._fetch = fetch
+        self._places = trio.CapacityLimiter(AT_ONCE)
+        self._breaker = Breaker()
+        self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
+        self._asking: dict[bytes, trio.Lock] = {}
+
+    async def authenticate(self, token: str) -> Identity:
+        """Raises Unauthorized, Unavailable."""
+        key = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        if identity := self._remembered(key):
+            return identity
+        lock = self._asking.setdefault(key, trio.Lock())
+        try:
+            with trio.move_on_after(self._timeout) as waiting:
+                async with lock:  # who asks for the same token has the answer of the first
+                    if identity := self._remembered(key):
+                        return identity
+                    async with self._places:
+                        waiting.deadline = math.inf  # the call has a deadline of its own
+                        return self._remember(key, await self._ask(token))
+        finally:
+            if not lock.locked():
+                self._asking.pop(key, None)
+        metrics.AUTH_FAILURES.labels("timeout").inc()
+        raise Unavailable("the backend does not answer")
+
+    async def _ask(self, token: str) -> Identity:
+        body = msgspec.json.encode({"token": token})
+        started = trio.current_time()
+        with self._breaker.call():
+            try:
+                answer = await self._fetch(
+                    "POST", self._url, within=self._timeout, headers=self._headers, content=body
+                )
+            except Unavailable:
+                metrics.AUTH_FAILURES.labels("unreachable").inc()
+                raise
+            finally:
+                metrics.AUTH_SECONDS.observe(trio.current_time() - started)
+            if answer.status in _NO:
+                raise Unauthorized("this token is not valid")
+            return _identity(answer.status, answer.body)
+
+    def _remembered(self, key: bytes) -> Identity | None:
+        until, identity = self._known.get(key, (0.0, None))
+        return identity if trio.current_time() < until else None
+
+    def _remember(self, key: bytes, identity: Identity) -> Identity:
+        keep = min(self._keep, identity.expires_at - time.time())
+        if keep > 0:
+            self._known[key] = (trio.current_time() + keep, identity)
+            self._known.move_to_end(key)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return identity
+
+
+def _identity(status: int, body: bytes) -> Identity:
+    try:
+        if status != 200:
+            raise ValueError
+        login = msgspec.json.decode(body, type=_Login)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        metrics.AUTH_FAILURES.labels("wrong_answer").inc()
+        raise Unavailable(f"the backend answered {status}, and no login") from None
+    now = time.time()
+    return Identity(login.user_id, now + login.expires_in, now, frozenset(login.conversations))

@@ -1,0 +1,96 @@
+"""Public keys from a URL (JWKS, RFC 7517): fetched when needed, and again when one is unknown, but seldom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jwt
+import msgspec
+import structlog
+import trio
+from msgspec import Struct
+
+from chatd.errors import Unavailable
+from chatd.fetch import Fetcher
+
+KEEP = 600.0  # seconds; a key that was withdrawn is accepted for no longer
+UNKNOWN = 60.0  # seconds between two fetches for a kid that is not known: anybody can make one up
+RETRY = 1.0  # seconds between two attempts while the server does not answer
+TIMEOUT = 3.0  # seconds
+KEYS = 100  # of one set
+
+# (kty, crv) → the algorithm that such a key is used with here.
+_ALGORITHMS: dict[tuple[Any, Any], str] = {
+    ("RSA", None): "RS256",
+    ("EC", "P-256"): "ES256",
+    ("OKP", "Ed25519"): "EdDSA",
+}
+
+log = structlog.get_logger()
+
+
+class _Set(Struct):
+    keys: list[dict[str, Any]]
+
+
+class KeyServer:
+    def __init__(self, fetch: Fetcher, url: str) -> None:
+        self._fetch, self._url = fetch, url
+        self._keys: list[tuple[str | None, str, Any]] = []  # kid, algorithm, key
+        self._fetched_at = self._tried_at = -KEEP
+        self._one = trio.Lock()
+
+    async def find(self, kid: str | None, algorithm: str) -> list[Any]:
+        """The keys that a token may have been signed with. Raises Unavailable."""
+        if self._age() >= KEEP:
+            await self._refresh(KEEP, RETRY)
+        if not self._matching(kid, algorithm) and self._age() >= UNKNOWN:
+            await self._refresh(UNKNOWN, UNKNOWN)
+        return self._matching(kid, algorithm)
+
+    def _matching(self, kid: str | None, algorithm: str) -> list[Any]:
+        return [key for id, fits, key in self._keys if fits == algorithm and kid in (None, id)]
+
+    def _age(self) -> float:
+        return trio.current_time() - self._fetched_at
+
+    async def _refresh(self, older_than: float, since_last_try: float) -> None:
+        async with self._one:
+            if self._age() < older_than:
+                return  # who was before us in the queue has done it
+            if trio.current_time() - self._tried_at < since_last_try:
+                if self._age() < KEEP:
+                    return
+                raise Unavailable("the key server does not answer")
+            self._tried_at = trio.current_time()
+            try:
+                self._keys = await self._read()
+            except Unavailable as error:
+                log.warning("keys_unavailable", error=str(error))
+                if self._age() >= KEEP:
+                    raise Unavailable("the key server does not answer") from error
+            else:
+                self._fetched_at = trio.current_time()
+
+    async def _read(self) -> list[tuple[str | None, str, Any]]:
+        answer = await self._fetch("GET", self._url, within=TIMEOUT)
+        try:
+            if answer.status != 200:
+                raise ValueError
+            found: list[dict[str, Any]] = msgspec.json.decode(answer.body, type=_Set).keys
+            return [key for item in found[:KEYS] if (key := _key(item))]
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            raise Unavailable(f"the key server answered {answer.status}, and no set of keys") from None
+
+
+def _key(item: dict[str, Any]) -> tuple[str | None, str, Any] | None:
+    """None for a key of another kind, or for another use."""
+    algorithm = _ALGORITHMS.get((item.get("kty"), item.get("crv")))
+    if algorithm is None or item.get("use", "sig") != "sig" or item.get("alg", algorithm) != algorithm:
+        return None
+    try:
+        key = jwt.PyJWK.from_dict(item | {"alg": algorithm})
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return None
+    kid = item.get("kid")
+    return (kid if isinstance(kid, str) else None), algorithm, key
