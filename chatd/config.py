@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,6 +29,7 @@ DEMO_TOKEN = "secret"
 _ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
 _PREFIX = "CHATD_"
 
+_WRITE_URL = "write https://host/path, or http:// for an address in server.private_networks."
 _NO_TOKEN = (
     "api.internal_token: is empty, so no backend could post. Set it here or in CHATD_API__INTERNAL_TOKEN"
     " to a long random string (openssl rand -hex 32), or try `chatd serve --demo`."
@@ -80,7 +81,7 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     audience: str = ""
     issuer: str = ""
     leeway: Annotated[float, Meta(ge=0, le=30)] = 0.0
-    expiry_grace: Annotated[float, Meta(ge=0, le=300)] = 5.0
+    expiry_grace: Annotated[float, Meta(ge=0, le=300)] = 2.0
     token_ttl: Positive = 3600
     backend_url: str = ""
     backend_timeout: Seconds = 3.0
@@ -105,6 +106,20 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     trusted_proxies: list[str] = []
 
 
+WebhookEvent = Literal["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
+
+
+class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str = ""
+    secret: str = ""
+    events: list[WebhookEvent] = field(default_factory=lambda: list(get_args(WebhookEvent)))
+    timeout: Seconds = 5.0
+    attempts: Annotated[int, Meta(ge=1, le=100)] = 15
+    before_message_url: str = ""
+    before_message_timeout: Seconds = 1.0
+    before_message_failure: Literal["refuse", "accept"] = "refuse"
+
+
 class Logs(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
@@ -119,6 +134,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     auth: Auth = Auth()
     rooms: Rooms = Rooms()
     limits: Limits = Limits()
+    webhooks: Webhooks = Webhooks()
     logs: Logs = Logs()
     demo: bool = False
 
@@ -280,6 +296,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         if config.demo and not _is_loopback(host):
             yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
     yield from _wrong_auth(config.auth)
+    yield from _wrong_webhooks(config.webhooks)
     for network in config.server.private_networks:
         if not _is_network(network):
             yield f"server.private_networks: {network!r} is neither an address nor a network."
@@ -306,8 +323,8 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 def _wrong_auth(auth: Auth) -> Iterator[str]:
     for key, url in (("backend_url", auth.backend_url), ("jwks_url", auth.jwks_url)):
-        if url and (_scheme(url) not in ("http", "https") or not urlsplit(url).hostname):
-            yield f"auth.{key}: write https://host/path, or http:// for an address in server.private_networks."
+        if not _may_be_called(url):
+            yield f"auth.{key}: {_WRITE_URL}"
     public = [name for name in auth.algorithms if name != "HS256"]
     if not auth.algorithms:
         yield 'auth.algorithms: names none, so no token would be valid; write ["HS256"].'
@@ -315,6 +332,21 @@ def _wrong_auth(auth: Auth) -> Iterator[str]:
         yield f"auth.algorithms: {public[0]} needs a public key; set auth.key_files or auth.jwks_url."
     if (auth.key_files or auth.jwks_url) and not public:
         yield "auth.algorithms: add RS256, ES256 or EdDSA, for HS256 alone uses no key file and no key server."
+
+
+def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
+    for key, url in (("url", webhooks.url), ("before_message_url", webhooks.before_message_url)):
+        if not _may_be_called(url):
+            yield f"webhooks.{key}: {_WRITE_URL}"
+    if (webhooks.url or webhooks.before_message_url) and len(webhooks.secret) < 32:
+        yield (
+            "webhooks.secret: your backend knows by it that a call is ours; set it to at least 32 characters"
+            " (openssl rand -hex 32)."
+        )
+
+
+def _may_be_called(url: str) -> bool:
+    return not url or (_scheme(url) in ("http", "https") and bool(urlsplit(url).hostname))
 
 
 def _is_network(text: str) -> bool:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 import trio
@@ -34,8 +35,10 @@ from chatd.hub.rooms import Rooms
 from chatd.hub.server import DRAIN_GRACE, Hub
 from chatd.ingest import Ingest
 from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
+from chatd.model import Group
 from chatd.store.database import Store
 from chatd.store.writer import Writer
+from chatd.webhooks import Webhooks
 
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
@@ -68,13 +71,13 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await nursery.start(parts.fanout.run)
         await nursery.start(chat.presence.run)
         await nursery.start(chat.typing.run)
+        if chat.attendance is not None:
+            await nursery.start(chat.attendance.run)
+        await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
-        if config.redis.url and config.redis.ingest:
-            await nursery.start(ingest.run, stop)
-        else:
-            ingest.finished.set()
+        await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
         nursery.start_soon(_follow_parent, stop)
         await nursery.start(garbage.collect, lambda: hub.ended)
@@ -98,6 +101,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         with trio.move_on_after(API_GRACE):
             await api_served.wait()
             await ingest.finished.wait()
+            await parts.webhooks.finished.wait()
         await _flush(writer)
         nursery.cancel_scope.cancel()
     log.info("stopped")
@@ -112,6 +116,7 @@ class Parts:
     chat: Chat
     fanout: Fanout
     hub: Hub
+    webhooks: Webhooks
 
 
 def assemble(config: Config, store: Store, node: str) -> Parts:
@@ -121,23 +126,51 @@ def assemble(config: Config, store: Store, node: str) -> Parts:
     presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
     registry = Registry(config, presence)
     reception = Reception(fanout, registry, presence)
-    writer, bus = _writer_and_bus(config, store, reception, node)
+    writer, bus = _writer_and_bus(config, store, reception, node, lambda: webhooks.wake())
     chat = Chat(config, store, writer, presence, bus.tell)
     hub = Hub(config, chat, rooms, fanout, registry)
     reception.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
-    return Parts(writer, bus, chat, fanout, hub)
+    webhooks = Webhooks(config.webhooks, store.webhooks, chat.fetch)
+    return Parts(writer, bus, chat, fanout, hub, webhooks)
 
 
-def _writer_and_bus(config: Config, store: Store, receiver: Receiver, node: str) -> tuple[Writer, Bus]:
+def _writer_and_bus(
+    config: Config, store: Store, receiver: Receiver, node: str, wake_webhooks: Callable[[], None]
+) -> tuple[Writer, Bus]:
     """The writer tells the bus of commits, the bus tells the writer what it has passed on."""
+    bus: Bus
+
+    def committed(group: Group) -> None:
+        bus.publish(group)
+        if group.hooked:
+            wake_webhooks()
+
+    hooked = bool(config.webhooks.url) and "message.created" in config.webhooks.events
+    writer = store.writer(node=node if config.redis.url else None, on_commit=committed, hooked=hooked)
     if not config.redis.url:
-        memory = MemoryBus(receiver)
         metrics.REDIS_UP.set(1)
-        return store.writer(node=None, on_commit=memory.publish), memory
-    writer = store.writer(node=node, on_commit=lambda group: bus.publish(group))
+        bus = MemoryBus(receiver)
+        return writer, bus
     bus = RedisBus(config.redis, receiver, node=node, outbox=store.outbox, settle=writer.settle)
     return writer, bus
+
+
+class Stoppable(Protocol):
+    """Runs until it is told to stop, and says when it has finished."""
+
+    finished: trio.Event
+
+    async def run(
+        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None: ...
+
+
+async def _start_or_finish(nursery: trio.Nursery, part: Stoppable, wanted: bool, stop: trio.Event) -> None:
+    if wanted:
+        await nursery.start(part.run, stop)
+    else:
+        part.finished.set()
 
 
 async def _flush(writer: Writer) -> None:

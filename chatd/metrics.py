@@ -38,6 +38,13 @@ REDIS_UP = Gauge(
 )
 AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time in which the backend said whose a token is")
 AUTH_FAILURES = Counter("chatd_auth_failures_total", "Logins that the backend did not decide", ["reason"])
+WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
+WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
+WEBHOOKS_WAITING = Gauge(
+    "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
+)
+WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
+HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time in which the backend judged a message")
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
 OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")

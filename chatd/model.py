@@ -128,6 +128,7 @@ class Group(Struct, frozen=True):
     outbox_id: int | None
     users: list[UserChange] = []
     notices: list[Notice] = []
+    hooked: bool = False  # there is something for the webhook
 
 
 class Identity(Struct, frozen=True):

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from chatd import limits
 from chatd.errors import BadRequest, ChatError, NotJSON, TooLarge, UnknownEvent
-from chatd.model import Kind, Message
+from chatd.model import Kind, Message, now
 from chatd.validation import reason
 
 SUBPROTOCOL = "chatd.v1"
@@ -207,6 +207,11 @@ def change_payload(kind: Kind, seq: int, message: Message) -> bytes:
     """A change as everybody gets it: the flat message as it is now, with the change's own `seq`."""
     body = msgspec.json.encode(message if message.seq == seq else msgspec.structs.replace(message, seq=seq))
     return b'{"event":"%b",%b' % (_EVENT_NAME[kind].encode(), body[1:])
+
+
+def webhook_body(event: str, data: Any) -> bytes:
+    """What a backend is told or asked."""
+    return msgspec.json.encode({"event": event, "at": now(), "data": data})
 
 
 def check_content(content: str, most: int) -> None:

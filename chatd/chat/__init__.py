@@ -19,8 +19,10 @@ from chatd.auth import Authenticator
 from chatd.auth.backend import Backend
 from chatd.auth.keyserver import KeyServer
 from chatd.auth.tokens import Tokens
+from chatd.chat.attendance import Attendance
 from chatd.chat.conversations import Conversations
 from chatd.chat.events import Events
+from chatd.chat.hooks import BeforeMessage
 from chatd.chat.logins import Logins
 from chatd.chat.members import Members
 from chatd.chat.messages import Messages
@@ -57,6 +59,10 @@ class Chat:
         self.presence = presence
         self.typing = Typing(tell)
         self.events = Events(tell)
+        hooks = config.webhooks
+        self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
+        self.attendance = Attendance(writer, presence, hooks.events) if hooks.url else None
+        self.fetch = fetch
 
 
 def tokens_of(config: Auth, secret: str, fetch: Fetcher) -> Tokens:

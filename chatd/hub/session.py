@@ -37,7 +37,7 @@ from chatd.hub.writes import Write, to_store
 from chatd.limits import TokenBucket
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
-from chatd.store.commands import Changed, Created
+from chatd.store.commands import Changed, Create, Created
 from chatd.store.writer import Outcome
 
 WAITING_REQUESTS = 32  # of one connection; it is not read from while so many wait
@@ -343,10 +343,15 @@ class Session:
         if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate(command.ref, wait)
             return
+        rights = self._chat.conversations.rights(identity, command.conversation_id)
+        wanted = to_store(command, identity, rights)
+        if isinstance(wanted, Create) and self._chat.before_message is not None:
+            # Here, not in a task of its own: sends keep their order.
+            self._chat.messages.check(wanted)
+            wanted = await self._chat.before_message.check(wanted)
         await self._slot()
         try:
-            rights = self._chat.conversations.rights(identity, command.conversation_id)
-            self._chat.messages.submit(to_store(command, identity, rights), partial(self._written, command))
+            self._chat.messages.submit(wanted, partial(self._written, command))
         except BaseException:
             self._free()
             raise

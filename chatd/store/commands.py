@@ -29,9 +29,12 @@ class Create(Struct, frozen=True, kw_only=True):
     client_id: str | None = None
     reply_to: int | None = None
     rights: Rights = Rights.TRUSTED
+    asked: bytes | None = None  # the request's hash, where something else is stored than was asked for
 
     def request_hash(self) -> bytes:
         """What makes a second request with the same `client_id` a retry, not a conflict."""
+        if self.asked is not None:
+            return self.asked
         asked = msgspec.json.encode([self.type, self.content, self.meta, self.reply_to], order="sorted")
         return hashlib.blake2b(asked, digest_size=16).digest()
 
@@ -87,6 +90,13 @@ class SetUser(Struct, frozen=True, kw_only=True):
     banned_until: str | UnsetType | None = UNSET
 
 
+class Notify(Struct, frozen=True, kw_only=True):
+    """An event for the webhook."""
+
+    event: str
+    body: bytes
+
+
 class SetMember(Struct, frozen=True, kw_only=True):
     """Add or remove a member. What is UNSET stays as it is."""
 
@@ -97,7 +107,7 @@ class SetMember(Struct, frozen=True, kw_only=True):
     muted_until: str | UnsetType | None = UNSET
 
 
-AnyCommand = Create | Edit | Delete | React | MoveCursor | SetMember | SetUser
+AnyCommand = Create | Edit | Delete | React | MoveCursor | SetMember | SetUser | Notify
 
 
 class Created(Struct, frozen=True):
@@ -130,4 +140,8 @@ class UserSet(Struct, frozen=True):
     pass
 
 
-Result = Created | Changed | MemberSet | CursorMoved | UserSet
+class Notified(Struct, frozen=True):
+    pass
+
+
+Result = Created | Changed | MemberSet | CursorMoved | UserSet | Notified

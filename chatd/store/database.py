@@ -22,6 +22,7 @@ from chatd.store import migrations, schema
 from chatd.store.engine import is_sqlite, reading_engine, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.reader import Reader
+from chatd.store.webhooks import Webhooks
 from chatd.store.writer import Writer
 
 log = structlog.get_logger()
@@ -35,11 +36,12 @@ class Store:
         self._reading = reading_engine(config.url, config.readers)
         self.read = Reader(self._reading, config.readers)
         self.outbox = Outbox(self._writing)
+        self.webhooks = Webhooks(self._writing)
         self.epoch = _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
-    def writer(self, *, node: str | None, on_commit: Callable[[Group], None]) -> Writer:
-        return Writer(self._writing, node=node, on_commit=on_commit)
+    def writer(self, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False) -> Writer:
+        return Writer(self._writing, node=node, on_commit=on_commit, hooked=hooked)
 
     def close(self) -> None:
         self._writing.dispose()

@@ -31,7 +31,8 @@ class Reactions:
     def read(self, commands: Sequence[React]) -> None:
         if keys := {_key(command) for command in commands}:
             query = statements.REACTIONS[self._dialect]
-            self._given = set(self._connection.execute(query, as_parameter(keys)).tuples().all())
+            rows = self._connection.execute(query, as_parameter(keys))
+            self._given = {(message, user, emoji) for message, user, emoji in rows}
 
     def toggle(self, command: React, summary: Summary | None) -> Summary | None:
         """The summary after it, or None where nothing changes. Raises LimitExceeded."""

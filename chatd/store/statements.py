@@ -35,6 +35,7 @@ from chatd.store.schema import (
     reactions,
     reads,
     users,
+    webhooks,
 )
 
 
@@ -215,6 +216,8 @@ def _advance_conversations(into: Any) -> Any:
 
 
 ADVANCE_CONVERSATIONS = {name: _advance_conversations(into(conversations)) for name, into in _insert_of.items()}
+
+INSERT_WEBHOOKS = insert(webhooks)
 
 INSERT_OUTBOX = insert(outbox).returning(outbox.c.id)
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Executable, Select
 from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, Muted, NotFound
 from chatd.model import Change, Group, Kind, MemberChange, State, UserChange, now
 from chatd.protocol import change_payload
+from chatd.protocol import webhook_body as body
 from chatd.store import statements
 from chatd.store.commands import (
     AnyCommand,
@@ -26,6 +27,8 @@ from chatd.store.commands import (
     Edit,
     MemberSet,
     MoveCursor,
+    Notified,
+    Notify,
     React,
     Result,
     Rights,
@@ -39,6 +42,7 @@ from chatd.store.reactions import Reactions
 from chatd.store.rows import message
 
 Row = dict[str, Any]
+MESSAGE_CREATED = "message.created"
 MODERATOR = "moderator"  # the role that may change what others wrote
 
 
@@ -54,7 +58,10 @@ class Step(Struct):
 class Transaction:
     """`run` answers each command on its own; only the database's own errors leave it."""
 
-    def __init__(self, connection: Connection, node: str | None) -> None:
+    def __init__(self, connection: Connection, node: str | None, hooked: bool = False) -> None:
+        self._hooked = hooked
+        self._for_webhook: list[Row] = []  # messages of clients
+        self._notifications: list[Notify] = []
         self._connection = connection
         self._dialect = connection.dialect.name
         self._node = node  # None: no bus outlives this process, so no outbox
@@ -86,7 +93,9 @@ class Transaction:
         self._settle(settled)
         outbox_id = self._fill_outbox(changes)
         users = list(self._user_changes.values())
-        group = Group(changes, self._member_changes, outbox_id, users, self._cursors.notices())
+        group = Group(
+            changes, self._member_changes, outbox_id, users, self._cursors.notices(), self._fill_webhooks()
+        )
         return [self._result(verdict) for verdict in verdicts], group
 
     # Reading, in the order of the locks.
@@ -112,7 +121,7 @@ class Transaction:
     def _conversation_of(self, command: AnyCommand) -> int | None:
         if isinstance(command, Edit | Delete | React):
             return self._places.get(command.message_id)
-        return None if isinstance(command, SetUser) else command.conversation_id
+        return None if isinstance(command, SetUser | Notify) else command.conversation_id
 
     def _lock_conversations(self, commands: Sequence[AnyCommand]) -> None:
         """All of them, in id order; those that a command may make are made first, in the same order."""
@@ -146,7 +155,7 @@ class Transaction:
 
     def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
         conversation = self._conversation_of(command)
-        if conversation is None or command.user_id is None:
+        if conversation is None or isinstance(command, Notify) or command.user_id is None:
             return []
         return [(conversation, command.user_id)]
 
@@ -193,6 +202,9 @@ class Transaction:
                     return self._set_member(command)
                 case SetUser():
                     return self._set_user(command)
+                case Notify():
+                    self._notifications.append(command)
+                    return Notified()
         except ChatError as refusal:
             return refusal
 
@@ -210,6 +222,8 @@ class Transaction:
             self._enter(command.conversation_id, command.user_id, State.ACTIVE, quiet=True)
         row = self._new_row(command)
         self._created.append(row)
+        if self._hooked and command.rights is not Rights.TRUSTED:
+            self._for_webhook.append(row)
         if command.client_id is not None:
             self._earlier[key] = row
         return self._number(Kind.CREATED, row)
@@ -414,6 +428,17 @@ class Transaction:
         row = {"node": self._node, "created_at": self._now, "payloads": lines}
         id: int | None = self._connection.scalar(statements.INSERT_OUTBOX, row)
         return id
+
+    def _fill_webhooks(self) -> bool:
+        """In the transaction of what they tell of: neither is there without the other."""
+        told = [(MESSAGE_CREATED, body(MESSAGE_CREATED, message(row))) for row in self._for_webhook]
+        told += [(one.event, one.body) for one in self._notifications]
+        rows = [
+            {"event": event, "body": content, "created_at": self._now, "due_at": self._now}
+            for event, content in told
+        ]
+        self._execute(statements.INSERT_WEBHOOKS, rows)
+        return bool(rows)
 
     def _settle(self, settled: Iterable[int]) -> None:
         if ids := list(settled):

@@ -20,7 +20,7 @@ from chatd import metrics
 from chatd.errors import ChatError, Internal, Unavailable
 from chatd.model import Group, now
 from chatd.store import statements
-from chatd.store.commands import AnyCommand, Create, Delete, Edit, Result, SetUser
+from chatd.store.commands import AnyCommand, Create, Delete, Edit, Notify, Result, SetUser
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
@@ -45,6 +45,8 @@ def _place(command: AnyCommand) -> Any:
     """What its lock depends on; a backend may change a message without saying in which conversation it is."""
     if isinstance(command, Edit | Delete) and command.conversation_id is None:
         return "message", command.message_id
+    if isinstance(command, Notify):
+        return "webhook"
     return ("user", command.user_id) if isinstance(command, SetUser) else command.conversation_id
 
 
@@ -105,9 +107,12 @@ def _chars(command: AnyCommand) -> int:
 class Writer:
     """`failing`: the last write found no database that takes any. It is tried again also when nobody writes."""
 
-    def __init__(self, engine: Engine, *, node: str | None, on_commit: Callable[[Group], None]) -> None:
-        """`node`: fill the outbox under this name; None: no outbox."""
-        self._engine, self._node, self._on_commit = engine, node, on_commit
+    def __init__(
+        self, engine: Engine, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False
+    ) -> None:
+        """`node`: fill the outbox under this name; None: no outbox. `hooked`: messages of clients go to the
+        webhook."""
+        self._engine, self._node, self._on_commit, self._hooked = engine, node, on_commit, hooked
         self._waiting: deque[Submission] = deque()
         self._committing: list[Submission] = []
         self._count = self._chars = 0
@@ -199,7 +204,7 @@ class Writer:
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
         metrics.count_outcomes(outcomes)
         for group in groups:
-            if group.changes or group.members or group.users or group.notices:
+            if group.changes or group.members or group.users or group.notices or group.hooked:
                 self._on_commit(group)
         answers = iter(outcomes)
         for submission in submissions:
@@ -255,7 +260,7 @@ class Writer:
         with self._engine.connect() as connection, connection.begin() as transaction:
             if lock_wait is not None:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {lock_wait}")
-            written = Transaction(connection, self._node).run(commands, settled)
+            written = Transaction(connection, self._node, self._hooked).run(commands, settled)
             if self.failing and not commands:  # an empty transaction would succeed on a full disk
                 connection.execute(
                     statements.SET_FACT[connection.dialect.name], {"key": "tried", "value": now()}
