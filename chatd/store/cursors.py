@@ -35,7 +35,7 @@ class Cursors:
         self._detail = commands[0].detail  # a setting: the same for all
         places = as_parameter({(command.conversation_id,) for command in commands})
         rows = self._connection.execute(statements.NEWEST_MESSAGES[self._dialect], places)
-        self._heads = {place: head for place, head in rows}
+        self._heads = {row[0]: row[1] for row in rows}
         keys = as_parameter({(command.conversation_id, command.user_id) for command in commands})
         for place, user, *ids in self._connection.execute(statements.CURSORS[self._dialect], keys):
             self._before[place, user] = CursorMoved(*ids)
