@@ -97,6 +97,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     connections_per_user: Count = 20
     connections_per_address: Count = 0
     handshakes_per_second: Count = 500
+    failed_logins_per_minute: Count = 10
     rooms_per_connection: Positive = 200
     sends_per_second: Count = 10
     frame_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 65536
@@ -293,7 +294,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         except ValueError:
             yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080 (65535 at most)."
             continue
-        if config.demo and not _is_loopback(host):
+        if config.demo and not is_loopback(host):
             yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
     yield from _wrong_auth(config.auth)
     yield from _wrong_webhooks(config.webhooks)
@@ -370,7 +371,7 @@ def _is_origin(text: str) -> bool:
     return _scheme(text) in ("http", "https") and bool(urlsplit(text).netloc) and not urlsplit(text).path
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

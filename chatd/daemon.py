@@ -27,7 +27,7 @@ from chatd.bus.memory import MemoryBus
 from chatd.bus.redis import RedisBus
 from chatd.chat import Chat
 from chatd.chat.presence import Presence
-from chatd.config import Config
+from chatd.config import Config, is_loopback, split_bind
 from chatd.hub.fanout import Fanout
 from chatd.hub.reception import Reception
 from chatd.hub.registry import Registry
@@ -88,6 +88,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
             hub=" ".join(addresses[1:]),
             bus="redis" if config.redis.url else "memory",
         )
+        _warn_of_plaintext(config)
         systemd.ready("serving")
         on_ready()
 
@@ -171,6 +172,14 @@ async def _start_or_finish(nursery: trio.Nursery, part: Stoppable, wanted: bool,
         await nursery.start(part.run, stop)
     else:
         part.finished.set()
+
+
+def _warn_of_plaintext(config: Config) -> None:
+    """Tokens go over this port: a proxy is to end TLS before it, and to be the only one who reaches it."""
+    host, _ = split_bind(config.hub.bind)
+    if not is_loopback(host) and not config.limits.trusted_proxies:
+        advice = "put a TLS proxy in front, and name it in limits.trusted_proxies"
+        log.warning("no_tls", bind=config.hub.bind, advice=advice)
 
 
 async def _flush(writer: Writer) -> None:

@@ -32,6 +32,11 @@ class TokenBucket:
         self._rate, self._burst = rate, burst
         self._level, self._then = burst, now
 
+    def wait(self, now: float) -> float:
+        """Seconds until there is one to take."""
+        self._refill(now)
+        return 0.0 if self._level >= 1 else (1 - self._level) / self._rate
+
     def take(self, now: float) -> float:
         """Take one: 0.0 when there was one, else the seconds until there is."""
         self._refill(now)

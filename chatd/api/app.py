@@ -20,7 +20,7 @@ from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
 from chatd.config import Config
-from chatd.errors import Unauthorized
+from chatd.errors import Forbidden, Unauthorized
 
 OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
 
@@ -107,5 +107,9 @@ def _guard(app: ChatApp, config: Config) -> None:
     @app.before_request
     async def check_token() -> None:
         given = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
-        if request.path not in open_paths and not hmac.compare_digest(given, expected):
+        if request.path in open_paths:
+            return
+        if "Origin" in request.headers:  # a browser's script: whoever posts for all users is none
+            raise Forbidden("this API is for backends, not for browsers")
+        if not hmac.compare_digest(given, expected):
             raise Unauthorized()

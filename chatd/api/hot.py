@@ -18,7 +18,7 @@ from chatd.api.errors import body_of, unforeseen
 from chatd.api.messages import check_key, stored
 from chatd.chat import Chat
 from chatd.chat.posts import NewMessage, create, decode
-from chatd.errors import BadRequest, ChatError, TooLarge, Unauthorized
+from chatd.errors import BadRequest, ChatError, Forbidden, TooLarge, Unauthorized
 
 PATH = "/api/ws/messages"
 
@@ -58,6 +58,8 @@ class Post:
             await send({"type": "http.response.body", "body": body})
 
     async def _post(self, headers: Headers, receive: Any) -> bytes:
+        if b"origin" in headers:
+            raise Forbidden("this API is for backends, not for browsers")
         if not hmac.compare_digest(headers.get(b"x-internal-token", b""), self._token):
             raise Unauthorized()
         raw = await _body(headers, receive)

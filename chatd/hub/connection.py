@@ -101,7 +101,8 @@ async def _shake_hands(
         try:
             handshake = _read(request)
             peer = str(stream.socket.getpeername()[0])
-            admission = registry.admit(handshake, registry.address_of(peer, handshake.forwarded_for))
+            address = registry.address_of(peer, handshake.forwarded_for)
+            admission = registry.admit(handshake, address)
         except Refused as refusal:
             metrics.REFUSED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
@@ -114,7 +115,7 @@ async def _shake_hands(
             raise
     outbox.message_finished()
     connection = Connection(ws, outbox, nursery, flat=handshake.flat)
-    return connection, Session(services, connection, handshake), admission
+    return connection, Session(services, connection, handshake, address), admission
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:

@@ -6,7 +6,7 @@ Connections ask for admission, sessions register their user; the hub closes the 
 from __future__ import annotations
 
 import ipaddress
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from chatd.limits import TokenBucket
 from chatd.model import Identity
 
 PATH = "/ws"
+ADDRESSES = 10_000  # whose failed logins are remembered; beyond it the oldest are let off
 
 
 class Handshake(Struct, frozen=True):
@@ -93,6 +94,7 @@ class Registry:
         self._users: dict[int, User] = {}
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
+        self._failures: OrderedDict[str, TokenBucket] = OrderedDict()  # failed logins by address
         self._handshakes = _bucket(config.limits.handshakes_per_second)
         self.closed = False  # the daemon is stopping
 
@@ -150,6 +152,26 @@ class Registry:
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
         return any(parsed in network for network in self._proxies)
 
+    # Who guesses.
+
+    def login_wait(self, address: str) -> float:
+        """0.0, or the seconds until somebody at this address may try to log in again."""
+        bucket = self._failures.get(address)
+        return bucket.wait(trio.current_time()) if bucket else 0.0
+
+    def login_failed(self, address: str) -> None:
+        """Behind a proxy that is not trusted everybody has its address: this machine's never counts."""
+        most = self._limits.failed_logins_per_minute
+        if not most or self._is_proxy(address) or _is_here(address):
+            return
+        now = trio.current_time()
+        bucket = self._failures.get(address)
+        if bucket is None:
+            bucket = self._failures[address] = TokenBucket(most / 60, most, now)
+            if len(self._failures) > ADDRESSES:
+                self._failures.popitem(last=False)
+        bucket.take(now)
+
     # Who is connected.
 
     def register(self, guest: Guest) -> bool:
@@ -174,6 +196,9 @@ class Registry:
     def tidy(self) -> None:
         """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
         now = trio.current_time()
+        for address, bucket in list(self._failures.items()):
+            if not bucket.used(now):
+                del self._failures[address]
         for user_id, user in list(self._users.items()):
             if not user.guests and not (user.sends and user.sends.used(now)):
                 del self._users[user_id]
@@ -189,6 +214,13 @@ class Registry:
     def guests_of(self, user_id: int) -> list[Guest]:
         user = self._users.get(user_id)
         return list(user.guests) if user else []
+
+
+def _is_here(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _bucket(rate: int) -> TokenBucket | None:

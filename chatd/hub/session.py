@@ -25,6 +25,7 @@ from chatd.errors import (
     NotFound,
     NotJSON,
     RateLimited,
+    TokenExpired,
     Unauthorized,
     Unavailable,
 )
@@ -54,12 +55,23 @@ class Session:
     """One client, for as long as its connection lives."""
 
     __slots__ = (
-        *("_chat", "_config", "_freed", "_handshake", "_line", "_receipts", "_requests", "_rooms", "_services"),
+        *(
+            "_address",
+            "_chat",
+            "_config",
+            "_freed",
+            "_handshake",
+            "_line",
+            "_receipts",
+            "_requests",
+            "_rooms",
+            "_services",
+        ),
         *("_strikes", "_typing", "_waiting", "flat", "identity", "user_id"),
     )
 
-    def __init__(self, services: Services, line: Line, handshake: Handshake) -> None:
-        self._services, self._line = services, line
+    def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
+        self._services, self._line, self._address = services, line, address
         self._handshake: Handshake | None = handshake  # until it has been looked at
         self._config, self._chat = services.config, services.chat
         self.flat = handshake.flat
@@ -215,7 +227,7 @@ class Session:
             await self._chat.logins.check(identity)
             if self._become(identity, None):
                 await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
-        except (Unauthorized, Unavailable) as error:
+        except (Unauthorized, Unavailable, RateLimited) as error:
             self._refuse_login(error, None, first=True)
         except ChatError as error:
             self._tell_error(error)
@@ -226,7 +238,7 @@ class Session:
         first = self.identity is None
         try:
             await self._log_in(command)
-        except (Unauthorized, Unavailable) as error:
+        except (Unauthorized, Unavailable, RateLimited) as error:
             self._refuse_login(error, command.ref, first=first)
 
     async def _log_in(self, command: protocol.Auth) -> None:
@@ -246,17 +258,23 @@ class Session:
             await self._rooms.enter_all(rooms, command.epoch, command.ref, **ready)
 
     async def _verify(self, token: str) -> Identity:
+        if wait := self._services.registry.login_wait(self._address):
+            raise RateLimited("too many failed logins from here", retry_after=round(wait, 3))
         if self.identity is None:
             # It has come in time; how long the answer takes is not the client's fault.
             self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
         return await self._chat.logins.verify(token)
 
-    def _refuse_login(self, error: Unauthorized | Unavailable, ref: Any, *, first: bool) -> None:
+    def _refuse_login(self, error: Unauthorized | Unavailable | RateLimited, ref: Any, *, first: bool) -> None:
         """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
         self._tell_error(error, ref)
         if isinstance(error, Unauthorized):
             log.info("login_refused", code=error.code, reason=str(error))
+            if not isinstance(error, TokenExpired):  # which nobody gets by guessing
+                self._services.registry.login_failed(self._address)
             self.close(error.close, str(error))
+        elif isinstance(error, RateLimited):
+            self.close(Close.TOO_MANY_REQUESTS, str(error))
         elif first:
             self.close(Close.AUTH_UNAVAILABLE, str(error))
 
@@ -280,7 +298,7 @@ class Session:
         try:
             fresh = await self._verify(command.token)
             await self._chat.logins.check(fresh)
-        except (Unauthorized, Unavailable) as error:
+        except (Unauthorized, Unavailable, RateLimited) as error:
             self._refuse_login(error, command.ref, first=False)
             return
         if fresh.user_id != identity.user_id:
