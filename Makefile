@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-quick faults clean
+.PHONY: help run tour test check format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
@@ -16,6 +16,10 @@ help:  ## this list
 
 run: $(VENV)/run  ## the demo, on this machine alone: installs into .venv and serves
 	@exec $(BIN)/chatd serve --demo
+
+tour: $(VENV)/dev  ## three users go through every event and every route, and print it (ARGS=two: on two nodes)
+	@sh tests/install.sh
+	@$(BIN)/python -m tests.tour $(ARGS)
 
 test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL and Chromium where they are missing
 	@sh tests/install.sh
