@@ -18,7 +18,7 @@ let current = conversations.get(firstRoom);
 let chat;
 
 const list = new MessageList({ act, scrolled });
-const composer = new Composer({ send, edit, latest });
+const composer = new Composer({ send, edit, latest, typing: (active) => current.room?.typing(active) });
 
 // Drawing
 
@@ -40,6 +40,27 @@ function draw() {
   drawRooms();
   list.draw(current, chat?.state === "online");
   composer.draw(current);
+  drawPeople(current.room);
+  markRead();
+}
+
+/** Who types, and who else is here. */
+function drawPeople(room) {
+  const typists = [...(room?.typists.keys() ?? [])].filter((user) => user !== me).map(nameOf);
+  const verb = typists.length === 1 ? "is typing…" : "are typing…";
+  setText($("typing"), typists.length ? `${listOf(typists)} ${verb}` : "");
+  const others = [...(room?.online ?? [])].filter((user) => user !== me).map(nameOf);
+  $("people").hidden = !others.length || chat?.state !== "online";
+  setText($("people"), others.length > 3 ? `${others.length} others are here` : `${listOf(others)} ${others.length === 1 ? "is" : "are"} here`);
+}
+
+const listOf = (names) => names.join(", ").replace(/, ([^,]*)$/, " and $1");
+
+/** What is on the screen of somebody who looks has been read. */
+function markRead() {
+  if (document.hidden || !list.atBottom || !current.loaded) return;
+  const newest = current.items().findLast((item) => Number.isInteger(item.id));
+  if (newest) current.room?.read(newest.id);
 }
 
 function drawRooms() {
@@ -59,9 +80,13 @@ function drawRooms() {
 // Reading
 
 function follow(conversation) {
-  const room = chat.join(conversation.id);
+  const room = conversation.room = chat.join(conversation.id, { presence: true });
   const on = (type, listener) => room.addEventListener(type, ({ detail }) => (listener(detail), changed()));
-  on("subscribed", () => conversation === current && !conversation.loaded && loadEarlier(conversation));
+  on("subscribed", ({ unread, recovered }) => {
+    if (conversation !== current && !recovered) conversation.unread = unread;
+    if (conversation === current && !conversation.loaded) loadEarlier(conversation);
+  });
+  for (const type of ["receipt", "typing", "presence"]) on(type, () => {});
   on("message", (message) => received(conversation, message));
   on("updated", (message) => conversation.change(message));
   on("deleted", (message) => conversation.change(message));
@@ -99,6 +124,7 @@ function scrolled(nearTop) {
 
 function enter(conversation) {
   composer.stopEditing();
+  current.room?.typing(false);
   current = conversation;
   list.atBottom = true;
   const other = me === 2 ? 1 : 2;
@@ -156,6 +182,14 @@ async function alter(id, note, promise, conversation = current) {
   changed();
 }
 
+function react(id, emoji) {
+  const given = current.messages.get(id)?.reactions?.[emoji]?.includes(me);
+  chat.react(current.id, id, emoji, !given).catch((error) => {
+    current.notes.set(id, `Not changed: ${error.message}`);
+    changed();
+  });
+}
+
 function latest() {
   return current.items().findLast((item) => item.user_id === me && !item.state && !item.deleted_at);
 }
@@ -163,6 +197,7 @@ function latest() {
 /** The buttons of a message. */
 function act(what, id, clientId) {
   if (what === "edit") composer.startEditing(current.messages.get(id));
+  else if (what.startsWith("react:")) react(id, what.slice("react:".length));
   else if (what === "delete") alter(id, "Deleting…", chat.delete(current.id, id));
   else if (what === "retry") deliver(current, clientId, current.unsent.get(clientId).content);
   else if (what === "discard") current.unsent.delete(clientId);

@@ -41,7 +41,9 @@ export class Link {
   }
 
   post(frame) {
-    if (this.#socket?.readyState === WebSocket.OPEN) this.#socket.send(JSON.stringify(frame));
+    const open = this.#socket?.readyState === WebSocket.OPEN;
+    if (open) this.#socket.send(JSON.stringify(frame));
+    return open;
   }
 
   /** Posts a frame; the promise is the server's reply to it. */

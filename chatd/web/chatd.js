@@ -1,5 +1,5 @@
 /**
- * chatd.js: a client for the protocol chatd.v1. It needs chatd-link.js beside it, and nothing else.
+ * chatd.js: a client for the protocol chatd.v1. It needs chatd-link.js and chatd-room.js beside it, and nothing else.
  *
  *     const chat = new Chat({ url: "wss://chat.example.com/ws", token: async () => "…" });
  *     const room = chat.join(1);
@@ -7,14 +7,15 @@
  *     chat.connect();
  *     await chat.send(1, "Hello");
  *
- * Chat decides when to connect and keeps what is unanswered, Room is one conversation with its cursor, Link (in the other
- * file) is one WebSocket. The application's code runs in event listeners and in `token` alone: what a listener throws is
+ * Chat decides when to connect and keeps what is unanswered, Room is one conversation with its cursor, Link is one
+ * WebSocket. The application's code runs in event listeners and in `token` alone: what a listener throws is
  * reported as an uncaught error by the browser and reaches nothing in here.
  */
 
 import { ChatError, Link, LOST, RETRYABLE, SECOND } from "./chatd-link.js";
+import { CHANGES, emit, Room } from "./chatd-room.js";
 
-export { ChatError };
+export { ChatError, Room };
 
 const FIRST_WAIT = 0.5 * SECOND;
 const LONGEST_WAIT = 20 * SECOND;
@@ -30,58 +31,14 @@ const OVERLOADED = new Set([1013, 4006]);
 const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005;
 const isFinal = (code) => code >= 4500 && code <= 4999;
 
-const CHANGES = { message: "message", "message.updated": "updated", "message.deleted": "deleted" };
-
 const random = (limit) => Math.random() * limit;
 const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
 /** Random from nought: the clients of a server that fell over must not all come back in step. */
 const backoff = (tries, longest = LONGEST_WAIT) => random(Math.min(longest, FIRST_WAIT * 2 ** tries));
-const emit = (target, type, detail) => target.dispatchEvent(new CustomEvent(type, { detail }));
 
 /** 128 random bits. crypto.randomUUID() exists only on https and localhost. */
 export const newClientId = () =>
   Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(16).padStart(8, "0")).join("");
-
-/**
- * One conversation. `cursor` is the seq of the last change that was delivered, null before the first answer.
- *
- * Events (`detail` in brackets): message, updated, deleted [the message as it is now]; reset [{messages, has_more}: discard
- * what you hold and show these]; subscribed [the server's answer]; unsubscribed [{code, message}: this Room is over];
- * event [any other frame about this conversation, such as your backend's own events].
- */
-export class Room extends EventTarget {
-  asking = null; // the Link on which a `subscribe` waits for its answer
-
-  constructor(id, after = null) {
-    super();
-    this.id = id;
-    this.cursor = after;
-  }
-
-  /** Takes a live change; false says that changes before it are missing. */
-  change(frame) {
-    if (frame.seq > this.cursor + 1) return false;
-    this.#deliver(frame);
-    return true;
-  }
-
-  /** Takes the answer to a subscription: what was missed, or a fresh start. */
-  synced(answer) {
-    this.asking = null;
-    if (answer.recovered) for (const change of answer.changes) this.#deliver(change);
-    // While two links are up, the old one may have brought more than the new one's answer knows.
-    this.cursor = answer.recovered ? Math.max(this.cursor, answer.seq) : answer.seq;
-    if (!answer.recovered) emit(this, "reset", { messages: answer.changes, has_more: answer.has_more });
-    emit(this, "subscribed", answer);
-  }
-
-  /** First the cursor, then the listeners: whatever they do, a change is never delivered again. */
-  #deliver(frame) {
-    if (frame.seq <= this.cursor) return;
-    if (frame.seq !== undefined) this.cursor = frame.seq; // what a backend published by itself has none
-    emit(this, CHANGES[frame.event], frame);
-  }
-}
 
 /**
  * The client. `token` is an async function that gets a token from your backend; it is called for the first connection, before
@@ -137,11 +94,12 @@ export class Chat extends EventTarget {
     this.#become("closed");
   }
 
-  /** The Room of a conversation, subscribed now or as soon as there is a connection. */
-  join(conversationId, { after = null } = {}) {
+  /** The Room of a conversation, subscribed now or as soon as there is a connection; `presence`: tell who is online. */
+  join(conversationId, { after = null, presence = false } = {}) {
     const known = this.#rooms.get(conversationId);
     if (known) return known;
-    const room = new Room(conversationId, after);
+    const post = (frame) => this.#ready?.post({ ...frame, conversation_id: conversationId }) ?? false;
+    const room = new Room(conversationId, { after, presence, post, me: () => this.userId });
     this.#rooms.set(conversationId, room);
     this.#subscribe(room);
     return room;
@@ -161,6 +119,10 @@ export class Chat extends EventTarget {
 
   edit(conversationId, id, content) { return this.#change({ event: "edit", conversation_id: conversationId, id, content }); }
   delete(conversationId, id) { return this.#change({ event: "delete", conversation_id: conversationId, id }); }
+
+  react(conversationId, id, emoji, on = true) {
+    return this.#change({ event: "react", conversation_id: conversationId, id, emoji, on });
+  }
 
   /** A page {messages, has_more} in ascending id: the newest, or those before or after a message id. Fails while offline. */
   async history(conversationId, { before, after, limit } = {}) {
@@ -233,6 +195,8 @@ export class Chat extends EventTarget {
     for (const room of [...this.#rooms.values()]) {
       const answer = ready.rooms[room.id];
       if (answer) room.synced(answer);
+      if (answer && room.presence) this.#subscribe(room); // `auth` does not ask for it
+      else if (answer) continue;
       else if (!link.asked.has(room.id)) this.#subscribe(room); // joined since `auth` left
     }
     for (const id of link.asked) if (!this.#rooms.has(id)) link.post({ event: "unsubscribe", conversation_id: id });
@@ -293,7 +257,7 @@ export class Chat extends EventTarget {
     else if (frame.event === "subscribed") room.synced(frame);
     else if (frame.event === "unsubscribed") this.#refused(room, frame);
     else if (frame.event in CHANGES) room.change(frame) || this.#subscribe(room);
-    else emit(room, "event", frame);
+    else room.hear(frame);
   }
 
   #subscribe(room) {
@@ -301,7 +265,8 @@ export class Chat extends EventTarget {
     if (!link || room.asking === link) return;
     room.asking = link;
     const after = room.cursor ?? undefined;
-    link.request({ event: "subscribe", conversation_id: room.id, after, epoch: this.epoch }).catch((error) => {
+    const presence = room.presence || undefined;
+    link.request({ event: "subscribe", conversation_id: room.id, after, epoch: this.epoch, presence }).catch((error) => {
       if (room.asking === link) room.asking = null;
       if (error.code !== "disconnected") this.#refused(room, error); // the next `auth` asks for it anyway
     });

@@ -6,11 +6,14 @@ export class Composer {
   #editing = null; // the message that is being edited
   #draft = ""; // what had been begun before
 
-  /** `send(content)`, `edit(id, content)`; `latest()` is the message that the arrow upwards edits. */
-  constructor({ send, edit, latest }) {
-    Object.assign(this, { send, edit, latest });
+  /** `send(content)`, `edit(id, content)`, `typing(active)`; `latest()` is the message that the arrow upwards edits. */
+  constructor({ send, edit, latest, typing }) {
+    Object.assign(this, { send, edit, latest, typing });
     this.#box.addEventListener("keydown", (event) => this.#key(event));
-    this.#box.addEventListener("input", () => this.#fit());
+    this.#box.addEventListener("input", () => {
+      this.#fit();
+      this.typing(Boolean(this.#box.value.trim()));
+    });
     $("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#submit();
@@ -48,6 +51,7 @@ export class Composer {
       this.stopEditing();
     } else {
       this.#write("");
+      this.typing(false);
       this.send(content);
     }
   }

@@ -145,7 +145,9 @@ function drawMessage(li, item, { first, last, note }) {
   part(".bubble").title = at.toLocaleString();
   setText(part(".text"), deleted ? "Message deleted" : String(item.content ?? ""));
   part(".edited").hidden = deleted || !item.edited_at;
-  part(".tools").hidden = !mine || deleted || state !== "sent";
+  part(".tools").hidden = deleted || state !== "sent" || !Number.isInteger(item.id);
+  for (const name of ["edit", "delete"]) part(`[data-do=${name}]`).hidden = !mine;
+  drawReactions(part(".reactions"), item);
   for (const name of ["retry", "discard"]) part(`[data-do=${name}]`).hidden = state !== "failed";
   setText(part(".note-text"), note);
 }
@@ -157,5 +159,30 @@ function noteOf(conversation, item, newest, online) {
   if (conversation.notes.has(item.id)) return conversation.notes.get(item.id);
   if (item.user_id !== me || !newest) return "";
   if (item.state === "pending") return online ? "Sending…" : "Waiting for the connection";
-  return "Sent";
+  return receiptOf(conversation.room, item.id);
+}
+
+/** Who of the others has it. */
+function receiptOf(room, id) {
+  const others = [...(room?.receipts ?? [])].filter(([user]) => user !== me);
+  const readers = others.filter(([, { read }]) => read >= id).map(([user]) => nameOf(user));
+  if (readers.length > 3) return `Read by ${readers.length}`;
+  if (readers.length) return `Read by ${readers.join(", ")}`;
+  return others.some(([, { delivered }]) => delivered >= id) ? "Delivered" : "Sent";
+}
+
+/** What was given to a message, each with a button to give the same or to take one's own back. */
+function drawReactions(box, item) {
+  const given = Object.entries(item.reactions ?? {});
+  box.hidden = !given.length;
+  box.replaceChildren(...given.map(([emoji, users]) => {
+    const button = fromTemplate("reaction-template");
+    const count = item.reaction_counts?.[emoji] ?? users.length;
+    button.dataset.do = `react:${emoji}`;
+    button.ariaPressed = String(users.includes(me));
+    button.title = users.map(nameOf).join(", ");
+    button.ariaLabel = `${emoji}, ${count}: ${button.title}`;
+    setText(button, count > 1 ? `${emoji} ${count}` : emoji);
+    return button;
+  }));
 }
