@@ -116,6 +116,7 @@ class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
     events: list[WebhookEvent] = field(default_factory=lambda: list(get_args(WebhookEvent)))
     timeout: Seconds = 5.0
     attempts: Annotated[int, Meta(ge=1, le=100)] = 15
+    kept: Positive = 100_000
     before_message_url: str = ""
     before_message_timeout: Seconds = 1.0
     before_message_failure: Literal["refuse", "accept"] = "refuse"

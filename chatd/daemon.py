@@ -133,6 +133,8 @@ def assemble(config: Config, store: Store, node: str) -> Parts:
     reception.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
     webhooks = Webhooks(config.webhooks, store.webhooks, chat.fetch)
+    if chat.attendance is not None:
+        chat.attendance.full = lambda: webhooks.full
     return Parts(writer, bus, chat, fanout, hub, webhooks)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,7 +21,7 @@ from chatd.errors import Unavailable
 from chatd.limits import TokenBucket
 
 BODY_BYTES = 64 * 1024  # of an answer
-CONNECTIONS = 64  # kept open to all of them together
+CONNECTIONS = 128  # to all of them together, above what those who call have on their way at once
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -43,6 +44,8 @@ class Fetcher:
             trust_env=False,
             follow_redirects=False,
             timeout=None,  # ours is around all of it
+            # None are kept: one that cannot be sent again would make every further call fail.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
         )
         self._refusals = TokenBucket(rate=1 / 60, burst=1, now=0)  # lines in the log
@@ -55,19 +58,26 @@ class Fetcher:
         within: float,
         headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
+        whole: bool = True,
     ) -> Answer:
-        """Raises Unavailable where there is no whole answer `within` so many seconds."""
+        """Raises Unavailable where there is no whole answer `within` so many seconds.
+
+        Without `whole` the status is what counts: of a body that is too large the beginning is returned.
+        """
         with trio.move_on_after(within):
             try:
-                return await self._fetch(method, url, dict(headers or {}), content)
-            except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                return await self._fetch(method, url, dict(headers or {}), content, whole)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+                # The last: a host, here or in a redirect, that can be no name.
                 raise Unavailable(f"{_place(url)} cannot be reached: {type(error).__name__}") from error
         raise Unavailable(f"{_place(url)} does not answer")
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _fetch(self, method: str, url: str, headers: dict[str, str], content: bytes | None) -> Answer:
+    async def _fetch(
+        self, method: str, url: str, headers: dict[str, str], content: bytes | None, whole: bool
+    ) -> Answer:
         target = httpx.URL(url)
         address = await self._judge(target)
         headers |= {"Host": target.netloc.decode(), "Accept-Encoding": "identity"}
@@ -80,7 +90,7 @@ class Fetcher:
         )
         response = await self._client.send(request, stream=True)
         try:
-            return Answer(response.status_code, await _bounded(response))
+            return Answer(response.status_code, await _bounded(response, whole))
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await response.aclose()
@@ -106,7 +116,7 @@ class Fetcher:
         raise Unavailable(f"{url.host} may not be called: {reason}")
 
 
-async def _bounded(response: httpx.Response) -> bytes:
+async def _bounded(response: httpx.Response, whole: bool) -> bytes:
     parts: list[bytes] = []
     room = BODY_BYTES
     # Leaving the loop would leave generators behind, which nobody closes: a cancellation unwinds them.
@@ -116,7 +126,7 @@ async def _bounded(response: httpx.Response) -> bytes:
             room -= len(part)
             if room < 0:
                 reading.cancel()
-    if room < 0:
+    if room < 0 and whole:
         raise httpx.ReadError("the answer is too large")
     return b"".join(parts)
 

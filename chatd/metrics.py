@@ -40,6 +40,9 @@ AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time in which the backend said w
 AUTH_FAILURES = Counter("chatd_auth_failures_total", "Logins that the backend did not decide", ["reason"])
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
+WEBHOOKS_DROPPED = Counter(
+    "chatd_webhooks_dropped_total", "Events of presence left out: too many waited already"
+)
 WEBHOOKS_WAITING = Gauge(
     "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
 )

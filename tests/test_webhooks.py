@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
 import trio.testing
+from sqlalchemy import update
 
+from chatd.auth.breaker import MOST, REST
 from chatd.chat.attendance import DEBOUNCE, Attendance
 from chatd.chat.hooks import BeforeMessage
 from chatd.chat.presence import ROOMS, USERS, Presence
 from chatd.config import Database, Webhooks
 from chatd.errors import Forbidden, Unavailable
-from chatd.fetch import Fetcher
+from chatd.fetch import Answer, Fetcher
+from chatd.store import schema
 from chatd.store.commands import Create, Notify
 from chatd.store.database import migrate, open_store
+from chatd.store.webhooks import Failed, Waiting
+from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, REST_MOST
+from chatd.webhooks import Webhooks as Deliveries
 from tests.backend import Asked, Backend, serving
 from tests.client import login
 from tests.conftest import Daemons
@@ -98,16 +105,21 @@ async def test_what_is_never_taken_is_given_up_and_counted(daemons: Daemons, bac
     daemon = daemons(webhooks__url=backend.url, webhooks__attempts=2, **ALL)
     async with login(daemon, 7, {"1": None}) as client:
         await send(client, "gone", "never")
-        await until(lambda: daemon.log.count("webhook_given_up") == 2)
+        await until(lambda: metric(daemon, "chatd_webhooks_dead") == 2)
     assert len(backend.asked) == 3
-    daemon.stop()
-    daemon.start()
-    await until(lambda: metric(daemon, "chatd_webhooks_dead") == 2)
+    assert daemon.log.count("webhook_given_up") == 1, "a line an incident"
+    assert metric(daemon, "chatd_webhooks_failed_total") == 3
 
 
-async def test_nothing_is_lost_by_a_kill(daemons: Daemons, backend: Backend) -> None:
+async def test_nothing_is_lost_by_a_kill(daemons: Daemons, backend: Backend, database_url: str) -> None:
     backend.answer = lambda asked: (503, b"")
-    daemon = daemons(webhooks__url=backend.url, limits__sends_per_second=0, **ALL)
+    daemon = daemons(
+        database__url=database_url,
+        webhooks__url=backend.url,
+        webhooks__timeout=0.5,
+        limits__sends_per_second=0,
+        **ALL,
+    )
     contents = [str(number) for number in range(30)]
     async with login(daemon, 7, {"1": None}) as client:
         await send(client, *contents)
@@ -117,6 +129,128 @@ async def test_nothing_is_lost_by_a_kill(daemons: Daemons, backend: Backend) -> 
     daemon.start()
     # What was claimed by the one that was killed is free again when its lease has ended.
     await until(lambda: {asked.json["data"]["content"] for asked in backend.asked} == set(contents), 30)
+
+
+async def test_a_stop_finishes_what_is_on_its_way_and_frees_the_rest(
+    daemons: Daemons, backend: Backend, database_url: str
+) -> None:
+    """Each is delivered once, and the next daemon need not wait for a lease to end."""
+    daemon = daemons(database__url=database_url, webhooks__url=backend.url, limits__sends_per_second=0, **ALL)
+    contents = [str(number) for number in range(50)]
+    async with login(daemon, 7, {"1": None}) as client:
+        backend.pause = 0.5
+        for content in contents:
+            await client.send("send", conversation_id=1, content=content, ref=int(content))
+        await client.messages(len(contents))
+        await until(lambda: len(backend.asked) > 10)
+        daemon.signal(signal.SIGTERM)
+        await trio.to_thread.run_sync(daemon.wait)
+    assert len(backend.asked) < len(contents)
+    backend.pause = 0.0
+    daemon.start()
+    await until(lambda: len(backend.asked) >= len(contents), 5)
+    assert {asked.json["data"]["content"] for asked in backend.asked} == set(contents)
+    await until(lambda: metric(daemon, 'chatd_webhooks_sent_total{event="message.created"}') > 0)
+    assert len(backend.asked) == len(contents)
+
+
+async def test_an_odd_answer_harms_nothing(daemons: Daemons, backend: Backend) -> None:
+    """It is taken for what its status says, and what comes after it is delivered as before."""
+    odd: dict[str, tuple[int, bytes, dict[str, str]]] = {
+        "cookie": (200, b"", {"Set-Cookie": "\xff=\xfe"}),
+        "large": (200, b"x" * 200_000, {}),
+        "elsewhere": (302, b"", {"Location": "http://xn--.com/"}),
+    }
+    fine = (200, b"", {})
+    backend.answer = lambda asked: odd.pop(asked.json["data"]["content"], fine)
+    daemon = daemons(webhooks__url=backend.url, **ALL)
+    async with login(daemon, 7, {"1": None}) as client:
+        await send(client, *odd, "fine")
+        sent = 'chatd_webhooks_sent_total{event="message.created"}'
+        await until(lambda: metric(daemon, sent) == 4)
+    contents = [asked.json["data"]["content"] for asked in backend.asked]
+    assert sorted(contents) == ["cookie", "elsewhere", "elsewhere", "fine", "large"]
+    assert not any("cookie" in asked.headers for asked in backend.asked)
+    assert daemon.exit_code is None
+
+
+class Table:
+    """Stands in for the store's: everything is due again at once."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = [Waiting(id, "user.online", b"{}", 0) for id in range(count)]
+        self.claims: list[int] = []
+        self.untried = 0
+
+    async def claim(self, most: int, lease: float) -> list[Waiting]:
+        self.claims.append(most)
+        taken, self.rows = self.rows[:most], self.rows[most:]
+        return taken
+
+    async def settle(self, done: list[int], failed: list[Failed], untried: list[int]) -> None:
+        self.untried += len(untried)
+        self.rows += [Waiting(id, "user.online", b"{}", 0) for id in (*untried, *(one.id for one in failed))]
+
+    async def counts(self) -> tuple[int, int]:
+        return len(self.rows), 0
+
+
+async def test_a_backend_that_is_away_for_days_is_asked_seldom(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    table, calls, away = Table(100), 0, True
+
+    async def fetch(*_: Any, **__: Any) -> Answer:
+        nonlocal calls
+        calls += 1
+        if away:
+            raise Unavailable("nobody is there")
+        return Answer(200, b"")
+
+    settings = Webhooks(url="http://127.0.0.1/", secret=SECRET, kept=50)
+    webhooks = Deliveries(settings, table, fetch)  # type: ignore[arg-type]
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(webhooks.run, stop)
+        await trio.sleep(0.1)
+        assert calls <= AT_ONCE + FAILURES
+        assert table.untried >= CLAIM - calls, "they keep their attempts"
+        assert webhooks.full
+        await trio.sleep(2 * 24 * 3600)
+        assert 2 * 24 * 3600 / REST_MOST < calls < 2.5 * 2 * 24 * 3600 / REST_MOST
+        assert set(table.claims[1:]) == {1}
+        away = False
+        await trio.sleep(REST_MOST + COUNT)
+        assert table.rows == []
+        assert not webhooks.full
+        stop.set()
+        await webhooks.finished.wait()
+
+
+async def test_one_event_that_fails_delays_no_other(autojump_clock: trio.testing.MockClock) -> None:
+    """However often it has failed while there was nothing else: what is new goes out at once."""
+    table, taken = Table(0), []
+
+    async def fetch(*_: Any, content: bytes, **__: Any) -> Answer:
+        taken.append(trio.current_time())
+        return Answer(500 if content == b"bad" else 200, b"")
+
+    settings = Webhooks(url="http://127.0.0.1/", secret=SECRET)
+    webhooks = Deliveries(settings, table, fetch)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(webhooks.run, trio.Event())
+        for _ in range(2 * FAILURES):
+            table.rows = [Waiting(1, "message.created", b"bad", 0)]
+            webhooks.wake()
+            await trio.sleep(2 * REST_MOST)
+            table.rows.clear()
+        await trio.sleep(REST_MOST)
+        table.rows = [Waiting(2, "message.created", b"good", 0)]
+        began = trio.current_time()
+        webhooks.wake()
+        await trio.sleep(1)
+        assert taken[-1] == began
+        nursery.cancel_scope.cancel()
 
 
 async def test_two_nodes_deliver_each_event_once(
@@ -172,6 +306,10 @@ async def test_presence_is_told_late_and_only_what_is_news(autojump_clock: trio.
         await trio.sleep(1)
         assert [one.event for one in told[2:]] == ["user.offline"]
         assert b'"version":' in told[2].body
+        attendance.full = lambda: True  # the backend has too much to hear already
+        presence.arrive(USERS, 1)
+        await trio.sleep(2 * DEBOUNCE)
+        assert len(told) == 3
         nursery.cancel_scope.cancel()
 
 
@@ -201,6 +339,17 @@ def test_the_table_is_claimed_once(database_url: str) -> None:
             again = await store.webhooks.claim(10, lease=60)
             assert [int(one.body) for one in again] == [3, 4]
             assert await store.webhooks.counts() == (2, 0)
+            failed = Failed(again[0].id, "HTTP 500", again_in=0)
+            await store.webhooks.settle([], [failed], untried=[again[1].id])
+            found = {int(one.body): one.attempts for one in await store.webhooks.claim(10, lease=60)}
+            assert found == {3: 1, 4: 0}
+            await store.webhooks.settle([], [Failed(again[0].id, "HTTP 410", again_in=None)])
+            assert await store.webhooks.claim(10, lease=60) == []
+            assert await store.webhooks.counts() == (1, 1)
+            old = update(schema.webhooks).values(due_at="2020-01-01T00:00:00.000000Z")
+            with store._writing.begin() as connection:
+                connection.execute(old)
+            assert await store.webhooks.counts() == (1, 0), "what was given up long ago has gone"
             nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -232,7 +381,46 @@ async def test_the_hook_accepts_refuses_and_changes(backend: Backend) -> None:
     backend.answer = lambda request: (200, {"action": "refuse", "message": "be nice"})
     with pytest.raises(Forbidden, match="be nice"):
         await before.check(asked)
+    backend.answer = lambda request: (200, {"action": "refuse", "message": None})
+    with pytest.raises(Forbidden, match="refused"):
+        await before.check(asked)
     await fetch.close()
+
+
+@pytest.mark.parametrize("failure", ["refuse", "accept"])
+async def test_a_hook_that_fails_is_left_alone_for_a_while(
+    autojump_clock: trio.testing.MockClock, failure: Literal["refuse", "accept"]
+) -> None:
+    asked, calls, hangs = Create(conversation_id=1, user_id=7, content="x"), 0, True
+
+    async def fetch(*_: Any, within: float, **__: Any) -> Answer:
+        nonlocal calls
+        calls += 1
+        if hangs:
+            await trio.sleep(within)
+            raise Unavailable("nobody is there")
+        return Answer(200, b'{"action":"accept"}')
+
+    settings = Webhooks(secret=SECRET, before_message_url="http://127.0.0.1/", before_message_failure=failure)
+    before = BeforeMessage(settings, fetch)  # type: ignore[arg-type]
+
+    async def check() -> bool:
+        try:
+            return await before.check(asked) is asked
+        except Unavailable:
+            return False
+
+    for _ in range(MOST):
+        assert await check() is (failure == "accept")
+    began = trio.current_time()
+    for _ in range(100):
+        assert await check() is (failure == "accept")
+    assert (calls, trio.current_time() - began) == (MOST, 0), "nobody waits for it"
+    hangs = False
+    await trio.sleep(REST)
+    assert await check()
+    assert await check()
+    assert calls == MOST + 2
 
 
 async def test_a_silent_hook_means_what_was_configured(backend: Backend) -> None:

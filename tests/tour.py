@@ -1,6 +1,6 @@
 """Three users go through every event and every route, and print what they say and hear: `python -m tests.tour`.
 
-With `two` they are on two nodes, on one PostgreSQL and one Redis. It ends with what was not seen, which is an error.
+With `two` they are on two nodes, on one PostgreSQL and one Redis. It ends with what was not seen: an error.
 """
 
 from __future__ import annotations

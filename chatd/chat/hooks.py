@@ -18,6 +18,7 @@ from chatd.protocol import Content, TypeName, webhook_body
 from chatd.store.commands import Create
 
 EVENT = "before_message"
+MESSAGE_CHARS = 1000  # of a reason for a refusal
 AT_ONCE = 64  # calls on their way; others wait, within the deadline
 
 
@@ -25,7 +26,7 @@ class _Verdict(Struct, frozen=True):
     """What the backend answers. `message` is shown to the one who is refused."""
 
     action: Literal["accept", "refuse", "change"]
-    message: str = ""
+    message: str | None = None
     content: Content | UnsetType = UNSET
     type: TypeName | UnsetType = UNSET
     meta: Any = UNSET
@@ -54,20 +55,22 @@ class BeforeMessage:
         started = trio.current_time()
         async with self._places:
             with self._breaker.call():
-                answer = await self._fetch(
-                    "POST",
-                    self._settings.before_message_url,
-                    within=self._settings.before_message_timeout * 0.95,  # ours, so that it is seen to fail
-                    headers=headers(self._settings.secret, EVENT, content),
-                    content=content,
-                )
-                metrics.HOOK_SECONDS.observe(trio.current_time() - started)
+                try:
+                    answer = await self._fetch(
+                        "POST",
+                        self._settings.before_message_url,
+                        within=self._settings.before_message_timeout * 0.95,  # ours, so that it is seen to fail
+                        headers=headers(self._settings.secret, EVENT, content),
+                        content=content,
+                    )
+                finally:
+                    metrics.HOOK_SECONDS.observe(trio.current_time() - started)
                 return _verdict(answer.status, answer.body)
 
     @staticmethod
     def _apply(message: Create, verdict: _Verdict) -> Create:
         if verdict.action == "refuse":
-            raise Forbidden(verdict.message or "this message was refused")
+            raise Forbidden((verdict.message or "this message was refused")[:MESSAGE_CHARS])
         if verdict.action == "accept":
             return message
         fresh = {name: getattr(verdict, name) for name in ("content", "type", "meta")}

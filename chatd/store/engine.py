@@ -47,8 +47,8 @@ def is_sqlite(engine: Engine) -> bool:
 
 
 def writing_engine(url: str) -> Engine:
-    """Two connections: the writer's, and one for the outbox and for housekeeping."""
-    engine = _engine(url, name="write", pool_size=2, isolation="READ COMMITTED")
+    """Three connections: the writer's, one for the outbox, which may wait for Redis, and one for webhooks."""
+    engine = _engine(url, name="write", pool_size=3, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")

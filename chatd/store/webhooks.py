@@ -50,9 +50,9 @@ class Webhooks:
         """The next that are due. Nobody else gets them for `lease` seconds. Raises Unavailable."""
         return await self._in_thread(_claim, most, lease)
 
-    async def settle(self, done: Sequence[int], failed: Sequence[Failed]) -> None:
-        """Raises Unavailable: what was delivered may be delivered again then."""
-        await self._in_thread(_settle, done, failed)
+    async def settle(self, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int] = ()) -> None:
+        """`untried` are free again. Raises Unavailable: what was delivered may be delivered again then."""
+        await self._in_thread(_settle, done, failed, untried)
 
     async def counts(self) -> tuple[int, int]:
         """(waiting, given up), after what is too old has gone. Raises Unavailable."""
@@ -96,9 +96,13 @@ _FAIL = (
 )
 
 
-def _settle(connection: Connection, done: Sequence[int], failed: Sequence[Failed]) -> None:
+def _settle(
+    connection: Connection, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int]
+) -> None:
     if done:
         connection.execute(delete(webhooks).where(webhooks.c.id.in_(done)))
+    if untried:
+        connection.execute(update(webhooks).where(webhooks.c.id.in_(untried)).values(due_at=_in(0)))
     for one in failed:
         gone = one.again_in is None
         row = {"key": one.id, "due": _in(one.again_in or 0), "gone": gone, "why": one.error[:ERROR_CHARS]}
