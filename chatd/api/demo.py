@@ -17,7 +17,10 @@ TTL = 3600  # seconds; the page asks for a new token before
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 FILES = {"/": "index.html", "/style.css": "style.css"} | {
     f"/{name}.js": f"{name}.js"
-    for name in ("app", "chatd", "chatd-link", "chatd-room", "composer", "conversation", "messages", "shared", "status")
+    for name in (
+        *("app", "chatd", "chatd-link", "chatd-room"),
+        *("composer", "conversation", "messages", "shared", "status"),
+    )
 }
 OPEN_PATHS = frozenset([*FILES, "/demo/token", "/favicon.ico"])  # the last: browsers ask, and get 404, not 401
 

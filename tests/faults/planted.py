@@ -154,7 +154,7 @@ def no_revocation() -> None:
 
     def tell_members(original: Any) -> Any:
         async def patched(self: Any, change: MemberChange) -> None:
-            room = self._rooms.get(change.conversation_id)
+            room = self.rooms.get(change.conversation_id)
             if room is not None and room.members_version is not None:
                 room.members_version = max(room.members_version, change.version)
 
