@@ -28,6 +28,7 @@ from chatd.bus.redis import RedisBus
 from chatd.chat import Chat
 from chatd.chat.presence import Presence
 from chatd.config import Config, is_loopback, split_bind
+from chatd.fetch import Fetcher
 from chatd.hub.fanout import Fanout
 from chatd.hub.reception import Reception
 from chatd.hub.registry import Registry
@@ -125,14 +126,15 @@ def assemble(config: Config, store: Store, node: str) -> Parts:
     fanout = Fanout(rooms, store.read)
     # Over the memory bus there are no other nodes to tell.
     presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
+    fetch = Fetcher(config.server.private_networks)
     registry = Registry(config, presence)
     reception = Reception(fanout, registry, presence)
     writer, bus = _writer_and_bus(config, store, reception, node, lambda: webhooks.wake())
-    chat = Chat(config, store, writer, presence, bus.tell)
+    chat = Chat(config, store, writer, presence, bus.tell, fetch)
     hub = Hub(config, chat, rooms, fanout, registry)
     reception.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
-    webhooks = Webhooks(config.webhooks, store.webhooks, chat.fetch)
+    webhooks = Webhooks(config.webhooks, store.webhooks, fetch)
     if chat.attendance is not None:
         chat.attendance.full = lambda: webhooks.full
     return Parts(writer, bus, chat, fanout, hub, webhooks)

@@ -24,7 +24,6 @@ BODY_BYTES = 64 * 1024  # of an answer
 CONNECTIONS = 128  # to all of them together, above what those who call have on their way at once
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 log = structlog.get_logger()
 
@@ -40,14 +39,8 @@ class Fetcher:
     def __init__(self, private_networks: Sequence[str]) -> None:
         """`private_networks` may be called although they are private, and by plain HTTP."""
         self._allowed = [ipaddress.ip_network(network) for network in private_networks]
-        self._client = httpx.AsyncClient(
-            trust_env=False,
-            follow_redirects=False,
-            timeout=None,  # ours is around all of it
-            # None are kept: one that cannot be sent again would make every further call fail.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
-        )
+        self._client: httpx.AsyncClient | None = None
+        self._making = trio.Lock()
         self._refusals = TokenBucket(rate=1 / 60, burst=1, now=0)  # lines in the log
 
     async def __call__(
@@ -73,7 +66,8 @@ class Fetcher:
         raise Unavailable(f"{_place(url)} does not answer")
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._client is not None:
+            await self._client.aclose()
 
     async def _fetch(
         self, method: str, url: str, headers: dict[str, str], content: bytes | None, whole: bool
@@ -81,19 +75,27 @@ class Fetcher:
         target = httpx.URL(url)
         address = await self._judge(target)
         headers |= {"Host": target.netloc.decode(), "Accept-Encoding": "identity"}
-        request = self._client.build_request(
+        client = await self._opened()
+        request = client.build_request(
             method,
             target.copy_with(host=str(address)),
             headers=headers,
             content=content,
             extensions={"sni_hostname": target.host},  # certificates are held against the name
         )
-        response = await self._client.send(request, stream=True)
+        response = await client.send(request, stream=True)
         try:
             return Answer(response.status_code, await _bounded(response, whole))
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await response.aclose()
+
+    async def _opened(self) -> httpx.AsyncClient:
+        """Made when first needed, and not by the loop: reading the certificates takes a tenth of a second."""
+        async with self._making:
+            if self._client is None:
+                self._client = await trio.to_thread.run_sync(_client)
+        return self._client
 
     async def _judge(self, url: httpx.URL) -> Address:
         """The address to call. Raises Unavailable for what may not be called."""
@@ -114,6 +116,17 @@ class Fetcher:
         if not self._refusals.take(trio.current_time()):
             log.error("call_refused", host=url.host, reason=reason, advice=advice)
         raise Unavailable(f"{url.host} may not be called: {reason}")
+
+
+def _client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        trust_env=False,
+        follow_redirects=False,
+        timeout=None,  # ours is around all of it
+        # None are kept: one that cannot be sent again would make every further call fail.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
+    )
 
 
 async def _bounded(response: httpx.Response, whole: bool) -> bytes:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from chatd import limits
+from chatd.config import Config
 from chatd.errors import BadRequest, ChatError, NotJSON, TooLarge, UnknownEvent
 from chatd.model import Kind, Message, now
 from chatd.validation import reason
@@ -65,33 +66,33 @@ class Send(Command, frozen=True, kw_only=True, tag="send"):
     reply_to: Id | None = None
 
 
-class Edit(Command, frozen=True, kw_only=True, tag="edit"):
+class OfMessage(Command, frozen=True, kw_only=True):
+    """About one message."""
+
     conversation_id: Id
     id: Id
+
+
+class Edit(OfMessage, frozen=True, kw_only=True, tag="edit"):
     content: Content | UnsetType = UNSET
     meta: Any = UNSET
 
 
-class Delete(Command, frozen=True, kw_only=True, tag="delete"):
-    conversation_id: Id
-    id: Id
+class Delete(OfMessage, frozen=True, kw_only=True, tag="delete"):
+    pass
 
 
-class React(Command, frozen=True, kw_only=True, tag="react"):
-    conversation_id: Id
-    id: Id
+class React(OfMessage, frozen=True, kw_only=True, tag="react"):
     emoji: Emoji
     on: bool
 
 
-class Read(Command, frozen=True, kw_only=True, tag="read"):
-    conversation_id: Id
-    id: Id
+class Read(OfMessage, frozen=True, kw_only=True, tag="read"):
+    """Everything up to it."""
 
 
-class Delivered(Command, frozen=True, kw_only=True, tag="delivered"):
-    conversation_id: Id
-    id: Id
+class Delivered(OfMessage, frozen=True, kw_only=True, tag="delivered"):
+    """Everything up to it."""
 
 
 class Typing(Command, frozen=True, kw_only=True, tag="typing"):
@@ -199,6 +200,29 @@ def event(name: str, ref: Any = None, **fields: Any) -> bytes:
     return msgspec.json.encode(head | fields)
 
 
+def hello(config: Config) -> bytes:
+    """What a client must know before it says anything."""
+    return event(
+        "hello",
+        protocol=SUBPROTOCOL,
+        server_time=now(),
+        auth_timeout=config.hub.auth_timeout,
+        ping_interval=config.hub.ping_interval,
+        ping_timeout=config.hub.ping_timeout,
+        limits={
+            "frame": config.limits.frame_bytes,
+            "content": config.limits.content_chars,
+            "rooms": config.limits.rooms_per_connection,
+            "history": limits.HISTORY_PAGE_MAX,
+        },
+        reconnect={
+            "min": 500,
+            "max": 20_000,
+            "window": max(1000, round(config.server.drain_window * 1000)),
+        },
+    )
+
+
 def error_event(error: ChatError, ref: Any = None) -> bytes:
     return event("error", ref, **error.body())
 
@@ -207,11 +231,6 @@ def change_payload(kind: Kind, seq: int, message: Message) -> bytes:
     """A change as everybody gets it: the flat message as it is now, with the change's own `seq`."""
     body = msgspec.json.encode(message if message.seq == seq else msgspec.structs.replace(message, seq=seq))
     return b'{"event":"%b",%b' % (_EVENT_NAME[kind].encode(), body[1:])
-
-
-def webhook_body(event: str, data: Any) -> bytes:
-    """What a backend is told or asked."""
-    return msgspec.json.encode({"event": event, "at": now(), "data": data})
 
 
 def check_content(content: str, most: int) -> None:

@@ -12,8 +12,7 @@ from collections import deque
 import structlog
 import trio
 
-from chatd import metrics
-from chatd.chat.calls import headers
+from chatd import calls, metrics
 from chatd.config import Webhooks as Settings
 from chatd.errors import Unavailable
 from chatd.fetch import Fetcher
@@ -98,7 +97,7 @@ class Webhooks:
 
     async def _deliver(self, one: Waiting) -> str | None:
         """What was wrong, if anything."""
-        given = headers(self._settings.secret, one.event, one.body, **{"X-Chatd-Delivery": str(one.id)})
+        given = calls.headers(self._settings.secret, one.event, one.body, **{"X-Chatd-Delivery": str(one.id)})
         url, within = self._settings.url, self._settings.timeout
         try:
             answer = await self._fetch("POST", url, within=within, headers=given, content=one.body, whole=False)

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chatd.auth.backend import Backend as BackendAuth
-from chatd.auth.breaker import REST
 from chatd.auth.keyserver import KEEP, UNKNOWN, KeyServer
 from chatd.auth.tokens import Tokens
+from chatd.breaker import REST
 from chatd.config import Auth
 from chatd.errors import ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
 from chatd.fetch import Answer, Fetcher
@@ -211,7 +211,7 @@ async def test_s6_keys_are_fetched_seldom_rotate_and_are_withdrawn(
 
 async def test_a_key_server_that_is_down_is_no_refusal(fetch: Fetcher, backend: Backend) -> None:
     tokens = by_server(fetch, backend)
-    for wrong in ((500, {}), (200, b"<html>"), (200, {"keys": 5}), (200, [1])):
+    for wrong in ((500, {}), (200, b"<html>"), (200, {"keys": 5}), (200, [1]), (200, {"keys": [{"kty": []}]})):
         backend.answer = lambda asked, wrong=wrong: wrong  # type: ignore[misc]
         with pytest.raises(Unavailable, match="key server"):
             await tokens.authenticate(sign("RS256"))

@@ -515,3 +515,38 @@ def test_messages_sent_in_a_burst_keep_their_order(blank: Page, room: int) -> No
     )
     wait_until(blank, "got.messages.length === wanted", count)
     assert [text for _, _, text in blank.evaluate("got.messages")] == [str(number) for number in range(count)]
+
+
+def test_who_is_here_who_types_and_who_has_read(open_page: Open) -> None:
+    ada = open_page(ADA)
+    write(ada, "Anybody?")
+    expect(ada.locator(".note-text").last).to_have_text("Sent")
+    expect(ada.locator("#people")).to_be_hidden()
+    grace = open_page(GRACE)
+    for page, other in ((ada, "Grace is here"), (grace, "Ada is here")):
+        expect(page.locator("#people")).to_have_text(other)
+    expect(ada.locator(".note-text").last).to_have_text("Read by Grace")
+    grace.get_by_label("Message", exact=True).press_sequentially("Ye")
+    expect(ada.locator("#typing")).to_have_text("Grace is typing…")
+    grace.get_by_label("Message", exact=True).fill("")
+    expect(ada.locator("#typing")).to_have_text("")
+    grace.close()
+    expect(ada.locator("#people")).to_be_hidden()
+
+
+def test_reactions_are_given_and_taken_back(open_page: Open) -> None:
+    ada, grace = open_page(ADA), open_page(GRACE)
+    write(ada, "Cake in the kitchen")
+    expect_messages(grace, "Cake in the kitchen")
+    grace.locator(".message").hover()
+    grace.get_by_role("button", name="React with 🎉").click()
+    for page in (ada, grace):
+        expect(page.locator(".reaction")).to_have_text("🎉")
+    expect(grace.locator(".reaction")).to_have_attribute("aria-pressed", "true")
+    ada.locator(".reaction").click()
+    for page in (ada, grace):
+        expect(page.locator(".reaction")).to_have_text("🎉 2")
+    grace.locator(".reaction").click()
+    for page in (ada, grace):
+        expect(page.locator(".reaction")).to_have_text("🎉")
+    expect(ada.locator(".reaction")).to_have_attribute("title", "Ada")

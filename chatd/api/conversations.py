@@ -31,17 +31,15 @@ def blueprint(chat: Chat) -> Blueprint:
     async def get(conversation_id: int) -> Response:
         """Where a conversation stands: its head, its members and how far they have read, who is online."""
         id = check_id("conversation_id", conversation_id)
-        found = await chat.conversations.get(id)
-        crowded = len(found.members) < found.members_count
-        online = await chat.conversations.online(id)
+        found, online = await chat.conversations.get(id)
         return answer(
             Place(
                 conversation_id=id,
                 seq=found.seq,
                 members=found.members,
-                members_count=found.members_count,
+                members_count=len(found.member_ids),
                 receipts=found.receipts,
-                online=[] if crowded else online,
+                online=[] if found.crowded else online,
                 online_count=len(online),
             )
         )
@@ -68,9 +66,7 @@ def blueprint(chat: Chat) -> Blueprint:
             check_id("conversation_id", conversation_id),
             check_id("user_id", user_id),
             role=body.role,
-            muted_until=moment("muted_until", body.muted_until)
-            if isinstance(body.muted_until, str)
-            else body.muted_until,
+            muted_until=muted,
         )
         return answer(Done())
 

@@ -17,7 +17,7 @@ import trio
 from msgspec import Meta, Struct
 
 from chatd import metrics
-from chatd.auth.breaker import Breaker
+from chatd.breaker import Breaker
 from chatd.config import Auth
 from chatd.errors import Unauthorized, Unavailable
 from chatd.fetch import Fetcher

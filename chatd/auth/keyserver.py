@@ -79,7 +79,7 @@ class KeyServer:
                 raise ValueError
             found: list[dict[str, Any]] = msgspec.json.decode(answer.body, type=_Set).keys
             return [key for item in found[:KEYS] if (key := _key(item))]
-        except (msgspec.DecodeError, ValueError, RecursionError):
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
             raise Unavailable(f"the key server answered {answer.status}, and no set of keys") from None
 
 

@@ -38,7 +38,7 @@ from chatd.store.writer import Writer
 
 
 class Chat:
-    """All use cases on one store. `tell` gives a signal to this node and the others."""
+    """All use cases on one store. `tell` gives a signal to all nodes, `fetch` calls the backend."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Chat:
         writer: Writer,
         presence: Presence,
         tell: Callable[[Signal], None],
+        fetch: Fetcher,
     ) -> None:
-        fetch = Fetcher(config.server.private_networks)
         self.tokens = tokens_of(config.auth, store.token_secret, fetch)
         self.logins = Logins(_authenticator(config, self.tokens, fetch), store.read)
         self.conversations = Conversations(store.read, store.epoch, config.rooms, config.limits, presence)
@@ -62,7 +62,6 @@ class Chat:
         hooks = config.webhooks
         self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
         self.attendance = Attendance(writer, presence, hooks.events) if hooks.url else None
-        self.fetch = fetch
 
 
 def tokens_of(config: Auth, secret: str, fetch: Fetcher) -> Tokens:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Collection
 import structlog
 import trio
 
-from chatd import metrics
+from chatd import calls, metrics
 from chatd.chat.presence import ROOMS, USERS, Key, Presence, Transition
 from chatd.errors import Unavailable
-from chatd.protocol import webhook_body
 from chatd.store.commands import Notify
 from chatd.store.writer import Writer
 
@@ -74,7 +73,7 @@ class Attendance:
             return True
         data = {_ID[place]: id, "version": self._presence.version(place, id)}
         try:
-            self._writer.submit([Notify(event=event, body=webhook_body(event, data))])
+            self._writer.submit([Notify(event=event, body=calls.body(event, data))])
         except Unavailable:
             return False
         return True

@@ -55,14 +55,10 @@ class Conversations:
         wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
         return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self._members_detail)
 
-    async def get(self, conversation_id: int) -> Place:
-        """For a backend. Raises NotFound, Unavailable."""
-        return await self._read(people.place, conversation_id, self._members_detail)
-
-    async def online(self, conversation_id: int) -> list[int]:
-        """Members who have a connection, and who is in the room without being one. Raises Unavailable."""
-        members = await self.member_ids(conversation_id, people.PEOPLE)
-        return sorted(self._presence.who(conversation_id, members))
+    async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
+        """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
+        place = await self._read(people.place, conversation_id, self._members_detail)
+        return place, sorted(self._presence.who(conversation_id, place.member_ids))
 
     async def member_ids(self, conversation_id: int, most: int) -> list[int]:
         return await self._read(people.member_ids, conversation_id, most)

@@ -8,13 +8,12 @@ import msgspec
 import trio
 from msgspec import UNSET, Struct, UnsetType
 
-from chatd import metrics
-from chatd.auth.breaker import Breaker
-from chatd.chat.calls import headers
+from chatd import calls, metrics
+from chatd.breaker import Breaker
 from chatd.config import Webhooks
 from chatd.errors import Forbidden, Unavailable
 from chatd.fetch import Fetcher
-from chatd.protocol import Content, TypeName, webhook_body
+from chatd.protocol import Content, TypeName
 from chatd.store.commands import Create
 
 EVENT = "before_message"
@@ -51,7 +50,7 @@ class BeforeMessage:
 
     async def _ask(self, message: Create) -> _Verdict:
         names = ("conversation_id", "user_id", "type", "content", "meta", "client_id", "reply_to")
-        content = webhook_body(EVENT, {name: getattr(message, name) for name in names})
+        content = calls.body(EVENT, {name: getattr(message, name) for name in names})
         started = trio.current_time()
         async with self._places:
             with self._breaker.call():
@@ -60,7 +59,7 @@ class BeforeMessage:
                         "POST",
                         self._settings.before_message_url,
                         within=self._settings.before_message_timeout * 0.95,  # ours, so that it is seen to fail
-                        headers=headers(self._settings.secret, EVENT, content),
+                        headers=calls.headers(self._settings.secret, EVENT, content),
                         content=content,
                     )
                 finally:

@@ -31,8 +31,17 @@ class Audience(Struct):
 
 class Audiences:
     def __init__(
-        self, rooms: Rooms, fanout: Fanout, presence: Presence, conversations: Conversations, detail: int
+        self,
+        rooms: Rooms,
+        fanout: Fanout,
+        presence: Presence,
+        conversations: Conversations,
+        *,
+        detail: int,
+        counts_rooms: bool,
     ) -> None:
+        """`counts_rooms`: somebody wants to know which rooms are occupied, over all nodes."""
+        self._counts_rooms = counts_rooms
         self._rooms, self._fanout, self._presence = rooms, fanout, presence
         self._conversations, self._detail = conversations, detail
         self._audiences: dict[int, Audience] = {}
@@ -139,10 +148,12 @@ class Audiences:
     # Implements `rooms.Watcher`.
 
     def opened(self, room: Room) -> None:
-        self._presence.arrive(ROOMS, room.conversation_id)
+        if self._counts_rooms:
+            self._presence.arrive(ROOMS, room.conversation_id)
 
     def closed(self, room: Room) -> None:
-        self._presence.leave(ROOMS, room.conversation_id)
+        if self._counts_rooms:
+            self._presence.leave(ROOMS, room.conversation_id)
         self._forget(room.conversation_id)
 
     def visit(self, subscription: Subscription, *, member: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 
-import msgspec
 import structlog
 import trio
 from msgspec import Struct
@@ -47,6 +46,14 @@ class Announcement(Struct):
     to: list[int] | None = None  # these users alone
     besides: int | None = None  # all but this user
     watchers: bool = False  # only who wants to know who is online
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """Two that go the same way, one after the other, go as one."""
+        return (
+            *(self.conversation_id, self.flat, self.ephemeral, self.lasting),
+            *(self.to, self.besides, self.watchers),
+        )
 
 
 class Repaired(Struct):
@@ -129,7 +136,7 @@ class Fanout:
             return  # not stored anywhere: there is nothing to repair it from
         self._queued += len(item.frame)
         last = self._queue[-1] if self._queue else None
-        if isinstance(last, Announcement) and _alike(last, item):
+        if isinstance(last, Announcement) and last.way == item.way:
             last.frame += item.frame
         else:
             self._put(item)
@@ -346,11 +353,6 @@ class Fanout:
         room.skip_to(head)
         await self._to_all(room, restart)
         await self._advance(room, [])
-
-
-def _alike(one: Announcement, other: Announcement) -> bool:
-    """Whether two go to the same listeners, in the same way: then as one."""
-    return msgspec.structs.replace(one, frame=b"") == msgspec.structs.replace(other, frame=b"")
 
 
 def restart(subscription: Subscription) -> None:

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from chatd import metrics
 from chatd.chat.presence import USERS, Presence
-from chatd.config import Config
+from chatd.config import Config, is_loopback
 from chatd.errors import Close
 from chatd.limits import TokenBucket
 from chatd.model import Identity
@@ -162,7 +162,7 @@ class Registry:
     def login_failed(self, address: str) -> None:
         """Behind a proxy that is not trusted everybody has its address: this machine's never counts."""
         most = self._limits.failed_logins_per_minute
-        if not most or self._is_proxy(address) or _is_here(address):
+        if not most or self._is_proxy(address) or is_loopback(address):
             return
         now = trio.current_time()
         bucket = self._failures.get(address)
@@ -214,13 +214,6 @@ class Registry:
     def guests_of(self, user_id: int) -> list[Guest]:
         user = self._users.get(user_id)
         return list(user.guests) if user else []
-
-
-def _is_here(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def _bucket(rate: int) -> TokenBucket | None:

@@ -33,8 +33,14 @@ DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 class Hub:
     def __init__(self, config: Config, chat: Chat, rooms: Rooms, fanout: Fanout, registry: Registry) -> None:
         self._registry = registry
-        detail = config.limits.members_detail
-        self.audiences = Audiences(rooms, fanout, chat.presence, chat.conversations, detail)
+        self.audiences = Audiences(
+            rooms,
+            fanout,
+            chat.presence,
+            chat.conversations,
+            detail=config.limits.members_detail,
+            counts_rooms=chat.attendance is not None,
+        )
         self._services = Services(config, chat, rooms, fanout, registry, self.audiences)
         self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}

@@ -31,20 +31,15 @@ from chatd.errors import (
 )
 from chatd.hub.receipts import Receipts
 from chatd.hub.registry import Handshake
+from chatd.hub.requests import Requests
 from chatd.hub.rooms import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.subscriptions import Subscriptions
 from chatd.hub.writes import Write, to_store
-from chatd.limits import TokenBucket
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
 from chatd.store.commands import Changed, Create, Created
 from chatd.store.writer import Outcome
-
-WAITING_REQUESTS = 32  # of one connection; it is not read from while so many wait
-REQUESTS_PER_SECOND = 50  # of one connection, on average; a chat client needs one or two
-REQUESTS_BURST = 300  # a client that comes back subscribes to all of its rooms at once
-STRIKES_BURST = 100  # refusals for rate before the connection is closed; one a second is forgiven
 
 _NOWHERE: set[int] = set()  # for all who have never typed
 
@@ -55,19 +50,8 @@ class Session:
     """One client, for as long as its connection lives."""
 
     __slots__ = (
-        *(
-            "_address",
-            "_chat",
-            "_config",
-            "_freed",
-            "_handshake",
-            "_line",
-            "_receipts",
-            "_requests",
-            "_rooms",
-            "_services",
-        ),
-        *("_strikes", "_typing", "_waiting", "flat", "identity", "user_id"),
+        *("_address", "_chat", "_config", "_handshake", "_line", "_receipts", "_requests", "_rooms"),
+        *("_services", "_typing", "flat", "identity", "user_id"),
     )
 
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
@@ -76,10 +60,7 @@ class Session:
         self._config, self._chat = services.config, services.chat
         self.flat = handshake.flat
         self._rooms = Subscriptions(services, line, flat=self.flat)
-        self._waiting = 0  # requests that are not answered yet
-        self._freed: trio.Event | None = None  # set when one is, where somebody waits for that
-        self._requests = TokenBucket(REQUESTS_PER_SECOND, REQUESTS_BURST, trio.current_time())
-        self._strikes: TokenBucket | None = None
+        self._requests = Requests()
         self._receipts: Receipts | None = None
         self._typing: set[int] = _NOWHERE  # conversations where the user has been typing on this connection
         self.identity: Identity | None = None
@@ -115,7 +96,7 @@ class Session:
         if self.flat:
             await self._start_flat(handshake.query)
         else:
-            self._push(self._hello())
+            self._push(protocol.hello(self._config))
             if handshake.bearer is not None:
                 await self._guard(self._authenticate, protocol.Auth(token=handshake.bearer))
 
@@ -144,17 +125,14 @@ class Session:
             await self._guard(self._handle, command)
 
     def _limit_requests(self, ref: Any) -> bool:
-        if not (wait := self._requests.take(trio.current_time())):
+        if not (wait := self._requests.take()):
             return True
         self._refuse_rate(ref, wait)
         return False
 
     def _refuse_rate(self, ref: Any, wait: float) -> None:
         self._tell_error(RateLimited(retry_after=round(wait, 3)), ref)
-        now = trio.current_time()
-        if self._strikes is None:
-            self._strikes = TokenBucket(1, STRIKES_BURST, now)
-        if self._strikes.take(now):
+        if self._requests.strike():
             self.close(Close.TOO_MANY_REQUESTS, "too many requests")
 
     async def _guard(self, work: Any, subject: Any, *rest: Any) -> None:
@@ -192,27 +170,14 @@ class Session:
 
     async def _later(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         """Go on reading while this waits; at most so many do."""
-        await self._slot()
+        await self._requests.slot()
         self._line.nursery.start_soon(self._release_after, work, command, *rest)
-
-    async def _slot(self) -> None:
-        """Take one of the places for requests that wait, or wait for it. `_free` gives it back."""
-        while self._waiting >= WAITING_REQUESTS:
-            self._freed = trio.Event()
-            await self._freed.wait()
-        self._waiting += 1
-
-    def _free(self) -> None:
-        self._waiting -= 1
-        if self._freed is not None:
-            self._freed.set()
-            self._freed = None
 
     async def _release_after(self, work: Any, command: protocol.Command, *rest: Any) -> None:
         try:
             await self._guard(work, command, *rest)
         finally:
-            self._free()
+            self._requests.free()
 
     # Authentication.
 
@@ -367,16 +332,16 @@ class Session:
             # Here, not in a task of its own: sends keep their order.
             self._chat.messages.check(wanted)
             wanted = await self._chat.before_message.check(wanted)
-        await self._slot()
+        await self._requests.slot()
         try:
             self._chat.messages.submit(wanted, partial(self._written, command))
         except BaseException:
-            self._free()
+            self._requests.free()
             raise
 
     def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
         """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""
-        self._free()
+        self._requests.free()
         (outcome,) = outcomes
         match outcome:
             case ChatError():
@@ -400,28 +365,6 @@ class Session:
         """An event of our own: a flat client gets none of them but errors."""
         if not self.flat:
             self._line.push(text_frame(payload))
-
-    def _hello(self) -> bytes:
-        config = self._config
-        return event(
-            "hello",
-            protocol=protocol.SUBPROTOCOL,
-            server_time=now(),
-            auth_timeout=config.hub.auth_timeout,
-            ping_interval=config.hub.ping_interval,
-            ping_timeout=config.hub.ping_timeout,
-            limits={
-                "frame": config.limits.frame_bytes,
-                "content": config.limits.content_chars,
-                "rooms": config.limits.rooms_per_connection,
-                "history": limits.HISTORY_PAGE_MAX,
-            },
-            reconnect={
-                "min": 500,
-                "max": 20_000,
-                "window": max(1000, round(config.server.drain_window * 1000)),
-            },
-        )
 
 
 def _id_from_text(text: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from chatd import protocol
 from chatd.model import Identity
 from chatd.store.commands import Create, Delete, Edit, React, Rights
@@ -10,40 +12,19 @@ Write = protocol.Send | protocol.Edit | protocol.Delete | protocol.React
 
 
 def to_store(command: Write, identity: Identity, rights: Rights) -> Create | Edit | Delete | React:
+    common: dict[str, Any] = {
+        "conversation_id": command.conversation_id,
+        "user_id": identity.user_id,
+        "rights": rights,
+    }
     match command:
-        case protocol.Send():
+        case protocol.Send(content=content, type=type, meta=meta, client_id=client_id, reply_to=reply_to):
             return Create(
-                conversation_id=command.conversation_id,
-                user_id=identity.user_id,
-                content=command.content,
-                type=command.type,
-                meta=command.meta,
-                client_id=command.client_id,
-                reply_to=command.reply_to,
-                rights=rights,
+                **common, content=content, type=type, meta=meta, client_id=client_id, reply_to=reply_to
             )
-        case protocol.Edit():
-            return Edit(
-                message_id=command.id,
-                conversation_id=command.conversation_id,
-                user_id=identity.user_id,
-                content=command.content,
-                meta=command.meta,
-                rights=rights,
-            )
-        case protocol.Delete():
-            return Delete(
-                message_id=command.id,
-                conversation_id=command.conversation_id,
-                user_id=identity.user_id,
-                rights=rights,
-            )
-        case protocol.React():
-            return React(
-                message_id=command.id,
-                conversation_id=command.conversation_id,
-                user_id=identity.user_id,
-                emoji=command.emoji,
-                on=command.on,
-                rights=rights,
-            )
+        case protocol.Edit(id=id, content=changed, meta=meta):
+            return Edit(**common, message_id=id, content=changed, meta=meta)
+        case protocol.Delete(id=id):
+            return Delete(**common, message_id=id)
+        case protocol.React(id=id, emoji=emoji, on=on):
+            return React(**common, message_id=id, emoji=emoji, on=on)

@@ -73,7 +73,7 @@ class Cursors:
         quiet = self._crowded() if self._detail else set()
         return [
             Notice(place, self._receipt(place, user, cursor), lasting=True)
-            for (place, user), cursor in self._moved.items()
+            for (place, user), cursor in sorted(self._moved.items())  # those of one room go out as one
             if place not in quiet
         ]
 

@@ -24,12 +24,17 @@ class Member(Struct, frozen=True):
 
 
 class Place(Struct, frozen=True):
-    """A conversation: its head, its first members by id, how many there are up to `PEOPLE`, their cursors."""
+    """A conversation: its head, the ids of its members up to `PEOPLE`, the first of them, their cursors."""
 
     seq: int
+    member_ids: list[int]
     members: list[Member]
-    members_count: int
     receipts: list[Cursor]
+
+    @property
+    def crowded(self) -> bool:
+        """There are more than are named."""
+        return len(self.members) < len(self.member_ids)
 
 
 class Unread(Struct, frozen=True):
@@ -55,7 +60,7 @@ def place(connection: Connection, conversation_id: int, detail: int) -> Place:
     if len(named) == len(members):
         rows = connection.execute(queries.CURSORS, {"conversation_ids": [conversation_id]})
         receipts = [Cursor(user, read, delivered) for _, user, read, delivered in rows]
-    return Place(head.seq, named, len(members), receipts)
+    return Place(head.seq, [member.user_id for member in members], named, receipts)
 
 
 def cursors_of_message(connection: Connection, message_id: int) -> tuple[int, list[Cursor]]:

@@ -12,10 +12,10 @@ from typing import Any
 from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
-from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, Muted, NotFound
-from chatd.model import Change, Group, Kind, MemberChange, State, UserChange, now
+from chatd import calls
+from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, NotFound
+from chatd.model import Change, Group, Kind, now
 from chatd.protocol import change_payload
-from chatd.protocol import webhook_body as body
 from chatd.store import statements
 from chatd.store.commands import (
     AnyCommand,
@@ -34,16 +34,16 @@ from chatd.store.commands import (
     Rights,
     SetMember,
     SetUser,
-    UserSet,
 )
 from chatd.store.cursors import Cursors
 from chatd.store.keys import as_parameter
+from chatd.store.members import Members
 from chatd.store.reactions import Reactions
 from chatd.store.rows import message
+from chatd.store.users import Users
 
 Row = dict[str, Any]
 MESSAGE_CREATED = "message.created"
-MODERATOR = "moderator"  # the role that may change what others wrote
 
 
 class Step(Struct):
@@ -69,16 +69,13 @@ class Transaction:
         self._places: dict[int, int] = {}  # message id → its conversation
         self._conversations: dict[int, Row] = {}
         self._touched: set[int] = set()
-        self._members: dict[tuple[int, int], Row] = {}
         self._earlier: dict[tuple[int, int, str], Row] = {}
         self._messages: dict[int, Row] = {}
         self._created: list[Row] = []
         self._changed: dict[int, Row] = {}
-        self._set: dict[tuple[int, int], Row] = {}
         self._steps: list[Step] = []
-        self._member_changes: list[MemberChange] = []
-        self._user_changes: dict[int, UserChange] = {}
-        self._users: dict[int, Row] = {}
+        self._members = Members(connection, self._now)
+        self._users = Users(connection)
         self._cursors = Cursors(connection, self._now)
         self._reactions = Reactions(connection, self._now)
 
@@ -92,9 +89,13 @@ class Transaction:
         changes = [self._change(step) for step in self._steps]
         self._settle(settled)
         outbox_id = self._fill_outbox(changes)
-        users = list(self._user_changes.values())
         group = Group(
-            changes, self._member_changes, outbox_id, users, self._cursors.notices(), self._fill_webhooks()
+            changes=changes,
+            members=self._members.changes,
+            outbox_id=outbox_id,
+            users=self._users.changes,
+            notices=self._cursors.notices(),
+            hooked=self._fill_webhooks(),
         )
         return [self._result(verdict) for verdict in verdicts], group
 
@@ -105,12 +106,12 @@ class Transaction:
         replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
         self._places = self._find_places([*(command.message_id for command in aimed), *replies])
         self._lock_conversations(commands)
-        self._read_members({pair for command in commands for pair in self._member_pairs(command)})
+        self._members.read({pair for command in commands for pair in self._member_pairs(command)})
         self._read_earlier([c for c in commands if isinstance(c, Create) and c.client_id is not None])
         self._read_messages({command.message_id for command in aimed})
         self._reactions.read([c for c in commands if isinstance(c, React)])
         self._cursors.read([c for c in commands if isinstance(c, MoveCursor)])
-        self._read_users({c.user_id for c in commands if isinstance(c, SetUser)})
+        self._users.read([c for c in commands if isinstance(c, SetUser)])
 
     def _find_places(self, ids: Sequence[int]) -> dict[int, int]:
         if not ids:
@@ -159,11 +160,6 @@ class Transaction:
             return []
         return [(conversation, command.user_id)]
 
-    def _read_members(self, pairs: set[tuple[int, int]]) -> None:
-        if pairs:
-            query = statements.MEMBERS[self._dialect]
-            self._members = self._rows(query, as_parameter(pairs), "conversation_id", "user_id")
-
     def _read_earlier(self, commands: Sequence[Create]) -> None:
         keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
         if keys:
@@ -174,10 +170,6 @@ class Transaction:
     def _read_messages(self, ids: set[int]) -> None:
         if ids:
             self._messages = self._rows(statements.MESSAGES, {"ids": list(ids)}, "id")
-
-    def _read_users(self, ids: set[int]) -> None:
-        if ids:
-            self._users = self._rows(statements.USERS, {"user_ids": sorted(ids)}, "user_id")
 
     def _rows(self, query: Select[Any], parameters: Row, *key: str) -> dict[Any, Row]:
         rows = [dict(row) for row in self._connection.execute(query, parameters).mappings()]
@@ -201,7 +193,7 @@ class Transaction:
                 case SetMember():
                     return self._set_member(command)
                 case SetUser():
-                    return self._set_user(command)
+                    return self._users.set(command)
                 case Notify():
                     self._notifications.append(command)
                     return Notified()
@@ -215,11 +207,12 @@ class Transaction:
             if earlier["request_hash"] != command.request_hash():
                 raise Conflict(field="client_id")
             return Step(Kind.CREATED, earlier["seq"], earlier, duplicate=True)
-        self._check_mute(command.conversation_id, command.user_id, command.rights)
+        member = (command.conversation_id, command.user_id)
+        self._members.check_mute(member, command.rights)
         if command.reply_to is not None and self._places.get(command.reply_to) != command.conversation_id:
             raise BadRequest("There is no such message in this conversation.", field="reply_to")
-        if command.rights is Rights.TRUSTED and (command.conversation_id, command.user_id) not in self._members:
-            self._enter(command.conversation_id, command.user_id, State.ACTIVE, quiet=True)
+        if command.rights is Rights.TRUSTED and member not in self._members:
+            self._members.enter_quietly(member, self._conversations[command.conversation_id])
         row = self._new_row(command)
         self._created.append(row)
         if self._hooked and command.rights is not Rights.TRUSTED:
@@ -274,10 +267,10 @@ class Transaction:
     def _own_message(self, command: Edit | Delete) -> Row:
         """The message as it is now, if the user may change it: the author, a moderator, the backend."""
         row = self._visible_message(command)
-        if command.user_id is not None and row["user_id"] != command.user_id:
-            member = self._members.get((row["chat_conversation_id"], command.user_id))
-            if member is None or member["role"] != MODERATOR:
-                raise Forbidden("only its author or a moderator may change a message", field="id")
+        if command.user_id in (None, row["user_id"]):
+            return row
+        if not self._members.moderates((row["chat_conversation_id"], command.user_id)):
+            raise Forbidden("only its author or a moderator may change a message", field="id")
         return row
 
     def _visible_message(self, command: Edit | Delete | React) -> Row:
@@ -288,7 +281,7 @@ class Transaction:
             raise NotFound(field="id")
         if command.user_id is not None:
             self._check_rights(row["chat_conversation_id"], command.user_id, command.rights, field="id")
-            self._check_mute(row["chat_conversation_id"], command.user_id, command.rights)
+            self._members.check_mute((row["chat_conversation_id"], command.user_id), command.rights)
         if row["deleted_at"] is not None:
             raise NotFound(field="id")
         return row
@@ -298,67 +291,21 @@ class Transaction:
     ) -> None:
         if rights is Rights.TRUSTED:
             return
-        member = self._members.get((conversation_id, user_id))
-        allowed = member["state"] == State.ACTIVE if member else rights is Rights.ENTITLED
-        if not allowed or conversation_id not in self._conversations:
+        if conversation_id not in self._conversations or not self._members.may_enter(
+            (conversation_id, user_id), rights
+        ):
             raise NotFound(field=field)
 
-    def _check_mute(self, conversation_id: int, user_id: int, rights: Rights) -> None:
-        member = self._members.get((conversation_id, user_id))
-        if rights is Rights.TRUSTED or member is None:
-            return
-        if member["muted_until"] and member["muted_until"] > self._now:
-            raise Muted(until=member["muted_until"])
-
     def _move_cursor(self, command: MoveCursor) -> CursorMoved:
-        if command.rights is not Rights.TRUSTED:
-            member = self._members.get((command.conversation_id, command.user_id))
-            if not (member["state"] == State.ACTIVE if member else command.rights is Rights.ENTITLED):
-                raise NotFound(field="conversation_id")
+        if not self._members.may_enter((command.conversation_id, command.user_id), command.rights):
+            raise NotFound(field="conversation_id")
         return self._cursors.move(command)
 
-    def _set_user(self, command: SetUser) -> UserSet:
-        before = self._users.get(command.user_id, {"valid_after": 0, "banned_until": None})
-        banned = before["banned_until"] if command.banned_until is UNSET else command.banned_until
-        after = {"valid_after": max(before["valid_after"], command.valid_after), "banned_until": banned}
-        self._users[command.user_id] = after | {"user_id": command.user_id}
-        self._user_changes[command.user_id] = UserChange(command.user_id, **after)
-        return UserSet()
-
     def _set_member(self, command: SetMember) -> MemberSet:
-        before = self._members.get((command.conversation_id, command.user_id))
-        role = (before or {}).get("role") if command.role is UNSET else command.role
-        muted = (before or {}).get("muted_until") if command.muted_until is UNSET else command.muted_until
-        moved = before is None or before["state"] != command.state
-        if moved or (before["role"], before["muted_until"]) != (role, muted):  # type: ignore[index]
-            self._enter(command.conversation_id, command.user_id, command.state, role, muted, announce=moved)
+        written, moved = self._members.set(command, self._conversations[command.conversation_id])
+        if written:
+            self._touched.add(command.conversation_id)
         return MemberSet(changed=moved)
-
-    def _enter(
-        self,
-        conversation_id: int,
-        user_id: int,
-        state: State,
-        role: str | None = None,
-        muted_until: str | None = None,
-        *,
-        announce: bool = True,
-        quiet: bool = False,
-    ) -> None:
-        key = (conversation_id, user_id)
-        self._members[key] = self._set[key] = {
-            "conversation_id": conversation_id,
-            "user_id": user_id,
-            "state": state.value,
-            "role": role,
-            "muted_until": muted_until,
-            "updated_at": self._now,
-        }
-        self._conversations[conversation_id]["members_version"] += 1
-        version = self._conversations[conversation_id]["members_version"]
-        self._touched.add(conversation_id)
-        if announce:
-            self._member_changes.append(MemberChange(conversation_id, user_id, state, role, version, quiet))
 
     def _number(self, kind: Kind, row: Row) -> Step:
         conversation = self._conversations[row["chat_conversation_id"]]
@@ -377,14 +324,12 @@ class Transaction:
         self._reactions.refill(self._changed.values())
         for row in self._changed.values():
             self._connection.execute(statements.UPDATE_MESSAGE, self._altered(row))
-        self._execute(statements.SET_MEMBERS[self._dialect], list(self._set.values()))
+        self._members.write()
         self._execute(statements.INSERT_CHANGES, [self._logged(step) for step in self._steps])
         touched = [self._advanced(self._conversations[id]) for id in sorted(self._touched)]
         self._execute(statements.ADVANCE_CONVERSATIONS[self._dialect], touched)
         self._cursors.write()
-        self._execute(
-            statements.SET_USERS[self._dialect], [self._users[id] for id in sorted(self._user_changes)]
-        )
+        self._users.write()
 
     def _insert_messages(self, rows: list[Row]) -> None:
         """Their ids are known at once where nobody else can be writing, else by what the insert returns.
@@ -431,7 +376,7 @@ class Transaction:
 
     def _fill_webhooks(self) -> bool:
         """In the transaction of what they tell of: neither is there without the other."""
-        told = [(MESSAGE_CREATED, body(MESSAGE_CREATED, message(row))) for row in self._for_webhook]
+        told = [(MESSAGE_CREATED, calls.body(MESSAGE_CREATED, message(row))) for row in self._for_webhook]
         told += [(one.event, one.body) for one in self._notifications]
         rows = [
             {"event": event, "body": content, "created_at": self._now, "due_at": self._now}

@@ -1,10 +1,19 @@
-"""The headers of a call to the backend, with the signature that shows it is ours. Pure."""
+"""What a backend is told or asked: the body, and the headers with the signature that shows it is ours. Pure."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import time
+from typing import Any
+
+import msgspec
+
+from chatd.model import now
+
+
+def body(event: str, data: Any) -> bytes:
+    return msgspec.json.encode({"event": event, "at": now(), "data": data})
 
 
 def headers(secret: str, event: str, content: bytes, **more: str) -> dict[str, str]:
