@@ -1,65 +1,19 @@
-"""The commands: the only code that prints, and the only one that ends the process with a code."""
+"""`serve`, and what comes before it: `check-config`, `migrate`."""
 
 from __future__ import annotations
 
 import faulthandler
 import sys
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import trio
 
-from chatd import __version__, config, logs, workers
-from chatd.auth.tokens import Tokens
-from chatd.errors import ConfigError, Forbidden, OperatorError
-from chatd.limits import MAX_ID
+from chatd import config, logs, workers
+from chatd.cli.group import main, with_config
+from chatd.errors import OperatorError
 from chatd.store import database
-
-DEFAULT_FILE = Path("chatd.toml")
-
-Command = Callable[..., None]
-
-
-def with_config(command: Command) -> Command:
-    """Give a command `--config`, and turn what an operator can mend into a sentence and an exit code."""
-
-    @click.option(
-        "--config",
-        "path",
-        type=click.Path(path_type=Path),
-        envvar="CHATD_CONFIG",
-        help="The file to read; chatd.toml in this directory if there is one. The environment wins over it.",
-    )
-    @wraps(command)
-    def wrapped(path: Path | None, **options: Any) -> None:
-        if path is None and DEFAULT_FILE.is_file():
-            path = DEFAULT_FILE
-        try:
-            command(path, **options)
-        except ConfigError as error:
-            click.echo(click.style("The configuration is not right:", bold=True), err=True)
-            for mistake in error.mistakes:
-                click.echo(f"  {mistake}", err=True)
-            sys.exit(error.exit_code)
-        except OperatorError as error:
-            click.echo(str(error), err=True)
-            sys.exit(error.exit_code)
-
-    return wrapped
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="chatd")
-def main() -> None:
-    """A realtime chat daemon: what your backend posts, everybody in the room has, in order, once.
-
-    \b
-    Try it:      chatd serve --demo
-    Deploy it:   chatd check-config && chatd migrate && chatd serve
-    """
 
 
 @main.command()
@@ -114,30 +68,6 @@ def migrate(path: Path | None) -> None:
         click.echo(f"The schema is at version {after} already.")
     else:
         click.echo(f"The schema went from {before or 'nothing'} to version {after}.")
-
-
-@main.command()
-@click.argument("user_id", type=click.IntRange(1, MAX_ID))
-@click.option("--ttl", type=click.IntRange(1), help="Seconds it is valid; auth.token_ttl if not given.")
-@click.option(
-    "--room", "rooms", type=click.IntRange(1, MAX_ID), multiple=True, help="A room it opens; repeatable."
-)
-@with_config
-def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ...]) -> None:
-    """Print a token for a user, to try things with."""
-    settings = config.load(path, require_token=False)
-    logs.configure("warning", settings.logs.format)
-    secret = settings.auth.secret
-    if not secret:
-        database.require(settings.database)
-        store = database.open_store(settings.database)
-        secret = store.token_secret
-        store.close()
-    try:
-        issued = Tokens(secret, settings.auth).issue(user_id, ttl or settings.auth.token_ttl, rooms or None)
-    except Forbidden as error:
-        raise OperatorError(str(error)) from None
-    click.echo(issued)
 
 
 def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:

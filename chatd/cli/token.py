@@ -1,0 +1,38 @@
+"""`token`: somebody's token, to try things with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from chatd import config, logs
+from chatd.auth.tokens import Tokens
+from chatd.cli.group import main, with_config
+from chatd.errors import Forbidden, OperatorError
+from chatd.limits import MAX_ID
+from chatd.store import database
+
+
+@main.command()
+@click.argument("user_id", type=click.IntRange(1, MAX_ID))
+@click.option("--ttl", type=click.IntRange(1), help="Seconds it is valid; auth.token_ttl if not given.")
+@click.option(
+    "--room", "rooms", type=click.IntRange(1, MAX_ID), multiple=True, help="A room it opens; repeatable."
+)
+@with_config
+def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ...]) -> None:
+    """Print a token for a user, to try things with."""
+    settings = config.load(path, require_token=False)
+    logs.configure("warning", settings.logs.format)
+    secret = settings.auth.secret
+    if not secret:
+        database.require(settings.database)
+        store = database.open_store(settings.database)
+        secret = store.token_secret
+        store.close()
+    try:
+        issued = Tokens(secret, settings.auth).issue(user_id, ttl or settings.auth.token_ttl, rooms or None)
+    except Forbidden as error:
+        raise OperatorError(str(error)) from None
+    click.echo(issued)
