@@ -44,6 +44,7 @@ def _enter_namespaces() -> None:
 @click.option("--seconds", default=20.0, show_default=True, help="That a fault lasts.")
 @click.option("--rooms", default=20, show_default=True)
 @click.option("--clients", default=50, show_default=True, help="In each room.")
+@click.option("--rate", default=0, help="So many messages a second in batches, on top of four posters.")
 @click.option("--patience", default=40.0, show_default=True, help="Seconds for clients to catch up after it.")
 @click.option("--seed", type=int, help="Of all that is random; printed.")
 @click.option("--bug", help="Plant a bug in chatd: the run must fail.")
@@ -56,6 +57,7 @@ def main(
     seconds: float,
     rooms: int,
     clients: int,
+    rate: int,
     patience: float,
     seed: int | None,
     bug: str | None,
@@ -75,7 +77,7 @@ def main(
             click.echo(
                 f"\n{kind}: {rooms * clients:,} clients in {rooms} rooms, {seconds:.0f} s a fault, seed {seed}"
             )
-            plan = Plan(kind, phases, seconds, seed, rooms, clients, patience, bug)
+            plan = Plan(kind, phases, seconds, seed, rooms, clients, patience, bug, rate)
             results.append(_run(plan, keep))
             click.echo("\n" + "\n".join(table(results[-1])))
     if report:

@@ -63,6 +63,7 @@ class Verdict(Struct):
     connections: int = 0
     resumed: int = 0
     started_over: int = 0
+    removed: int = 0  # members
 
     @property
     def counts(self) -> Counter[str]:
@@ -88,6 +89,7 @@ def check(history: History) -> Verdict:
         acknowledged=outcomes[Outcome.OK],
         unknown=outcomes[Outcome.INFO],
         failed=outcomes[Outcome.FAIL],
+        removed=sum(a.kind is Kind.REMOVE and a.outcome is Outcome.OK for a in history.attempts),
     )
     for client in history.clients:
         _count(client, verdict)

@@ -34,7 +34,8 @@ def table(result: Result) -> Iterator[str]:
     yield (
         f"{verdict.acknowledged:,} acknowledged, {verdict.unknown:,} unknown, {verdict.failed:,} refused;"
         f" {verdict.received:,} changes received over {verdict.connections:,} connections,"
-        f" {verdict.resumed:,} of them resumed. Valid: {'yes' if result.valid else 'NO'}."
+        f" {verdict.resumed:,} of them resumed; {verdict.removed:,} removals."
+        f" Valid: {'yes' if result.valid else 'NO'}."
     )
     for anomaly in verdict.anomalies[:SHOWN]:
         yield f"  {anomaly.name} in conversation {anomaly.conversation}: {anomaly.sentence}"

@@ -44,6 +44,7 @@ class Plan(Struct):
     clients_per_room: int
     patience: float  # seconds that clients have to catch up
     bug: str | None = None
+    rate: int = 0  # messages a second in batches, on top of the posters'
 
 
 class Phase(Struct):
@@ -131,7 +132,7 @@ class Run:
         with ExitStack() as stack:
             cluster = await blocking(stack.enter_context, Cluster(plan.kind, self._directory, plan.bug))
             crowds = await blocking(stack.enter_context, self._crowds(cluster))
-            workload = Workload(cluster.api_ports, plan.rooms, POSTERS, plan.seed)
+            workload = Workload(cluster.api_ports, plan.rooms, POSTERS, plan.seed, plan.rate)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._look, cluster.nodes)
                 await self._settle(cluster, crowds)  # everybody is there

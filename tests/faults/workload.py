@@ -21,6 +21,7 @@ TOKEN = "a-token-for-faults"
 PATIENCE = 5.0  # seconds for an answer; then it is unknown, and the same is asked again
 AGAIN = (0.02, 0.2)  # seconds until it is
 THINK = (0.0, 0.05)  # seconds between two operations of a poster
+STEP = 0.05  # seconds between two batches of the torrent
 REMEMBERED = 50  # own messages that a poster may edit or delete
 EDIT_SHARE, DELETE_SHARE = 1 / 15, 1 / 40
 AWAY = (
@@ -86,7 +87,8 @@ async def _some(stream: trio.SocketStream) -> bytes:
 class Workload:
     """`start` the load, `stop` it: all that was begun is brought to an end, or given up as unknown."""
 
-    def __init__(self, ports: Sequence[int], rooms: int, posters: int, seed: int) -> None:
+    def __init__(self, ports: Sequence[int], rooms: int, posters: int, seed: int, rate: int = 0) -> None:
+        """`rate`: so many messages a second in batches, on top of what the posters post one by one."""
         self.attempts: list[Attempt] = []
         self._ports, self._rooms = ports, rooms
         self._dice = random.Random(seed)
@@ -94,6 +96,7 @@ class Workload:
         self._posters = [
             Poster(self, 800_001 + number, random.Random(seed + number)) for number in range(posters)
         ]
+        self._torrent = Torrent(self, 810_001, rate) if rate else None
         self._quiet = trio.Event()
         self._doubtful: set[tuple[int, int]] = set()  # (room, number) of removals that may happen yet
 
@@ -106,6 +109,8 @@ class Workload:
                 nursery.start_soon(poster.run)
             for number in FLAPPED:
                 nursery.start_soon(self._flap, number)
+            if self._torrent is not None:
+                nursery.start_soon(self._torrent.run)
             await self._quiet.wait()
             nursery.cancel_scope.deadline = trio.current_time() + seconds_to_finish
         with trio.move_on_after(seconds_to_finish):
@@ -149,12 +154,15 @@ class Workload:
                 self._doubtful.add((room, number))
             await trio.sleep(self._dice.uniform(*AGAIN))
 
+    def port(self, backend: Backend) -> int:
+        return backend.port or self._dice.choice(self._ports)
+
     async def attempt(
         self, backend: Backend, attempt: Attempt, method: str, path: str, body: Any = None
     ) -> Attempt:
         """Ask the node that answered last, or after a failure one at random; record what became of it."""
         attempt.invoked = monotonic()
-        port = backend.port or self._dice.choice(self._ports)
+        port = self.port(backend)
         try:
             status, data = await backend.request(port, method, path, body)
         except (OSError, trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -213,6 +221,59 @@ class Poster:
         name = f"{own.body} deleted"
         attempt = Attempt(Kind.DELETE, own.conversation, self._user, name, 0, 0, Outcome.INFO, own.id)
         await self._workload.attempt(self._backend, attempt, "DELETE", f"/api/ws/messages/{own.id}")
+
+
+class Torrent:
+    """Posts batches at a fixed rate, each message to a room at random; what is unknown is posted again."""
+
+    def __init__(self, workload: Workload, user: int, rate: int) -> None:
+        self._workload, self._user = workload, user
+        self._size = round(rate * STEP)
+        self._numbers = itertools.count(1)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            due = trio.current_time()
+            while not self._workload.quiet:
+                nursery.start_soon(self._post, self._batch())
+                due = max(due + STEP, trio.current_time() - 1)  # after an outage it does not make up for it
+                await trio.sleep_until(due)
+
+    def _batch(self) -> list[dict[str, Any]]:
+        texts = [f"batch {self._user} {next(self._numbers)}" for _ in range(self._size)]
+        rooms = [self._workload._dice.randint(1, self._workload._rooms) for _ in texts]
+        return [
+            {"conversation_id": room, "sender_id": self._user, "content": text, "client_id": text}
+            for room, text in zip(rooms, texts, strict=True)
+        ]
+
+    async def _post(self, batch: list[dict[str, Any]]) -> None:
+        backend = Backend()
+        while batch:
+            invoked = monotonic()
+            try:
+                port = self._workload.port(backend)
+                status, data = await backend.request(
+                    port, "POST", "/api/ws/messages/batch", {"messages": batch}
+                )
+                results = data["results"] if status == 200 else [{"code": data["code"]}] * len(batch)
+            except (OSError, trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                results = [{"code": type(error).__name__}] * len(batch)
+            made = [self._attempt(one, result, invoked) for one, result in zip(batch, results, strict=True)]
+            self._workload.attempts += made
+            batch = [one for one, attempt in zip(batch, made, strict=True) if attempt.outcome is Outcome.INFO]
+            if batch:
+                await trio.sleep(self._workload._dice.uniform(*AGAIN))
+        backend.close()
+
+    @staticmethod
+    def _attempt(one: dict[str, Any], result: dict[str, Any], invoked: float) -> Attempt:
+        outcome = Outcome.OK if "id" in result else Outcome.INFO
+        place, text = one["conversation_id"], one["content"]
+        attempt = Attempt(Kind.POST, place, one["sender_id"], text, invoked, monotonic(), outcome)
+        attempt.id, attempt.seq = result.get("id", 0), result.get("seq", 0)
+        attempt.duplicate, attempt.code = result.get("duplicate", False), result.get("code", "")
+        return attempt
 
 
 def _outcome(status: int) -> Outcome:
