@@ -27,6 +27,7 @@ from chatd.hub.rooms import Subscription
 from chatd.listen import client_places, open_socket, raise_descriptor_limit
 from chatd.model import Change, Group, Kind, Message
 from chatd.protocol import change_payload
+from chatd.settings import Settings
 from chatd.store.database import Store, open_store
 
 ROOM = 1
@@ -98,7 +99,7 @@ class ChatdServer:
 
     async def _serve(self, settings: config.Config, store: Store, status: trio.TaskStatus[int]) -> None:
         listening = open_socket("hub.bind", settings.hub.bind)
-        parts = daemon.assemble(settings, store, "benchmark")
+        parts = daemon.assemble(Settings(settings), store, "benchmark")
         self._bus = parts.bus
         self._rooms = parts.fanout.rooms
         async with trio.open_nursery() as nursery:

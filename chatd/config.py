@@ -45,6 +45,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
 class Api(Struct, frozen=True, forbid_unknown_fields=True):
     bind: str = "127.0.0.1:8080"
     internal_token: str = ""
+    previous_internal_token: str = ""
 
 
 class Hub(Struct, frozen=True, forbid_unknown_fields=True):

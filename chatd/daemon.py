@@ -37,6 +37,8 @@ from chatd.hub.server import DRAIN_GRACE, Hub
 from chatd.ingest import Ingest
 from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
 from chatd.model import Group
+from chatd.reload import Reload
+from chatd.settings import Settings
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 from chatd.webhooks import Webhooks
@@ -52,21 +54,32 @@ SWITCH_INTERVAL = 0.001
 log: FilteringBoundLogger = structlog.get_logger()
 
 
-async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after."""
+async def run(
+    config: Config,
+    store: Store,
+    read_again: Callable[[], Config],
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after.
+
+    `read_again` reads the configuration anew, for SIGHUP.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL)
     api_socket, hub_sockets = open_sockets(config)
     addresses = [address_of(one) for one in (api_socket, *hub_sockets)]
     node = secrets.token_hex(6)
     stop, api_stop = trio.Event(), trio.Event()
 
-    parts = assemble(config, store, node)
+    settings = Settings(config)
+    parts = assemble(settings, store, node)
+    reload = Reload(settings, parts.chat, read_again)
     chat, hub, bus, writer = parts.chat, parts.hub, parts.bus, parts.writer
     ingest = Ingest(Intake(config.redis, node), chat.messages)
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_signals, stop)
+        await nursery.start(_watch_signals, stop, reload)
         await nursery.start(writer.run)
         await nursery.start(bus.run)
         await nursery.start(parts.fanout.run)
@@ -77,7 +90,7 @@ async def run(config: Config, store: Store, *, on_ready: Callable[[], None] = la
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
-        api_served = await nursery.start(api.serve, config, chat, health, api_socket, api_stop)
+        api_served = await nursery.start(api.serve, settings, chat, health, api_socket, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
         nursery.start_soon(_follow_parent, stop)
@@ -121,17 +134,18 @@ class Parts:
     webhooks: Webhooks
 
 
-def assemble(config: Config, store: Store, node: str) -> Parts:
+def assemble(settings: Settings, store: Store, node: str) -> Parts:
+    config = settings.now
     rooms = Rooms()
     fanout = Fanout(rooms, store.read)
     # Over the memory bus there are no other nodes to tell.
     presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
     fetch = Fetcher(config.server.private_networks)
-    registry = Registry(config, presence)
+    registry = Registry(settings, presence)
     reception = Reception(fanout, registry, presence)
     writer, bus = _writer_and_bus(config, store, reception, node, lambda: webhooks.wake())
-    chat = Chat(config, store, writer, presence, bus.tell, fetch)
-    hub = Hub(config, chat, rooms, fanout, registry)
+    chat = Chat(settings, store, writer, presence, bus.tell, fetch)
+    hub = Hub(settings, chat, rooms, fanout, registry)
     reception.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
     webhooks = Webhooks(config.webhooks, store.webhooks, fetch)
@@ -193,15 +207,16 @@ async def _flush(writer: Writer) -> None:
 
 
 async def _watch_signals(
-    stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    stop: trio.Event, reload: Reload, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """The first signal asks to stop, the second ends the process at once. SIGHUP does neither."""
+    """The first signal asks to stop, the second ends the process at once. SIGHUP reloads the configuration."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         asked_at = math.inf
         async for number in signals:
             if number == signal.SIGHUP:
-                log.warning("reload_unsupported", advice="restart chatd to apply a changed configuration")
+                if not stop.is_set():
+                    reload()
                 continue
             if trio.current_time() - asked_at > SAME_SIGNAL:
                 log.warning("ended_at_once", signal=signal.Signals(number).name)

@@ -16,6 +16,9 @@ import structlog
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
+# How syslog(3) numbers them: the journal reads `<4>` at the start of a line as a warning.
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
 SELDOM = 10.0  # seconds between two lines about the same trouble
 
 
@@ -45,13 +48,49 @@ class _Worker:
         return line
 
 
+class _Threshold:
+    """Drops what is below the level. structlog's own filter is fixed once a line was written."""
+
+    def __init__(self) -> None:
+        self.level = logging.INFO
+
+    def __call__(self, _logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if _LEVELS.get(method, logging.ERROR) < self.level:
+            raise structlog.DropEvent
+        return line
+
+
+_threshold = _Threshold()
+
+
+def set_level(level: str) -> None:
+    """`level`: debug, info, warning or error."""
+    _threshold.level = _LEVELS[level]
+
+
+def _with_priority(_logger: Any, method: str, line: Any) -> str:
+    return f"<{_PRIORITIES.get(method, 3)}>{line}"
+
+
+def _in_journal() -> bool:
+    """Whether standard error is the journal's socket: systemd.exec(5), $JOURNAL_STREAM."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
 def configure(level: str, form: str) -> None:
     """`level`: debug, info, warning or error. `form`: json, text, or auto (text on a terminal)."""
+    set_level(level)
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
         # Left to itself it shows what every variable holds, bodies and tokens, where `rich` is installed.
         structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,
+            timestamp_key="ts",
         )
         if text
         else structlog.processors.JSONRenderer()
@@ -59,14 +98,16 @@ def configure(level: str, form: str) -> None:
     worker = os.environ.get("CHATD_WORKER_NUMBER")
     structlog.configure(
         processors=[
+            _threshold,
             structlog.processors.add_log_level,
             *([_Worker(int(worker))] if worker else []),
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
             structlog.processors.StackInfoRenderer(),
             *([] if text else [structlog.processors.format_exc_info]),
             renderer,
+            *([_with_priority] if _in_journal() and not text else []),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         # A line is one write: workers share their standard error.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,

@@ -48,6 +48,14 @@ WEBHOOKS_WAITING = Gauge(
 )
 WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
 HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time in which the backend judged a message")
+RELOADED = Gauge(
+    "chatd_config_last_reload_success", "1 unless the last reload was refused", multiprocess_mode="livemin"
+)
+RELOADED_AT = Gauge(
+    "chatd_config_last_reload_timestamp_seconds",
+    "When the configuration was read last, or was to be",
+    multiprocess_mode="livemostrecent",
+)
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
 OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")

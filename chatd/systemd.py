@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 # Seconds. The manager empties its socket at once; should it hang, losing a line is better than a stuck loop.
 SEND_TIMEOUT = 1.0
@@ -42,6 +43,11 @@ def ready(status: str) -> None:
 def stopping(status: str, seconds: float) -> None:
     """Say that the service has begun to stop, and may take so long: very many clients leave bit by bit."""
     notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}", _status(status))
+
+
+def reloading() -> None:
+    """Say that the configuration is being read: `ready` says that it is in force. systemd wants the moment."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def status(text: str) -> None:

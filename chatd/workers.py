@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 import trio
 from prometheus_client.multiprocess import mark_process_dead
 
 from chatd import systemd
 from chatd.config import Config
-from chatd.errors import OperatorError
+from chatd.errors import ConfigError, OperatorError
 from chatd.listen import open_sockets
 
 START_PATIENCE = 120.0  # seconds until a worker must be ready
@@ -50,7 +51,20 @@ def is_worker() -> bool:
     return "CHATD_WORKER_NUMBER" in os.environ
 
 
-async def run(config: Config, *, on_ready: Callable[[], None] = lambda: None) -> int:
+def share(config: Config) -> Config:
+    """What a worker has of limits that are for all of them together."""
+    limits, workers = config.limits, int(os.environ.get("CHATD_WORKERS", "1"))
+    limits = msgspec.structs.replace(
+        limits,
+        connections=_share(limits.connections, workers),
+        handshakes_per_second=_share(limits.handshakes_per_second, workers),
+    )
+    return msgspec.structs.replace(config, limits=limits)
+
+
+async def run(
+    config: Config, read_again: Callable[[], Config], *, on_ready: Callable[[], None] = lambda: None
+) -> int:
     """Serve with `server.workers` processes until SIGTERM or SIGINT; returns the exit code.
 
     Raises OperatorError before it has started one.
@@ -58,7 +72,7 @@ async def run(config: Config, *, on_ready: Callable[[], None] = lambda: None) ->
     api_socket, hub_sockets = open_sockets(config)
     sockets = [("api", api_socket), *(("hub", one) for one in hub_sockets)]
     with _directory() as directory:
-        return await Crew(config, sockets, directory, on_ready).run()
+        return await Crew(config, sockets, directory, read_again, on_ready).run()
 
 
 class Worker:
@@ -97,9 +111,11 @@ class Crew:
         config: Config,
         sockets: list[tuple[str, socket.socket]],
         directory: Path,
+        read_again: Callable[[], Config],
         on_ready: Callable[[], None],
     ) -> None:
-        self._config, self._sockets, self._directory, self._on_ready = config, sockets, directory, on_ready
+        self._config, self._sockets, self._directory = config, sockets, directory
+        self._read_again, self._on_ready = read_again, on_ready
         self._workers = [Worker(number) for number in range(1, config.server.workers + 1)]
         period = systemd.watchdog_period()
         self._watchdog = WATCHDOG if period is None else 2 * period
@@ -201,11 +217,9 @@ class Crew:
         )
 
     def _environ(self, worker: Worker, notify: Path) -> dict[str, str]:
-        limits, workers = self._config.limits, len(self._workers)
         ours = {
             "CHATD_SERVER__WORKERS": "1",
-            "CHATD_LIMITS__CONNECTIONS": _share(limits.connections, workers),
-            "CHATD_LIMITS__HANDSHAKES_PER_SECOND": _share(limits.handshakes_per_second, workers),
+            "CHATD_WORKERS": str(len(self._workers)),
             "CHATD_WORKER_NUMBER": str(worker.number),
             "CHATD_WORKER_PARENT": str(os.getpid()),
             "LISTEN_FDS": str(len(self._sockets)),
@@ -276,11 +290,24 @@ class Crew:
             task_status.started()
             async for number in signals:
                 if number == signal.SIGHUP:
-                    for worker in self._workers:
-                        if worker.ready:  # one that has only begun would die of it
-                            worker.signal(number)
+                    self._reload()
                 else:
                     self._stop_all(number)
+
+    def _reload(self) -> None:
+        """The workers read the configuration by themselves; not, if it would be refused by each of them."""
+        systemd.reloading()
+        status = self._status()
+        try:
+            self._read_again()
+        except ConfigError as error:
+            log.error("reload_refused", mistakes=list(error.mistakes))
+            status = f"the configuration was not reloaded: it has mistakes; {status}"
+        else:
+            for worker in self._workers:
+                if worker.ready:  # one that has only begun would die of it, and reads the new one anyway
+                    worker.signal(signal.SIGHUP)
+        systemd.ready(status)
 
     def _stop_all(self, number: int) -> None:
         if not self._stop.is_set():
@@ -333,5 +360,5 @@ def _notify_socket(path: Path) -> Iterator[trio.socket.SocketType]:
         yield notified
 
 
-def _share(limit: int, workers: int) -> str:
-    return str(max(1, limit // workers) if limit else 0)  # 0 is no limit
+def _share(limit: int, workers: int) -> int:
+    return max(1, limit // workers) if limit else 0  # 0 is no limit

@@ -16,6 +16,8 @@ import trio.testing
 
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS
 from chatd.api.hot import Post
+from chatd.config import Api, Config
+from chatd.settings import Settings
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -338,6 +340,7 @@ def test_no_http_connection_ends_the_daemon(daemon: Daemon, words: bytes) -> Non
     assert '"exception"' not in daemon.log
 
 
+SETTINGS = Settings(Config(api=Api(internal_token="t")))
 WHOLE = b'{"conversation_id":1,"sender_id":1,"content":"a private text"}'
 
 # The one route that is answered past Quart: what a request can do wrong before it is one.
@@ -358,7 +361,7 @@ async def _hot(*events: dict[str, Any], headers: dict[str, str] | None = None) -
     async def send(event: dict[str, Any]) -> None:
         sent.append(event)
 
-    await Post(None, "t")(scope, receive, send)  # type: ignore[arg-type]  # nothing gets as far as the chat
+    await Post(None, SETTINGS)(scope, receive, send)  # type: ignore[arg-type]  # nothing gets as far as the chat
     return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else (0, None)
 
 
@@ -394,12 +397,16 @@ def test_a_traceback_in_the_log_shows_nothing_of_a_message(form: str) -> None:
 import trio
 from chatd import logs
 from chatd.api.hot import Post
+from chatd.config import Api, Config
+from chatd.settings import Settings
 
 async def receive():
     return {{"type": "http.request", "body": {WHOLE!r}}}
 
 logs.configure("info", {form!r})
-trio.run(Post(None, "t"), {{"headers": [(b"x-internal-token", b"t")]}}, receive, lambda event: trio.sleep(0))
+settings = Settings(Config(api=Api(internal_token="t")))
+headers = {{"headers": [(b"x-internal-token", b"t")]}}
+trio.run(Post(None, settings), headers, receive, lambda event: trio.sleep(0))
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     assert "request_failed" in said

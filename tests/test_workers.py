@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import trio
 
+from chatd import workers
+from chatd.config import Config, Limits
 from tests.client import Client, login
 from tests.daemon import TOKEN, Daemon
 from tests.services import RedisServer
@@ -239,8 +241,17 @@ async def test_the_numbers_are_those_of_all_whoever_is_asked(crews: Crews, backe
         assert numbers["chatd_deliveries_total"] == 4, "a counter never goes back"
     # What they count each for itself, they have a share of.
     limits = [environ(pid) for pid in crew.workers.values()]
-    assert [each["CHATD_LIMITS__CONNECTIONS"] for each in limits] == ["3", "3"]
-    assert [each["CHATD_LIMITS__HANDSHAKES_PER_SECOND"] for each in limits] == ["50", "50"]
+    assert [each["CHATD_WORKERS"] for each in limits] == ["2", "2"]
+
+
+def test_a_worker_has_a_share_of_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATD_WORKERS", "2")
+    whole = Config(limits=Limits(connections=7, handshakes_per_second=100, rooms_per_connection=9))
+    assert workers.share(whole).limits == Limits(
+        connections=3, handshakes_per_second=50, rooms_per_connection=9
+    )
+    unbounded = Config(limits=Limits(connections=0, handshakes_per_second=1))
+    assert workers.share(unbounded).limits == Limits(connections=0, handshakes_per_second=1)
 
 
 async def test_a_killed_worker_is_replaced_and_nobody_misses_anything(crews: Crews, backend: Backends) -> None:
@@ -345,15 +356,15 @@ async def test_a_pause_of_the_whole_machine_is_nobodys_fault(crews: Crews) -> No
     assert not crew.lines("worker_hangs")
 
 
-async def test_sighup_harms_nobody(crews: Crews) -> None:
+async def test_sighup_reloads_all_of_them(crews: Crews) -> None:
     crew = await started(crews())
     workers = crew.workers
     async with guest(crew, 1, 1, None) as here, guest(crew, 2, 2, None) as there:
         crew.signal(signal.SIGHUP)
-        await trio.to_thread.run_sync(wait_for, lambda: len(crew.lines("reload_unsupported")) == 2)
+        await trio.to_thread.run_sync(wait_for, lambda: len(crew.lines("reloaded")) == 2)
         await here.silence()
         await there.silence()
-    assert {line["worker"] for line in crew.lines("reload_unsupported")} == {1, 2}
+    assert {line["worker"] for line in crew.lines("reloaded")} == {1, 2}
     assert crew.workers == workers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Any
 
 import trio
@@ -14,13 +13,13 @@ from quart_trio.wrappers import TrioRequest
 
 from chatd import __version__
 from chatd.api import conversations, demo, errors, health, messages, tokens, users
+from chatd.api.access import check_access
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.health import Health
 from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
-from chatd.config import Config
-from chatd.errors import Forbidden, Unauthorized
+from chatd.settings import Settings
 
 OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
 
@@ -72,19 +71,19 @@ class ChatApp(QuartTrio):
         await super().asgi_app(scope, receive, send)
 
 
-def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
+def create_app(settings: Settings, chat: Chat, healthy: Health) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
-    app.hot = Post(chat, config.api.internal_token)
+    app.hot = Post(chat, settings)
     app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
-    _guard(app, config)
+    _guard(app, settings)
     errors.install(app)
     app.register_blueprint(health.blueprint(healthy))
     app.register_blueprint(messages.blueprint(chat))
     app.register_blueprint(conversations.blueprint(chat))
     app.register_blueprint(users.blueprint(chat))
-    app.register_blueprint(tokens.blueprint(chat, config.auth.token_ttl))
-    if config.demo:
-        app.register_blueprint(demo.blueprint(chat, config))
+    app.register_blueprint(tokens.blueprint(chat, settings))
+    if settings.now.demo:
+        app.register_blueprint(demo.blueprint(chat, settings.now))
     QuartSchema(
         app,
         openapi_path="/openapi.json",
@@ -99,17 +98,13 @@ def create_app(config: Config, chat: Chat, healthy: Health) -> ChatApp:
     return app
 
 
-def _guard(app: ChatApp, config: Config) -> None:
+def _guard(app: ChatApp, settings: Settings) -> None:
     """Every path wants the token, also those that do not exist, but for the open ones."""
-    expected = config.api.internal_token.encode()
-    open_paths = OPEN_PATHS | demo.OPEN_PATHS if config.demo else OPEN_PATHS
+    open_paths = OPEN_PATHS | demo.OPEN_PATHS if settings.now.demo else OPEN_PATHS
 
     @app.before_request
     async def check_token() -> None:
-        given = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
         if request.path in open_paths:
             return
-        if "Origin" in request.headers:  # a browser's script: whoever posts for all users is none
-            raise Forbidden("this API is for backends, not for browsers")
-        if not hmac.compare_digest(given, expected):
-            raise Unauthorized()
+        token = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
+        check_access(settings.now.api, token, origin="Origin" in request.headers)

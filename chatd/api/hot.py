@@ -6,19 +6,20 @@ A request context, routing, signals and two tasks cost a third of a millisecond,
 
 from __future__ import annotations
 
-import hmac
 import math
 from typing import Any
 
 import msgspec
 import trio
 
+from chatd.api.access import check_access
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.messages import check_key, stored
 from chatd.chat import Chat
 from chatd.chat.posts import NewMessage, create, decode
-from chatd.errors import BadRequest, ChatError, Forbidden, TooLarge, Unauthorized
+from chatd.errors import BadRequest, ChatError, TooLarge
+from chatd.settings import Settings
 
 PATH = "/api/ws/messages"
 
@@ -32,8 +33,8 @@ class HungUp(Exception):
 class Post:
     """An ASGI application for one route."""
 
-    def __init__(self, chat: Chat, token: str) -> None:
-        self._chat, self._token = chat, token.encode()
+    def __init__(self, chat: Chat, settings: Settings) -> None:
+        self._chat, self._settings = chat, settings
 
     @staticmethod
     def takes(scope: Any) -> bool:
@@ -58,10 +59,8 @@ class Post:
             await send({"type": "http.response.body", "body": body})
 
     async def _post(self, headers: Headers, receive: Any) -> bytes:
-        if b"origin" in headers:
-            raise Forbidden("this API is for backends, not for browsers")
-        if not hmac.compare_digest(headers.get(b"x-internal-token", b""), self._token):
-            raise Unauthorized()
+        token = headers.get(b"x-internal-token", b"")
+        check_access(self._settings.now.api, token, origin=b"origin" in headers)
         raw = await _body(headers, receive)
         message = decode(NewMessage, raw, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
         command = create(message, check_key(headers.get(b"idempotency-key")))

@@ -17,8 +17,8 @@ from chatd import metrics
 from chatd.api.app import create_app
 from chatd.api.health import Health
 from chatd.chat import Chat
-from chatd.config import Config
 from chatd.listen import BACKLOG
+from chatd.settings import Settings
 
 KEEP_ALIVE = 75.0  # seconds; longer than a pool of a backend holds idle connections
 GRACE = 3.0  # seconds for requests in progress when the daemon stops
@@ -50,7 +50,7 @@ hypercorn.trio.run.TCPServer = Peer  # type: ignore[attr-defined]  # Hypercorn o
 
 
 async def serve(
-    config: Config,
+    settings: Settings,
     chat: Chat,
     healthy: Health,
     listening: socket.socket,
@@ -60,7 +60,7 @@ async def serve(
 ) -> None:
     """Serve until `stop`, then finish what is in progress; the event given to `started` says that it is."""
     finished = trio.Event()
-    app = create_app(config, chat, healthy)
+    app = create_app(settings, chat, healthy)
     try:
         async with trio.open_nursery() as nursery:
             run = partial(hypercorn.trio.serve, app, _settings(listening), shutdown_trigger=stop.wait)

@@ -7,9 +7,10 @@ from quart_schema import document_request, document_response
 
 from chatd.api.bodies import Token, TokenRequest, answer, posted
 from chatd.chat import Chat
+from chatd.settings import Settings
 
 
-def blueprint(chat: Chat, default_ttl: int) -> Blueprint:
+def blueprint(chat: Chat, settings: Settings) -> Blueprint:
     routes = Blueprint("tokens", __name__, url_prefix="/api/ws/tokens")
 
     @routes.post("")
@@ -18,7 +19,7 @@ def blueprint(chat: Chat, default_ttl: int) -> Blueprint:
     async def issue() -> Response:
         """A token for a user to connect with."""
         body = await posted(TokenRequest)
-        ttl = body.ttl or default_ttl
+        ttl = body.ttl or settings.now.auth.token_ttl
         # After a revocation in this very second: else the user would have to wait for the next.
         since = await chat.users.issue_from(body.user_id)
         return answer(Token(chat.tokens.issue(body.user_id, ttl, body.conversations, since=since), ttl))

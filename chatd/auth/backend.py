@@ -18,11 +18,11 @@ from msgspec import Meta, Struct
 
 from chatd import metrics
 from chatd.breaker import Breaker
-from chatd.config import Auth
 from chatd.errors import Unauthorized, Unavailable
 from chatd.fetch import Fetcher
 from chatd.model import Identity
 from chatd.protocol import Id
+from chatd.settings import Settings
 
 AT_ONCE = 32  # calls on their way
 REMEMBERED = 10_000  # tokens
@@ -38,9 +38,10 @@ class _Login(Struct, frozen=True):
 
 
 class Backend:
-    def __init__(self, config: Auth, internal_token: str, fetch: Fetcher) -> None:
+    def __init__(self, settings: Settings, fetch: Fetcher) -> None:
+        config = settings.now.auth
+        self._settings = settings
         self._url, self._timeout, self._keep = config.backend_url, config.backend_timeout, config.backend_cache
-        self._headers = {"X-Internal-Token": internal_token, "Content-Type": "application/json"}
         self._fetch = fetch
         self._places = trio.CapacityLimiter(AT_ONCE)
         self._breaker = Breaker()
@@ -73,7 +74,7 @@ class Backend:
         with self._breaker.call():
             try:
                 answer = await self._fetch(
-                    "POST", self._url, within=self._timeout, headers=self._headers, content=body
+                    "POST", self._url, within=self._timeout, headers=self._headers(), content=body
                 )
             except Unavailable:
                 metrics.AUTH_FAILURES.labels("unreachable").inc()
@@ -83,6 +84,10 @@ class Backend:
             if answer.status in _NO:
                 raise Unauthorized("this token is not valid")
             return _identity(answer.status, answer.body)
+
+    def _headers(self) -> dict[str, str]:
+        token = self._settings.now.api.internal_token
+        return {"X-Internal-Token": token, "Content-Type": "application/json"}
 
     def _remembered(self, key: bytes) -> Identity | None:
         until, identity = self._known.get(key, (0.0, None))

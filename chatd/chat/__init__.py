@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chatd.auth import Authenticator
 from chatd.auth.backend import Backend
 from chatd.auth.keyserver import KeyServer
 from chatd.auth.tokens import Tokens
@@ -30,9 +29,10 @@ from chatd.chat.presence import Presence
 from chatd.chat.receipts import Receipts
 from chatd.chat.typing import Typing
 from chatd.chat.users import Users
-from chatd.config import Auth, Config
+from chatd.config import Auth
 from chatd.fetch import Fetcher
 from chatd.model import Signal
+from chatd.settings import Settings
 from chatd.store.database import Store
 from chatd.store.writer import Writer
 
@@ -42,19 +42,22 @@ class Chat:
 
     def __init__(
         self,
-        config: Config,
+        settings: Settings,
         store: Store,
         writer: Writer,
         presence: Presence,
         tell: Callable[[Signal], None],
         fetch: Fetcher,
     ) -> None:
-        self.tokens = tokens_of(config.auth, store.token_secret, fetch)
-        self.logins = Logins(_authenticator(config, self.tokens, fetch), store.read)
-        self.conversations = Conversations(store.read, store.epoch, config.rooms, config.limits, presence)
-        self.messages = Messages(writer, store.read, config.limits)
+        config = settings.now
+        self._secret, self._fetch = store.token_secret, fetch
+        self.tokens = self.tokens_of(config.auth)
+        backend = Backend(settings, fetch) if config.auth.backend_url else None
+        self.logins = Logins(backend or self.tokens, store.read)
+        self.conversations = Conversations(store.read, store.epoch, settings, presence)
+        self.messages = Messages(writer, store.read, settings)
         self.members = Members(writer)
-        self.receipts = Receipts(writer, store.read, presence, config.limits)
+        self.receipts = Receipts(writer, store.read, presence, settings)
         self.users = Users(writer, store.read, presence, tell)
         self.presence = presence
         self.typing = Typing(tell)
@@ -63,13 +66,13 @@ class Chat:
         self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
         self.attendance = Attendance(writer, presence, hooks.events) if hooks.url else None
 
+    def tokens_of(self, config: Auth) -> Tokens:
+        """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""
+        server = KeyServer(self._fetch, config.jwks_url) if config.jwks_url else None
+        return Tokens(self._secret, config, server)
 
-def tokens_of(config: Auth, secret: str, fetch: Fetcher) -> Tokens:
-    """`secret` if the configuration has none."""
-    return Tokens(secret, config, KeyServer(fetch, config.jwks_url) if config.jwks_url else None)
-
-
-def _authenticator(config: Config, tokens: Tokens, fetch: Fetcher) -> Authenticator:
-    if not config.auth.backend_url:
-        return tokens
-    return Backend(config.auth, config.api.internal_token, fetch)
+    def use_tokens(self, tokens: Tokens) -> None:
+        """From now on. Who is logged in stays so."""
+        if self.logins.authenticator is self.tokens:
+            self.logins.authenticator = tokens
+        self.tokens = tokens

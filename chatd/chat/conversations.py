@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from chatd.chat.logins import check_standing
 from chatd.chat.presence import Presence
-from chatd.config import Limits, Rooms
 from chatd.errors import NotFound
 from chatd.limits import INBOX_ROOMS
 from chatd.model import Identity
+from chatd.settings import Settings
 from chatd.store import people, reads
 from chatd.store.commands import Rights
 from chatd.store.people import Place
@@ -19,12 +19,17 @@ from chatd.store.snapshots import Entry, Found, Snapshot, logins
 
 
 class Conversations:
-    def __init__(self, read: Reader, epoch: str, rooms: Rooms, config: Limits, presence: Presence) -> None:
+    def __init__(self, read: Reader, epoch: str, settings: Settings, presence: Presence) -> None:
         self._presence = presence
         self._read, self.epoch = read, epoch
         self._enter: Gathered[Entry, tuple[Standing | None, Found]] = Gathered(read, logins, _weight)
-        self._open = rooms.access == "open"
-        self._members_detail = config.members_detail
+        self._settings = settings
+        self._open = settings.now.rooms.access == "open"
+
+    @property
+    def members_detail(self) -> int:
+        """In rooms with more members nobody hears of others' receipts and presence; 0: no limit."""
+        return self._settings.now.limits.members_detail
 
     def entitled(self, identity: Identity, conversation_id: int) -> bool:
         """Whether the user may enter if no row of `chat_members` says otherwise."""
@@ -53,11 +58,11 @@ class Conversations:
 
     def _entry(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Entry:
         wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
-        return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self._members_detail)
+        return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self.members_detail)
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
-        place = await self._read(people.place, conversation_id, self._members_detail)
+        place = await self._read(people.place, conversation_id, self.members_detail)
         return place, sorted(self._presence.who(conversation_id, place.member_ids))
 
     async def member_ids(self, conversation_id: int, most: int) -> list[int]:

@@ -14,11 +14,11 @@ from chatd.store.reads import Standing
 
 class Logins:
     def __init__(self, authenticator: Authenticator, read: Reader) -> None:
-        self._authenticator, self._read = authenticator, read
+        self.authenticator, self._read = authenticator, read
 
     async def verify(self, token: str) -> Identity:
         """What the token says. Raises Unauthorized, TokenExpired or Unavailable."""
-        return await self._authenticator.authenticate(token)
+        return await self.authenticator.authenticate(token)
 
     async def check(self, identity: Identity) -> None:
         """Whether it counts. Raises Revoked or Unavailable."""

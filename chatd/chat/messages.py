@@ -9,9 +9,9 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from chatd.config import Limits
 from chatd.errors import BadRequest, ChatError
 from chatd.protocol import check_content, check_label, check_meta
+from chatd.settings import Settings
 from chatd.store import reads
 from chatd.store.commands import Changed, Create, Created, Delete, Edit, React
 from chatd.store.reader import Reader
@@ -20,15 +20,16 @@ from chatd.store.writer import Submission, Then, Writer
 
 
 class Messages:
-    def __init__(self, writer: Writer, read: Reader, limits: Limits) -> None:
-        self._writer, self._read, self._limits = writer, read, limits
+    def __init__(self, writer: Writer, read: Reader, settings: Settings) -> None:
+        self._writer, self._read, self._settings = writer, read, settings
 
     def check(self, command: Create | Edit) -> None:
         """Raises BadRequest or TooLarge, with the field."""
+        limits = self._settings.now.limits
         if isinstance(command.content, str):
-            check_content(command.content, self._limits.content_chars)
+            check_content(command.content, limits.content_chars)
         if command.meta is not UNSET:
-            check_meta(command.meta, self._limits.meta_bytes)
+            check_meta(command.meta, limits.meta_bytes)
         if isinstance(command, Create):
             check_label("type", command.type)
             check_label("client_id", command.client_id)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from chatd.chat.presence import USERS, Presence
-from chatd.config import Limits
+from chatd.settings import Settings
 from chatd.store import people
 from chatd.store.commands import MoveCursor, Rights
 from chatd.store.reader import Reader
@@ -27,9 +27,9 @@ class Delivery(Struct, frozen=True):
 
 
 class Receipts:
-    def __init__(self, writer: Writer, read: Reader, presence: Presence, limits: Limits) -> None:
+    def __init__(self, writer: Writer, read: Reader, presence: Presence, settings: Settings) -> None:
         self._writer, self._read, self._presence = writer, read, presence
-        self._detail = limits.members_detail
+        self._settings = settings
 
     def move(self, conversation_id: int, user_id: int, read: int, delivered: int, rights: Rights) -> MoveCursor:
         return MoveCursor(
@@ -38,7 +38,7 @@ class Receipts:
             read=read,
             delivered=delivered,
             rights=rights,
-            detail=self._detail,
+            detail=self._settings.now.limits.members_detail,
         )
 
     def submit(self, moves: Sequence[MoveCursor], then: Then) -> None:

@@ -24,7 +24,11 @@ from chatd.store import database
 def serve(path: Path | None, demo: bool) -> None:
     """Run the daemon until SIGTERM or Ctrl-C."""
     faulthandler.enable()  # systemd's watchdog ends a stuck process with SIGABRT: say where it was stuck
-    settings = config.load(path, demo=demo)
+
+    def read() -> config.Config:
+        return workers.share(config.load(path, demo=demo))
+
+    settings = read()
     logs.configure(settings.logs.level, settings.logs.format)
     store = database.open_store(settings.database)
     greets = demo and not workers.is_worker()  # the parent greets for all
@@ -32,10 +36,10 @@ def serve(path: Path | None, demo: bool) -> None:
     try:
         if settings.server.workers > 1 and not workers.is_worker():
             store.close()  # opened for its mistakes, its migrations, and what is made once for all workers
-            sys.exit(trio.run(partial(workers.run, settings, on_ready=on_ready)))
+            sys.exit(trio.run(partial(workers.run, settings, read, on_ready=on_ready)))
         from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
 
-        trio.run(partial(daemon.run, settings, store, on_ready=on_ready))
+        trio.run(partial(daemon.run, settings, store, read, on_ready=on_ready))
     except* OperatorError as group:
         raise _first(group) from None
     finally:

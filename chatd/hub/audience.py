@@ -37,13 +37,12 @@ class Audiences:
         presence: Presence,
         conversations: Conversations,
         *,
-        detail: int,
         counts_rooms: bool,
     ) -> None:
         """`counts_rooms`: somebody wants to know which rooms are occupied, over all nodes."""
         self._counts_rooms = counts_rooms
         self._rooms, self._fanout, self._presence = rooms, fanout, presence
-        self._conversations, self._detail = conversations, detail
+        self._conversations = conversations
         self._audiences: dict[int, Audience] = {}
         self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has them
         rooms.watcher = self
@@ -76,7 +75,8 @@ class Audiences:
 
     def _crowded(self, conversation_id: int, audience: Audience) -> bool:
         here = len(audience.members) + len(self._presence.present(conversation_id))
-        return bool(self._detail) and here > self._detail
+        detail = self._conversations.members_detail
+        return bool(detail) and here > detail
 
     def _fill(self, conversation_id: int, audience: Audience, ids: list[int]) -> None:
         if self._audiences.get(conversation_id) is not audience:

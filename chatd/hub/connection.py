@@ -61,7 +61,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     try:
         async with trio.open_nursery() as nursery:
             # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
-            most = 4 * services.config.limits.frame_bytes + RECEIVE_BYTES
+            most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
             outbox = Outbox(stream, nursery, unfinished_bytes=most)
             try:
                 if opened := await _shake_hands(services, stream, outbox, nursery):
@@ -90,11 +90,11 @@ async def _shake_hands(
 ) -> tuple[Connection, Session, Admission] | None:
     """None for a peer who was refused, and told so."""
     registry = services.registry
-    with trio.fail_after(services.config.hub.handshake_timeout):
+    with trio.fail_after(services.settings.now.hub.handshake_timeout):
         request = await wrap_server_stream(
             nursery,
             outbox,
-            max_message_size=services.config.limits.frame_bytes,
+            max_message_size=services.settings.now.limits.frame_bytes,
             message_queue_size=1,
             receive_buffer_size=RECEIVE_BYTES,
         )

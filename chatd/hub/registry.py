@@ -19,6 +19,7 @@ from chatd.config import Config, is_loopback
 from chatd.errors import Close
 from chatd.limits import TokenBucket
 from chatd.model import Identity
+from chatd.settings import Settings
 
 PATH = "/ws"
 ADDRESSES = 10_000  # whose failed logins are remembered; beyond it the oldest are let off
@@ -87,16 +88,23 @@ class User:
 
 
 class Registry:
-    def __init__(self, config: Config, presence: Presence) -> None:
+    def __init__(self, settings: Settings, presence: Presence) -> None:
         self._presence = presence
-        self._limits, self._origins = config.limits, config.hub.origins
-        self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
         self._users: dict[int, User] = {}
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
         self._failures: OrderedDict[str, TokenBucket] = OrderedDict()  # failed logins by address
-        self._handshakes = _bucket(config.limits.handshakes_per_second)
         self.closed = False  # the daemon is stopping
+        settings.follow(self._apply)
+
+    def _apply(self, config: Config) -> None:
+        """Rates begin anew; who is here already stays, whatever the limits are now."""
+        self._limits, self._origins = config.limits, config.hub.origins
+        self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
+        self._handshakes = _bucket(config.limits.handshakes_per_second)
+        self._failures.clear()
+        for user in self._users.values():
+            user.sends = _bucket(config.limits.sends_per_second)
 
     # Who may connect. Synchronous: counted and decided in one step.
 

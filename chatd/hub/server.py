@@ -12,7 +12,6 @@ import trio
 
 from chatd.chat import Chat
 from chatd.chat.logins import check_standing
-from chatd.config import Config
 from chatd.errors import Close, Revoked
 from chatd.hub import connection
 from chatd.hub.audience import Audiences
@@ -23,6 +22,7 @@ from chatd.hub.rooms import Rooms
 from chatd.hub.services import Services
 from chatd.listen import Gate
 from chatd.protocol import event, text_frame
+from chatd.settings import Settings
 
 TICK = 1.0  # seconds between looks at all connections
 YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms
@@ -31,18 +31,19 @@ DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 
 
 class Hub:
-    def __init__(self, config: Config, chat: Chat, rooms: Rooms, fanout: Fanout, registry: Registry) -> None:
+    def __init__(
+        self, settings: Settings, chat: Chat, rooms: Rooms, fanout: Fanout, registry: Registry
+    ) -> None:
         self._registry = registry
         self.audiences = Audiences(
             rooms,
             fanout,
             chat.presence,
             chat.conversations,
-            detail=config.limits.members_detail,
             counts_rooms=chat.attendance is not None,
         )
-        self._services = Services(config, chat, rooms, fanout, registry, self.audiences)
-        self._hub, self._drain_window = config.hub, config.server.drain_window
+        self._services = Services(settings, chat, rooms, fanout, registry, self.audiences)
+        self._hub, self._drain_window = settings.now.hub, settings.now.server.drain_window
         self.connections: dict[Connection, None] = {}
         self.ended = 0  # connections so far
         self._accepting = trio.CancelScope()

@@ -9,17 +9,17 @@ from typing import Protocol
 import trio
 
 from chatd.chat import Chat
-from chatd.config import Config
 from chatd.errors import Close
 from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
+from chatd.settings import Settings
 
 
 @dataclass(frozen=True)
 class Services:
-    config: Config
+    settings: Settings
     chat: Chat
     rooms: Rooms
     fanout: Fanout

@@ -57,7 +57,7 @@ class Session:
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
         self._services, self._line, self._address = services, line, address
         self._handshake: Handshake | None = handshake  # until it has been looked at
-        self._config, self._chat = services.config, services.chat
+        self._config, self._chat = services.settings.now, services.chat
         self.flat = handshake.flat
         self._rooms = Subscriptions(services, line, flat=self.flat)
         self._requests = Requests()

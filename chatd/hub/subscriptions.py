@@ -38,7 +38,7 @@ class Subscriptions:
         # Nothing stands between a room and the line: these are called for each delivery.
         self.push, self.offer = line.push, line.offer
         self._conversations = services.chat.conversations
-        self._most = services.config.limits.rooms_per_connection
+        self._most = services.settings.now.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
         self._inbox: Set[int] = frozenset()  # rooms that do not count against the most
         self.identity: Identity | None = None

@@ -1,0 +1,54 @@
+"""SIGHUP: the configuration is read anew, and what may change while chatd runs does; all of it, or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from chatd import logs, metrics, systemd
+from chatd.chat import Chat
+from chatd.config import Config
+from chatd.errors import ConfigError
+from chatd.settings import Settings, merge
+
+log = structlog.get_logger()
+
+
+class Reload:
+    """Call it to reload. Synchronous: a few small files are read, and nobody sees half a configuration."""
+
+    def __init__(self, settings: Settings, chat: Chat, read_again: Callable[[], Config]) -> None:
+        self._settings, self._chat, self._read_again = settings, chat, read_again
+        metrics.RELOADED.set(1)
+        metrics.RELOADED_AT.set(time.time())
+
+    def __call__(self) -> None:
+        systemd.reloading()
+        try:
+            status = self._reload()
+            metrics.RELOADED.set(1)
+        except ConfigError as error:
+            metrics.RELOADED.set(0)
+            log.error(
+                "reload_refused", mistakes=list(error.mistakes), advice="the old configuration stays in force"
+            )
+            status = "the configuration was not reloaded: it has mistakes"
+        metrics.RELOADED_AT.set(time.time())
+        systemd.ready(status)
+
+    def _reload(self) -> str:
+        """What became of it. Raises ConfigError before it has changed anything."""
+        config, changed, restart = merge(self._settings.now, self._read_again())
+        tokens = self._chat.tokens_of(config.auth)
+        self._settings.change(config)
+        if any(key.startswith("auth.") for key in changed):
+            self._chat.use_tokens(tokens)
+        log.info("reloaded", changed=changed)
+        if restart:
+            log.warning("restart_needed", keys=restart, advice="these take effect when chatd is restarted")
+        logs.set_level(config.logs.level)
+        return f"reloaded, {len(changed)} options changed" + (
+            f"; {len(restart)} need a restart" if restart else ""
+        )
