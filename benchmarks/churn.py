@@ -51,7 +51,7 @@ class Churn:
             for number in range(1, minutes + 1):
                 cpu = self._node.cpu()
                 await trio.sleep(60)
-                memory, there = self._node.memory(), self._node.metric("chatd_connections")
+                memory, there = self._node.memory(), self._node.metric('chatd_connections{state="ready"}')
                 found.append(Minute(memory, self.joins, there, (self._node.cpu() - cpu) / 60))
                 tell(f"minute {number} of {minutes}: {memory / 1e6:.0f} MB, {self.joins:,} joins")
             nursery.cancel_scope.cancel()

@@ -140,7 +140,7 @@ class Room:
         start, backend = monotonic(), Backend(TOKEN)
         while len(cut) < self._stuck:
             page = await backend.text(self._node.api_port, "/metrics")
-            now = int(float(page.partition("\nchatd_connections ")[2].partition("\n")[0]))
+            now = int(float(page.partition('\nchatd_connections{state="ready"} ')[2].partition("\n")[0]))
             gone = self._stuck + self._readers - now
             cut += [monotonic() - start] * (gone - len(cut))
             await trio.sleep(0.1)

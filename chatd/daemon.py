@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import secrets
 import signal
 import sys
@@ -20,7 +21,7 @@ import structlog
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from chatd import api, garbage, metrics, systemd
+from chatd import __version__, api, garbage, metrics, systemd
 from chatd.bus import Bus, Receiver
 from chatd.bus.intake import Intake
 from chatd.bus.memory import MemoryBus
@@ -41,6 +42,7 @@ from chatd.reload import Reload
 from chatd.settings import Settings
 from chatd.store.database import Store
 from chatd.store.writer import Writer
+from chatd.vitals import Sources, Vitals
 from chatd.webhooks import Webhooks
 
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
@@ -76,6 +78,8 @@ async def run(
     reload = Reload(settings, parts.chat, read_again)
     chat, hub, bus, writer = parts.chat, parts.hub, parts.bus, parts.writer
     ingest = Ingest(Intake(config.redis, node), chat.messages)
+    vitals = Vitals(_sources(parts, store, redis=bool(config.redis.url)))
+    _tell_build(config)
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
@@ -87,10 +91,11 @@ async def run(
         await nursery.start(chat.typing.run)
         if chat.attendance is not None:
             await nursery.start(chat.attendance.run)
+        await nursery.start(vitals.run)
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
-        api_served = await nursery.start(api.serve, settings, chat, health, api_socket, api_stop)
+        api_served = await nursery.start(api.serve, settings, chat, health, vitals, node, api_socket, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(_report_to_systemd, hub, stop)
         nursery.start_soon(_follow_parent, stop)
@@ -130,6 +135,7 @@ class Parts:
     bus: Bus
     chat: Chat
     fanout: Fanout
+    registry: Registry
     hub: Hub
     webhooks: Webhooks
 
@@ -151,7 +157,7 @@ def assemble(settings: Settings, store: Store, node: str) -> Parts:
     webhooks = Webhooks(config.webhooks, store.webhooks, fetch)
     if chat.attendance is not None:
         chat.attendance.full = lambda: webhooks.full
-    return Parts(writer, bus, chat, fanout, hub, webhooks)
+    return Parts(writer, bus, chat, fanout, registry, hub, webhooks)
 
 
 def _writer_and_bus(
@@ -173,6 +179,16 @@ def _writer_and_bus(
         return writer, bus
     bus = RedisBus(config.redis, receiver, node=node, outbox=store.outbox, settle=writer.settle)
     return writer, bus
+
+
+def _sources(parts: Parts, store: Store, *, redis: bool) -> Sources:
+    rooms, backlog = parts.fanout.rooms, store.outbox.backlog if redis else None
+    return Sources(rooms, parts.registry, store.read, backlog)
+
+
+def _tell_build(config: Config) -> None:
+    database = "sqlite" if config.database.url.startswith("sqlite") else "postgresql"
+    metrics.BUILD.labels(__version__, platform.python_version(), database).set(1)
 
 
 class Stoppable(Protocol):

@@ -229,16 +229,16 @@ async def test_the_numbers_are_those_of_all_whoever_is_asked(crews: Crews, backe
         for number in (1, 2):
             with crew.only(number):
                 numbers = crew.numbers()
-            assert numbers["chatd_connections"] == 2
+            assert numbers['chatd_connections{state="ready"}'] == 2
             assert numbers["chatd_redis_up"] == 1
-            assert numbers['chatd_writes_total{outcome="ok"}'] == 2
-            assert numbers["chatd_deliveries_total"] == 4
+            assert numbers['chatd_messages_posted_total{outcome="ok"}'] == 2
+            assert numbers['chatd_messages_delivered_total{source="live"}'] == 4
         killed = crew.workers[1]
         os.kill(killed, signal.SIGKILL)
         await trio.to_thread.run_sync(crew.wait_for_workers, killed)
         numbers = crew.numbers()
-        assert numbers["chatd_connections"] == 1
-        assert numbers["chatd_deliveries_total"] == 4, "a counter never goes back"
+        assert numbers['chatd_connections{state="ready"}'] == 1
+        assert numbers['chatd_messages_delivered_total{source="live"}'] == 4, "a counter never goes back"
     # What they count each for itself, they have a share of.
     limits = [environ(pid) for pid in crew.workers.values()]
     assert [each["CHATD_WORKERS"] for each in limits] == ["2", "2"]

@@ -12,7 +12,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 
 from chatd import __version__
-from chatd.api import conversations, demo, errors, health, messages, tokens, users
+from chatd.api import conversations, demo, errors, health, messages, status, tokens, users
 from chatd.api.access import check_access
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.health import Health
@@ -20,8 +20,9 @@ from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
 from chatd.settings import Settings
+from chatd.vitals import Vitals
 
-OPEN_PATHS = frozenset(["/healthz", "/readyz", "/metrics", "/openapi.json"])
+OPEN_PATHS = status.OPEN_PATHS | {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
@@ -71,13 +72,14 @@ class ChatApp(QuartTrio):
         await super().asgi_app(scope, receive, send)
 
 
-def create_app(settings: Settings, chat: Chat, healthy: Health) -> ChatApp:
+def create_app(settings: Settings, chat: Chat, healthy: Health, vitals: Vitals, node: str) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
     app.hot = Post(chat, settings)
     app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
     _guard(app, settings)
     errors.install(app)
     app.register_blueprint(health.blueprint(healthy))
+    app.register_blueprint(status.blueprint(healthy, vitals, node))
     app.register_blueprint(messages.blueprint(chat))
     app.register_blueprint(conversations.blueprint(chat))
     app.register_blueprint(users.blueprint(chat))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 from msgspec import Struct
 from quart import Blueprint, Response
 from quart_schema import hide
 
 from chatd.api.bodies import answer, asked
+from chatd.api.pages import serve_files
 from chatd.chat import Chat
 from chatd.config import Config, split_bind
 from chatd.protocol import Id
 
 TTL = 3600  # seconds; the page asks for a new token before
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 FILES = {"/": "index.html", "/style.css": "style.css"} | {
     f"/{name}.js": f"{name}.js"
     for name in (
@@ -32,12 +30,7 @@ class Who(Struct, frozen=True):
 def blueprint(chat: Chat, config: Config) -> Blueprint:
     routes = Blueprint("demo", __name__)
     _, port = split_bind(config.hub.bind)
-    headers = _security_headers(port)
-
-    for path, name in FILES.items():
-        routes.add_url_rule(
-            path, path.strip("/").partition(".")[0] or "page", hide(_file_view(name, headers)), methods=["GET"]
-        )
+    serve_files(routes, FILES, sockets=f"ws://localhost:{port} ws://127.0.0.1:{port}")
 
     @routes.get("/demo/token")
     @hide
@@ -53,28 +46,3 @@ def blueprint(chat: Chat, config: Config) -> Blueprint:
         )
 
     return routes
-
-
-def _file_view(name: str, headers: dict[str, str]):  # type: ignore[no-untyped-def]
-    content = (resources.files("chatd") / "web" / name).read_bytes()
-
-    async def view() -> Response:
-        return Response(
-            content, content_type=f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8", headers=headers
-        )
-
-    return view
-
-
-def _security_headers(port: int) -> dict[str, str]:
-    sockets = f"ws://localhost:{port} ws://127.0.0.1:{port}"
-    return {
-        "Content-Security-Policy": (
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-            f"connect-src 'self' {sockets}; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
-            "require-trusted-types-for 'script'"
-        ),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
+from chatd import metrics
 from chatd.api.access import check_access
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
 from chatd.api.errors import body_of, unforeseen
@@ -41,15 +42,19 @@ class Post:
         return bool(scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        began, outcome = trio.current_time(), "ok"
         try:
             status, body, extra = 200, await self._post(dict(scope["headers"]), receive), []
         except HungUp:
             return
         except ChatError as error:
+            outcome = error.code
             status, body, extra = error.status, msgspec.json.encode(body_of(error)), _retry_after(error)
         except Exception as error:
             refused = unforeseen(error, "POST", PATH)
+            outcome = refused.code
             status, body, extra = refused.status, msgspec.json.encode(body_of(refused)), []
+        metrics.POST_SECONDS.labels(outcome).observe(trio.current_time() - began)
         body += b"\n"
         size = b"%d" % len(body)
         headers = [(b"content-type", b"application/json"), (b"content-length", size), *extra]

@@ -19,6 +19,7 @@ from chatd.api.health import Health
 from chatd.chat import Chat
 from chatd.listen import BACKLOG
 from chatd.settings import Settings
+from chatd.vitals import Vitals
 
 KEEP_ALIVE = 75.0  # seconds; longer than a pool of a backend holds idle connections
 GRACE = 3.0  # seconds for requests in progress when the daemon stops
@@ -53,6 +54,8 @@ async def serve(
     settings: Settings,
     chat: Chat,
     healthy: Health,
+    vitals: Vitals,
+    node: str,
     listening: socket.socket,
     stop: trio.Event,
     *,
@@ -60,7 +63,7 @@ async def serve(
 ) -> None:
     """Serve until `stop`, then finish what is in progress; the event given to `started` says that it is."""
     finished = trio.Event()
-    app = create_app(settings, chat, healthy)
+    app = create_app(settings, chat, healthy, vitals, node)
     try:
         async with trio.open_nursery() as nursery:
             run = partial(hypercorn.trio.serve, app, _settings(listening), shutdown_trigger=stop.wait)

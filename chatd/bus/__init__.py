@@ -17,7 +17,9 @@ from chatd.model import Change, Group, Signal
 class Receiver(Protocol):
     """All synchronous and bounded: a receiver that is overrun repairs itself from the database."""
 
-    def changes(self, changes: Sequence[Change]) -> None: ...
+    def changes(self, changes: Sequence[Change], committed_at: float | None = None) -> None:
+        """`committed_at`: by trio's clock, if it was this node."""
+
     def signal(self, signal: Signal) -> None: ...
     def foreign(self, conversation_id: int, name: str, payload: bytes) -> None: ...
 
@@ -47,6 +49,6 @@ def give_to(receiver: Receiver, group: Group) -> None:
     for right in (*group.members, *group.users):
         receiver.signal(right)
     if group.changes:
-        receiver.changes(group.changes)
+        receiver.changes(group.changes, trio.current_time())
     for notice in group.notices:
         receiver.signal(notice)

@@ -152,6 +152,8 @@ class RedisBus:
     def _set_link(self, name: str, up: bool, reason: str = "") -> None:
         if self._links[name] is up:
             return
+        if up and self._links[name] is False:
+            metrics.REDIS_RECONNECTS.inc()
         self._links[name] = up
         log.log(
             logging.INFO if up else logging.WARNING,

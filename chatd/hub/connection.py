@@ -104,7 +104,7 @@ async def _shake_hands(
             address = registry.address_of(peer, handshake.forwarded_for)
             admission = registry.admit(handshake, address)
         except Refused as refusal:
-            metrics.REFUSED.labels(refusal.reason).inc()
+            metrics.REJECTED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
             await _refuse(request, outbox, refusal)
             return None
@@ -208,6 +208,7 @@ class Connection:
         code, reason = self._goodbye or (Close.SERVER_ERROR, "")
         if self._outbox.too_slow:
             code = Close.TOO_SLOW
+            metrics.SLOW.inc()
         elif self._ws.closed is not None and self._goodbye is None:
             code = self._ws.closed.code
         # A peer may close with any of thousands of codes: they are not all worth a time series.
@@ -232,6 +233,11 @@ class Connection:
         """Say this goodbye at a moment of trio's clock, unless told otherwise before."""
         self._at_deadline = (code, reason)
         self._reading.deadline = deadline
+
+    def answered(self) -> None:
+        """The peer has answered a ping."""
+        if self._pinged_at:
+            metrics.PING_RTT.observe(trio.current_time() - self._pinged_at)
 
     def excuse(self, now: float) -> None:
         """Do not hold the peer's silence until now against it."""

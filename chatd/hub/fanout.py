@@ -6,6 +6,7 @@ back through the same queue, so that nobody else ever pushes a change. What nobo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 
@@ -96,12 +97,16 @@ class Fanout:
         self._queued = 0
         self._wake = trio.Event()
         self._up = True
+        self._oldest = math.inf  # trio's time of the first commit of this node in the queue
         self._nursery: trio.Nursery
         self.sweep = Sweep(rooms, read, self._fallen_behind)
 
     # Input: synchronous, bounded.
 
-    def changes(self, changes: Sequence[Change]) -> None:
+    def changes(self, changes: Sequence[Change], committed_at: float | None = None) -> None:
+        """`committed_at`: by trio's clock, if it was this node."""
+        if committed_at is not None:
+            self._oldest = min(self._oldest, committed_at)
         for change in changes:
             room = self.rooms.get(change.conversation_id)
             if room is None:
@@ -181,7 +186,17 @@ class Fanout:
                     self._wake = trio.Event()
                     await self._wake.wait()
                 items, self._queue = self._queue, deque()
+                oldest, self._oldest = self._oldest, math.inf
+                began = trio.current_time()
                 await self._handle(items)
+                self._observe(began, oldest)
+
+    @staticmethod
+    def _observe(began: float, oldest: float) -> None:
+        now = trio.current_time()
+        metrics.FANOUT_SECONDS.observe(now - began)
+        if oldest < math.inf:
+            metrics.DELIVERY_LAG.observe(now - oldest)
 
     async def _handle(self, items: deque[Item]) -> None:
         """What a batch brings for one room goes out together; anything else keeps its place in the order."""
@@ -233,7 +248,7 @@ class Fanout:
 
     async def _push(self, room: Room, piece: Piece) -> None:
         delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
-        metrics.DELIVERED.inc(delivered * (piece.last - piece.first + 1))
+        metrics.DELIVERED_LIVE.inc(delivered * (piece.last - piece.first + 1))
 
     @staticmethod
     async def _to_all(room: Room, act: Callable[[Subscription], object]) -> int:
@@ -337,7 +352,7 @@ class Fanout:
         assert room.head is not None
         early = set(room.ahead)
         changes, found = await self._read(reads.missing, room.conversation_id, room.head)
-        metrics.REPAIRS.inc()
+        metrics.GAP_FILLS.inc()
         if changes or found is None or found.seq <= room.head:
             return Repaired(room, changes, early)
         return StartOver(room, found.seq)

@@ -110,6 +110,7 @@ class Outbox(trio.abc.Stream):
             self._queue = deque()
         self._queue.append(data)
         self._queued += len(data)
+        metrics.QUEUE_DEPTH.observe(self._queued)
         if self._queued > self._limit:
             self.too_slow = True
             self.abort()

@@ -91,6 +91,7 @@ class Registry:
     def __init__(self, settings: Settings, presence: Presence) -> None:
         self._presence = presence
         self._users: dict[int, User] = {}
+        self.present = 0  # users who are connected
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
         self._failures: OrderedDict[str, TokenBucket] = OrderedDict()  # failed logins by address
@@ -122,14 +123,16 @@ class Registry:
         if limits.connections_per_address and self._addresses[address] >= limits.connections_per_address:
             raise Refused(503, "too_many_of_this_address")
         if self._handshakes is not None and self._handshakes.take(trio.current_time()):
+            metrics.RATE_LIMITED.labels("handshakes").inc()
             raise Refused(503, "too_many_handshakes")
         self._admitted += 1
         self._addresses[address] += 1
-        metrics.CONNECTIONS.inc()
+        metrics.CONNECTING.inc()
+        metrics.OPENED.inc()
         return Admission(self, address)
 
     def give_back(self, address: str) -> None:
-        metrics.CONNECTIONS.dec()
+        metrics.CONNECTING.dec()
         self._admitted -= 1
         self._addresses[address] -= 1
         if not self._addresses[address]:
@@ -190,13 +193,19 @@ class Registry:
             user = self._users[guest.user_id] = User(_bucket(self._limits.sends_per_second))
         if most and len(user.guests) >= most:
             return False
+        self.present += not user.guests
         user.guests.add(guest)
+        metrics.CONNECTING.dec()
+        metrics.READY.inc()
         self._presence.arrive(USERS, guest.user_id)
         return True
 
     def forget(self, guest: Guest) -> None:
         user = self._users[guest.user_id]
         user.guests.discard(guest)
+        self.present -= not user.guests
+        metrics.READY.dec()
+        metrics.CONNECTING.inc()  # until `give_back`
         self._presence.leave(USERS, guest.user_id)
         if not user.guests and not (user.sends and user.sends.used(trio.current_time())):
             del self._users[guest.user_id]

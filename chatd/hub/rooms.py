@@ -253,6 +253,7 @@ class Rooms:
 
     def __init__(self) -> None:
         self._rooms: dict[int, Room] = {}
+        self.subscriptions = 0  # in all of them
         self.watcher: Watcher | None = None
 
     def __len__(self) -> int:
@@ -272,12 +273,14 @@ class Rooms:
                 self.watcher.opened(room)
         subscription = Subscription(room, listener, entitled=entitled)
         room.subscriptions[subscription] = None
+        self.subscriptions += 1
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
         subscription.joined = False
         room = subscription.room
         del room.subscriptions[subscription]
+        self.subscriptions -= 1
         if self.watcher is not None:
             self.watcher.left(subscription)
         if not room.subscriptions:

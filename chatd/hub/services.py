@@ -44,5 +44,8 @@ class Line(Protocol):
         """A block for a long answer: one at a time, and not before the peer has read most of what it has."""
 
     def close_soon(self, code: Close, reason: str) -> None: ...
+    def answered(self) -> None:
+        """The peer's pong has come."""
+
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
         """Say this goodbye at a moment of trio's clock, unless told otherwise before."""

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 import trio
 
-from chatd import limits, protocol
+from chatd import limits, metrics, protocol
 from chatd.errors import (
     BadRequest,
     ChatError,
@@ -25,6 +25,7 @@ from chatd.errors import (
     NotFound,
     NotJSON,
     RateLimited,
+    Revoked,
     TokenExpired,
     Unauthorized,
     Unavailable,
@@ -127,10 +128,11 @@ class Session:
     def _limit_requests(self, ref: Any) -> bool:
         if not (wait := self._requests.take()):
             return True
-        self._refuse_rate(ref, wait)
+        self._refuse_rate("requests", ref, wait)
         return False
 
-    def _refuse_rate(self, ref: Any, wait: float) -> None:
+    def _refuse_rate(self, kind: str, ref: Any, wait: float) -> None:
+        metrics.RATE_LIMITED.labels(kind).inc()
         self._tell_error(RateLimited(retry_after=round(wait, 3)), ref)
         if self._requests.strike():
             self.close(Close.TOO_MANY_REQUESTS, "too many requests")
@@ -147,7 +149,7 @@ class Session:
             case protocol.Ping():
                 self._push(event("pong", command.ref, server_time=now()))
             case protocol.Pong():
-                pass  # any byte was the sign of life
+                self._line.answered()
             case protocol.Auth():
                 await self._authenticate(command)
             case _ if self.identity is None:
@@ -224,6 +226,7 @@ class Session:
 
     async def _verify(self, token: str) -> Identity:
         if wait := self._services.registry.login_wait(self._address):
+            metrics.RATE_LIMITED.labels("logins").inc()
             raise RateLimited("too many failed logins from here", retry_after=round(wait, 3))
         if self.identity is None:
             # It has come in time; how long the answer takes is not the client's fault.
@@ -234,6 +237,7 @@ class Session:
         """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
         self._tell_error(error, ref)
         if isinstance(error, Unauthorized):
+            metrics.AUTH_FAILURES.labels("revoked" if isinstance(error, Revoked) else error.code).inc()
             log.info("login_refused", code=error.code, reason=str(error))
             if not isinstance(error, TokenExpired):  # which nobody gets by guessing
                 self._services.registry.login_failed(self._address)
@@ -324,7 +328,7 @@ class Session:
 
     async def _write(self, command: Write, identity: Identity) -> None:
         if wait := self._services.registry.take_send(self.user_id):
-            self._refuse_rate(command.ref, wait)
+            self._refuse_rate("sends", command.ref, wait)
             return
         rights = self._chat.conversations.rights(identity, command.conversation_id)
         wanted = to_store(command, identity, rights)

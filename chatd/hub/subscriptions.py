@@ -68,7 +68,7 @@ class Subscriptions:
         if subscription.buffering:
             subscription.torn = True  # what is being read just now must be read again
         else:
-            metrics.RESYNCS.inc()
+            metrics.RESETS.labels("overflow").inc()
             subscription.hold()
             self._line.nursery.start_soon(self._start_over, subscription)
 
@@ -118,6 +118,7 @@ class Subscriptions:
             except ChatError as error:
                 self._not_entered(subscription, error)
                 raise
+            self._count(snapshot, after, epoch)
             self._tell(event("subscribed", ref, **self._answer(subscription, snapshot)))
             self._settle(subscription, snapshot)
 
@@ -144,6 +145,8 @@ class Subscriptions:
                     self._not_entered(subscription, error)
                 raise
             entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
+            for id, one in entered.items():
+                self._count(one, wanted[id], epoch)
             rooms = {str(id): self._answer(joined[id], snapshot) for id, snapshot in entered.items()}
             self._tell(event("ready", ref, **ready, epoch=self._conversations.epoch, rooms=rooms))
             for conversation_id, subscription in joined.items():
@@ -197,6 +200,7 @@ class Subscriptions:
             if subscription.presence:
                 await self._services.audiences.load(subscription.conversation_id)
             snapshot = await self._snapshot(subscription, subscription.cursor, None)
+            self._count(snapshot, subscription.cursor, None)
             self._tell(event("subscribed", **self._answer(subscription, snapshot)))
             self._catch_up_flat(snapshot)
             self._settle(subscription, snapshot)
@@ -217,6 +221,16 @@ class Subscriptions:
         self._services.fanout.opened(subscription.room, snapshot.seq, snapshot.members_version)
         if not complete:
             self.resync(subscription)
+
+    def _count(self, snapshot: Snapshot, after: int | None, epoch: str | None) -> None:
+        """How a resume went, if it was one."""
+        if after is None:
+            return
+        metrics.RECOVERIES.labels(str(snapshot.recovered).lower()).inc()
+        metrics.DELIVERED_REPLAY.inc(len(snapshot.changes))
+        if not snapshot.recovered:
+            other = epoch not in (None, self._conversations.epoch)
+            metrics.RESETS.labels("epoch" if other else "missed_too_much").inc()
 
     # Telling.
 

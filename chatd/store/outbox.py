@@ -53,6 +53,20 @@ class Outbox:
         """Remove what is too old to be of use; returns how many groups that were."""
         return await trio.to_thread.run_sync(self._expire, limiter=self._thread)
 
+    async def backlog(self) -> tuple[int, float]:
+        """How many groups are left, of all nodes, and the age of the oldest in seconds. Raises Unavailable."""
+        return await trio.to_thread.run_sync(self._backlog, limiter=self._thread)
+
+    def _backlog(self) -> tuple[int, float]:
+        query = select(func.count(), func.min(schema.outbox.c.created_at)).select_from(schema.outbox)
+        try:
+            with self._engine.connect() as connection:
+                count, oldest = connection.execute(query).one()
+        except SQLAlchemyError as error:
+            raise Unavailable() from error
+        age = datetime.now(UTC) - datetime.fromisoformat(oldest) if oldest else timedelta()
+        return count, age.total_seconds()
+
     def _relay(self, publish: Publish, node: str, above: int) -> tuple[int, int]:
         try:
             with self._claimed(node, above) as rows:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from chatd import metrics
 from chatd.errors import Unavailable
 
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
@@ -38,11 +39,20 @@ class Reader:
 
     async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
         """`read(connection, *arguments)` in one snapshot. Raises Unavailable."""
-        with trio.move_on_after(DEADLINE):
-            return await trio.to_thread.run_sync(
-                self._run, read, arguments, limiter=self._limiter, abandon_on_cancel=True
-            )
+        started = trio.current_time()
+        try:
+            with trio.move_on_after(DEADLINE):
+                return await trio.to_thread.run_sync(
+                    self._run, read, arguments, limiter=self._limiter, abandon_on_cancel=True
+                )
+        finally:
+            metrics.READ_SECONDS.observe(trio.current_time() - started)
         raise Unavailable()
+
+    @property
+    def in_use(self) -> int:
+        """Connections that read just now."""
+        return self._limiter.borrowed_tokens
 
     def _run(self, read: Callable[..., T], arguments: tuple[Any, ...], again: bool = True) -> T:
         try:

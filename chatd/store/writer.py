@@ -202,7 +202,9 @@ class Writer:
         if not settled_now:
             self._settled |= settled
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
-        metrics.count_outcomes(outcomes)
+        metrics.count_outcomes(metrics.COMMANDS, outcomes)
+        created = [o for c, o in zip(commands, outcomes, strict=True) if isinstance(c, Create)]
+        metrics.count_outcomes(metrics.POSTED, created)
         for group in groups:
             if group.changes or group.members or group.users or group.notices or group.hooked:
                 self._on_commit(group)

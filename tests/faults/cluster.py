@@ -95,9 +95,9 @@ class Node(Daemon):
 
     def count(self, metrics: str) -> None:
         """A counter starts at nought with each life of the process."""
-        for name, attribute in (("chatd_repairs_total", "repairs"), ("chatd_resyncs_total", "restarts_over")):
-            if found := re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE):
-                value = float(found[1])
+        for name, attribute in (("chatd_gap_fills_total", "repairs"), ("chatd_resets_total", "restarts_over")):
+            if found := re.findall(rf"^{name}(?:{{.*}})? (\S+)$", metrics, re.MULTILINE):
+                value = sum(map(float, found))
                 grown = value - self._seen.get(name, 0.0)
                 self._seen[name] = value
                 setattr(self, attribute, getattr(self, attribute) + max(0, int(grown)))

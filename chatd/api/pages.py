@@ -1,0 +1,37 @@
+"""Files of chatd/web as answers of the API, with the headers that a page wants."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
+
+from quart import Blueprint, Response
+from quart_schema import hide
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+
+
+def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "") -> None:
+    """Path → name in chatd/web. `sockets`: origins that a page may connect to, beside its own."""
+    headers = {
+        "Content-Security-Policy": (
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+            f"connect-src 'self' {sockets}; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
+            "require-trusted-types-for 'script'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    for path, name in files.items():
+        routes.add_url_rule(path, name.replace(".", "-"), hide(_view(name, headers)), methods=["GET"])
+
+
+def _view(name: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
+    content = (resources.files("chatd") / "web" / name).read_bytes()
+    content_type = f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8"
+
+    async def view() -> Response:
+        return Response(content, content_type=content_type, headers=headers)
+
+    return view
