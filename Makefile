@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run tour test check format bench bench-quick faults clean
+.PHONY: help run tour test test-systemd check install format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
@@ -25,11 +25,19 @@ test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL and Chromium where t
 	@sh tests/install.sh
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/dev  ## lint, format, types, and which module may import which
+test-systemd: $(VENV)/dev  ## chatd as a service of the real systemd, booted for it: as root, a minute or two
+	@sh tests/install.sh
+	@CHATD_TEST_SYSTEMD=1 $(BIN)/python -m pytest -p no:cacheprovider tests/booted $(ARGS)
+
+check: $(VENV)/dev  ## lint, format, types, which module may import which, and how exposed the units are
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict chatd
 	$(BIN)/lint-imports
+	sh tests/units.sh
+
+install:  ## as a systemd service, or an upgrade of one: as root (PYTHON=/usr/bin/python3.12: with another Python)
+	@$(if $(filter-out python3,$(PYTHON)),PYTHON=$(PYTHON)) sh systemd/install.sh
 
 format: $(VENV)/dev  ## put the code into its form
 	$(BIN)/ruff check --fix .

@@ -28,6 +28,7 @@ DEMO_TOKEN = "secret"
 # The names of the original deployment, still understood: (variable, section, key).
 _ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
 _PREFIX = "CHATD_"
+CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
 
 _WRITE_URL = "write https://host/path, or http:// for an address in server.private_networks."
 _NO_TOKEN = (
@@ -215,7 +216,7 @@ def _file(path: Path | None, found: list[str]) -> Data:
 
 
 def _credentials(environ: Mapping[str, str], found: list[str]) -> Data:
-    directory = environ.get("CREDENTIALS_DIRECTORY")
+    directory = environ.get(CREDENTIALS)
     data: Data = {}
     for path in sorted(Path(directory).glob("*.*")) if directory else []:
         section, _, key = path.name.partition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from tests.daemon import Daemon
 from tests.services import PostgresServer, RedisServer
 
 Daemons = Callable[..., Daemon]
+
+# They boot a systemd, which takes root and a minute: `make test-systemd`.
+collect_ignore = [] if "CHATD_TEST_SYSTEMD" in os.environ else ["booted"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -48,13 +49,17 @@ def serve(path: Path | None, demo: bool) -> None:
 
 @main.command("check-config")
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
+@click.option("--no-credentials", is_flag=True, help="Leave out systemd's credentials, and miss no token.")
 @with_config
-def check_config(path: Path | None, demo: bool) -> None:
+def check_config(path: Path | None, demo: bool, no_credentials: bool) -> None:
     """Report every mistake in the configuration.
 
     The exit code is 78 if there is one.
     """
-    settings = config.load(path, demo=demo)
+    environ = {name: value for name, value in os.environ.items() if name != config.CREDENTIALS}
+    settings = config.load(
+        path, environ if no_credentials else None, demo=demo, require_token=not no_credentials
+    )
     place = "PostgreSQL" if settings.database.url.startswith("postgres") else "SQLite"
     bus = "Redis" if settings.redis.url else "no Redis"
     origin = path or "defaults and environment"

@@ -95,7 +95,6 @@ class Registry:
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
         self._failures: OrderedDict[str, TokenBucket] = OrderedDict()  # failed logins by address
-        self.closed = False  # the daemon is stopping
         settings.follow(self._apply)
 
     def _apply(self, config: Config) -> None:
@@ -116,8 +115,6 @@ class Registry:
             raise Refused(404, "not_found")
         if handshake.origin is not None and not self._may_come_from(handshake.origin, handshake.host):
             raise Refused(403, "foreign_origin")
-        if self.closed:
-            raise Refused(503, "stopping")
         if limits.connections and self._admitted >= limits.connections:
             raise Refused(503, "too_many_connections")
         if limits.connections_per_address and self._addresses[address] >= limits.connections_per_address:

@@ -27,6 +27,7 @@ from chatd.settings import Settings
 TICK = 1.0  # seconds between looks at all connections
 YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms
 DRAIN_RATE = 5000  # goodbyes a second at most: each is a login that another node, or this one, has to serve
+HANDSHAKE_GRACE = 1.0  # seconds for handshakes that have begun; some peers connect and say nothing
 DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 
 
@@ -46,6 +47,8 @@ class Hub:
         self._hub, self._drain_window = settings.now.hub, settings.now.server.drain_window
         self.connections: dict[Connection, None] = {}
         self.ended = 0  # connections so far
+        self._served = 0  # now, those in their handshake among them
+        self._deserted = trio.Event()  # nobody is connected any more; for a drain
         self._accepting = trio.CancelScope()
 
     async def serve(
@@ -67,10 +70,14 @@ class Hub:
                 await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
+        self._served += 1
         try:
             await connection.serve(self._services, stream, self.connections)
         finally:
+            self._served -= 1
             self.ended += 1
+            if not self.connections:
+                self._deserted.set()
             self._places.release()
 
     def drain_window(self) -> float:
@@ -80,9 +87,12 @@ class Hub:
     async def drain(self) -> None:
         """Stop accepting and ask everybody to move, in the first half of the window; send away who is still
         here, each at a random moment of the second.
+
+        Who is in the middle of a handshake gets in, and is sent away like everybody: a refusal tells a browser
+        nothing. Who comes later waits in the kernel's queue, or for another node.
         """
-        self._registry.closed = True
         self._accepting.cancel()
+        self._deserted = trio.Event()
         started, window = trio.current_time(), self.drain_window()
         with trio.move_on_after(window + DRAIN_GRACE):
             leaving = list(self.connections)
@@ -90,10 +100,12 @@ class Hub:
             moments = sorted(started + random.uniform(window / 2, window) for _ in leaving)
             for moment, one in zip(moments, leaving, strict=True):
                 if one in self.connections:
-                    await trio.sleep_until(moment)
+                    with trio.move_on_at(moment):
+                        await self._deserted.wait()
                     one.close_soon(Close.RESTART, "the server restarts")
-            while self.connections:
-                for one in list(self.connections):  # a handshake may have been on its way
+            patience = trio.current_time() + HANDSHAKE_GRACE
+            while self.connections or (self._served and trio.current_time() < patience):
+                for one in list(self.connections):
                     one.close_soon(Close.RESTART, "the server restarts")
                 await trio.sleep(0.02)
 

@@ -1,0 +1,53 @@
+#!/bin/sh
+# Installs chatd as a systemd service, or brings an installed one up to date: `make install`, as root, in a checkout.
+#   /opt/chatd                              a virtual environment
+#   /usr/local/lib/systemd/system/chatd*    the units; changes belong in drop-ins, systemctl edit chatd
+#   /etc/sysctl.d/60-chatd.conf             limits of the kernel
+#   /etc/chatd/chatd.toml                   the configuration, kept if there is one
+#   /etc/credstore/chatd.api.internal_token the backend's token, made if there is none
+set -eu
+cd "$(dirname "$0")/.."
+
+prefix=/opt/chatd
+python=${PYTHON:-/usr/bin/python3}
+
+fail() {
+    echo "$*" >&2
+    exit 1
+}
+
+[ "$(id -u)" -eq 0 ] || fail "Run it as root: sudo make install"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "chatd needs Python 3.11 or newer, which $python is not. Name another: make install PYTHON=/usr/bin/python3.12"
+case $(readlink -f "$(command -v "$python")") in
+    /home/* | /root/*) fail "$python lies in a home directory, which the service cannot see. Name another: PYTHON=/usr/bin/python3" ;;
+esac
+"$python" -c 'import ensurepip' 2>/dev/null || fail "Missing: apt-get install python3-venv"
+
+echo "Installing chatd and its libraries into $prefix …"
+[ -x $prefix/bin/python ] || "$python" -m venv $prefix
+$prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade .
+$prefix/bin/python -m compileall -q $prefix/lib
+
+# Not /etc/systemd/system: there no unit can be masked.
+units=/usr/local/lib/systemd/system
+install -d $units /etc/sysctl.d /etc/chatd
+install -m 644 systemd/chatd.service systemd/chatd.socket systemd/chatd-api.socket $units
+install -m 644 systemd/60-chatd.conf /etc/sysctl.d
+[ -e /etc/chatd/chatd.toml ] || install -m 644 chatd.toml /etc/chatd/chatd.toml
+install -d -m 700 /etc/credstore
+token=/etc/credstore/chatd.api.internal_token
+[ -e $token ] || (umask 077 && $prefix/bin/python -c 'import secrets; print(secrets.token_hex(32))' >$token)
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+fi
+
+cat <<END
+Installed $($prefix/bin/chatd --version).
+
+  sysctl --system                       the kernel's limits
+  systemctl enable --now chatd          start it, now and at boot; after an upgrade: systemctl restart chatd
+  /opt/chatd/bin/chatd doctor --config /etc/chatd/chatd.toml
+
+Your backend sends the content of $token as X-Internal-Token.
+END
