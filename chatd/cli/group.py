@@ -26,6 +26,8 @@ HOMES = {
     "migrate": "serving",
     "token": "token",
     "healthcheck": "healthcheck",
+    "send": "room",
+    "tail": "room",
 }
 
 

@@ -1,4 +1,4 @@
-"""The running daemon, asked over HTTP as a backend asks it. Of the standard library alone: it is to start fast."""
+"""The running daemon, asked over HTTP as a backend asks it. Standard library alone: it is to start fast."""
 
 from __future__ import annotations
 
