@@ -322,9 +322,13 @@ def _disconnected(end: ConnectionClosed) -> Disconnected:
 
 def _why(error: BaseException) -> str:
     """The innermost reason, in a line."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) and error.__cause__ else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"the certificate is not valid: {cause.verify_message}"
-    return (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).splitlines()[0]
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(error, OSError | trio.BrokenResourceError) and error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not valid: {error.verify_message}"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -25,6 +25,7 @@ HOMES = {
     "check-config": "serving",
     "migrate": "serving",
     "token": "token",
+    "doctor": "doctor",
     "healthcheck": "healthcheck",
     "send": "room",
     "tail": "room",
