@@ -80,8 +80,9 @@ def _follow(
     import trio  # these take long, and `send` needs none of them
 
     from chatd.cli.token import issuer
-    from chatd.client import Connection, Event, Follower, Refused, history
+    from chatd.client import Connection, Event, history
     from chatd.ops import transcript
+    from chatd.ops.follower import Follower, Refused
 
     tokens = issuer(settings)
     emphasize = partial(click.style, bold=True) if sys.stdout.isatty() else str
@@ -96,7 +97,7 @@ def _follow(
 
     newest = 0  # of the earlier messages; those that came while they were read come live, too
 
-    async def earlier(connection: Connection, _place: Event) -> None:
+    async def earlier(connection: Connection) -> None:
         nonlocal newest
         for message in await history(connection, room, since):
             show({"event": "message"} | message)

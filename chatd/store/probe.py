@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from chatd.config import Database
 from chatd.errors import OperatorError
 from chatd.store import migrations, schema
-from chatd.store.engine import writing_engine
+from chatd.store.engine import reading_engine, writing_engine
 
 COMMITS = 20  # of which the middle one counts
 BLOCK = 4096  # bytes, as a commit of SQLite writes at least
@@ -51,28 +51,29 @@ def look(config: Database) -> Found:
     if file is not None and not file.exists():
         raise OperatorError(f"there is no {file} yet")
     try:
-        engine = writing_engine(config.url)
+        reading, writing = reading_engine(config.url, 1), writing_engine(config.url)
         try:
-            return _look(engine, file)
+            return _look(reading, writing, file)
         finally:
-            engine.dispose()
+            reading.dispose()
+            writing.dispose()
     except (SQLAlchemyError, TypeError, ValueError) as error:
         raise OperatorError(_first_line(error)) from error
 
 
-def _look(engine: Engine, file: Path | None) -> Found:
-    with engine.connect() as connection:
+def _look(reading: Engine, writing: Engine, file: Path | None) -> Found:
+    with reading.connect() as connection:
         revision = migrations.current(connection)
     newest = migrations.head()
-    refused = _refusal(engine) if revision == newest else ""
+    refused = _refusal(writing) if revision == newest else ""
     if file is not None:
         return Found(f"SQLite {sqlite3.sqlite_version}", revision, newest, refused, fsync_time(file.parent))
-    with engine.connect() as connection:
+    with reading.connect() as connection:
         version = str(connection.exec_driver_sql("SHOW server_version").scalar()).split()[0]
         names = ("fsync", "synchronous_commit", "full_page_writes", "max_connections")
         settings = {name: str(connection.exec_driver_sql(f"SHOW {name}").scalar()) for name in names}
         ahead = _ahead(connection)
-    commit = None if refused else _commit_time(engine)
+    commit = None if refused else _commit_time(writing)
     return Found(f"PostgreSQL {version}", revision, newest, refused, commit, ahead, settings)
 
 
