@@ -142,15 +142,23 @@ async def _open(url: str, context: ssl.SSLContext | None) -> Stream:
     with trio.move_on_after(PATIENCE):
         try:
             plain = await trio.open_tcp_stream(host, port)
-            if not secure:
-                return plain
-            context = context or ssl.create_default_context()
-            stream = trio.SSLStream(plain, context, server_hostname=host, https_compatible=True)
-            await stream.do_handshake()
-            return stream
+            return await _secured(plain, host, context) if secure else plain
         except (OSError, trio.BrokenResourceError) as error:
             raise Disconnected(f"cannot connect to {host}:{port}: {_why(error)}") from None
     raise Disconnected(f"no connection to {host}:{port} in {PATIENCE:.0f} s")
+
+
+async def _secured(
+    plain: trio.SocketStream, host: str, context: ssl.SSLContext | None
+) -> trio.SSLStream[trio.SocketStream]:
+    context = context or ssl.create_default_context()
+    stream = trio.SSLStream(plain, context, server_hostname=host, https_compatible=True)
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(plain)
+        raise
+    return stream
 
 
 async def _shake_hands(

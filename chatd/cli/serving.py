@@ -13,6 +13,7 @@ import trio
 from chatd import config, logs, workers
 from chatd.cli.group import main, with_config
 from chatd.errors import OperatorError
+from chatd.ops import showing
 from chatd.store import database
 
 
@@ -48,13 +49,18 @@ def serve(path: Path | None, demo: bool) -> None:
 
 @main.command("check-config")
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
+@click.option("--show", is_flag=True, help="Print what is in effect, without secrets, and where it comes from.")
 @with_config
-def check_config(path: Path | None, demo: bool) -> None:
+def check_config(path: Path | None, demo: bool, show: bool) -> None:
     """Report every mistake in the configuration.
 
     The exit code is 78 if there is one.
     """
-    settings = config.load(path, demo=demo)
+    origins: config.Origins = {}
+    settings = config.load(path, demo=demo, origins=origins)
+    if show:
+        click.echo(showing.as_toml(settings, origins))
+        return
     place = "PostgreSQL" if settings.database.url.startswith("postgres") else "SQLite"
     bus = "Redis" if settings.redis.url else "no Redis"
     origin = path or "defaults and environment"
