@@ -6,6 +6,7 @@ Beside hub/connection.py, the server's end, this is the only import of trio_webs
 from __future__ import annotations
 
 import json
+import math
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator
@@ -61,6 +62,7 @@ class Connection:
         self._ws = ws
         self._passed_over: deque[Event] = deque()
         self._ref = 0
+        self._silence = math.inf  # seconds after which nobody is there any more; `hello` tells
 
     async def send(self, event: str, **fields: Any) -> None:
         """Raises Disconnected."""
@@ -88,13 +90,18 @@ class Connection:
     async def _receive(self) -> Event:
         while True:
             try:
-                found = json.loads(await self._ws.get_message())
+                with trio.fail_after(self._silence):
+                    found = json.loads(await self._ws.get_message())
+            except trio.TooSlowError:
+                raise Disconnected("no sign of life from the server") from None
             except ConnectionClosed as end:
                 raise _disconnected(end) from None
             except ValueError:
                 raise Disconnected("what comes is no JSON, so this is no chatd") from None
             if not isinstance(found, dict) or "event" not in found:
                 raise Disconnected("what comes is no event, so this is no chatd")
+            if found["event"] == "hello":
+                self._silence = found["ping_interval"] + found["ping_timeout"] + PATIENCE
             if found["event"] != "ping":
                 return found
             await self.send("pong")

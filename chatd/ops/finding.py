@@ -5,6 +5,7 @@ finding, too.
 from __future__ import annotations
 
 import inspect
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -60,6 +61,12 @@ class Case:
     url: str = ""
     write: bool = False
     running: bool = field(default=False, compare=False)
+
+
+def others_may(path: Path, right: int) -> bool:
+    """Whether everybody on this machine has a right to a file (S_IROTH, S_IWOTH), and can get there."""
+    way = all(above.stat().st_mode & stat.S_IXOTH for above in path.absolute().parents)
+    return way and bool(path.stat().st_mode & right)
 
 
 # A check is plain, and runs in a thread, or async. None where it does not apply.

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from sqlalchemy import Connection, Engine, insert, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from chatd.config import Database
 from chatd.errors import OperatorError
@@ -100,14 +100,20 @@ def fsync_time(directory: Path) -> float:
         return median(_timed(write) for _ in range(COMMITS))
 
 
-def _commit_time(engine: Engine) -> float:
-    """Seconds of a transaction that leaves a note in the log, which no table has, and waits for the disk."""
+def _commit_time(engine: Engine) -> float | None:
+    """Seconds of a transaction that leaves a note in the log, which no table has, and waits for the disk.
+
+    None where the note is forbidden.
+    """
 
     def commit() -> None:
         with engine.begin() as connection:
             connection.exec_driver_sql("SELECT pg_logical_emit_message(true, 'chatd', 'doctor')")
 
-    return median(_timed(commit) for _ in range(COMMITS))
+    try:
+        return median(_timed(commit) for _ in range(COMMITS))
+    except ProgrammingError:
+        return None
 
 
 def _ahead(connection: Connection) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chatd.bus import probe as bus_probe
 from chatd.errors import OperatorError
-from chatd.ops.finding import Case, Finding, ok, problem, warning
+from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.store import probe as store_probe
 
 SLOW_COMMIT = 0.02  # seconds; a disk of today takes under 5 ms, and a group of messages waits for one commit
@@ -126,19 +126,18 @@ def _space(directory: Path) -> Iterator[Finding]:
 
 def _rights(file: Path) -> Finding:
     """It holds every message, and the secret that signs tokens."""
-    mode, above = file.stat().st_mode, file.parent.stat().st_mode
-    enters = above & stat.S_IXOTH  # whoever cannot enter the directory cannot open the file
-    if enters and mode & (stat.S_IROTH | stat.S_IWOTH):
+    mode = stat.filemode(file.stat().st_mode)
+    if others_may(file, stat.S_IROTH | stat.S_IWOTH):
         return problem(
             DIRECTORY,
-            f"everybody here can read {file} ({stat.filemode(mode)}): the messages, and what signs tokens",
+            f"everybody here can read {file} ({mode}): the messages, and what signs tokens",
             f"chmod o= {file}*, or chmod 700 {file.parent}",
         )
     if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
         return problem(
             DIRECTORY, f"this user cannot write {file}", "Run this as the user that runs chatd, or chown it."
         )
-    return ok(DIRECTORY, f"{file.name} is closed to others ({stat.filemode(mode)})")
+    return ok(DIRECTORY, f"{file.name} is closed to others ({mode})")
 
 
 def _file_system(directory: Path) -> str:

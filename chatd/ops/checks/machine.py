@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chatd.config import is_loopback, split_bind
 from chatd.listen import BACKLOG
-from chatd.ops.finding import Case, Finding, ok, problem, warning
+from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.ops.redaction import holds_secret
 
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
@@ -80,7 +80,7 @@ def _secret_files(case: Case) -> Iterator[Path]:
 
 def _too_open(path: Path) -> Iterator[Finding]:
     mode = path.stat().st_mode
-    if mode & (stat.S_IROTH | stat.S_IWOTH):
+    if others_may(path, stat.S_IROTH | stat.S_IWOTH):
         can = "read" if mode & stat.S_IROTH else "write"
         yield problem(
             "secrets",
