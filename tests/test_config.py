@@ -210,6 +210,7 @@ def test_what_is_in_effect_is_shown_without_secrets(tmp_path: Path) -> None:
             {
                 "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"),
                 "WS_INTERNAL_TOKEN": "verysecret",
+                "CHATD_API__PREVIOUS_INTERNAL_TOKEN": "verysecret",
                 "CHATD_LIMITS__CONNECTIONS": "7",
                 "CHATD_DATABASE__URL": "postgresql://chatd:p@verysecret@db/chatd?sslpassword=verysecret&x=1",
                 "CHATD_HUB__ORIGINS": "https://a.example.com,https://b.example.com",

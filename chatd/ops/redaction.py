@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "(hidden)"
-SECRETS = {
-    ("api", "internal_token"),
-    ("auth", "secret"),
-    ("auth", "previous_secret"),
-    ("webhooks", "secret"),
-}
+SECRETS = ("secret", "token", "password")  # what the name of an option ends with that is one
 # user:password@ of a URL, and what stands after ? under a name that sounds like one. A password may hold an @.
 _PASSWORD = re.compile(r"(?<=://)([^/?#:]*):([^/?#]*)@")
 _PARAMETER = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*)=[^&#]*", re.IGNORECASE)
 
 
-def redacted(section: str, key: str, value: Any) -> Any:
+def redacted(key: str, value: Any) -> Any:
     """A value as it may be shown."""
     if not isinstance(value, str) or not value:
         return value
-    if (section, key) in SECRETS:
+    if key.endswith(SECRETS):
         return HIDDEN
     if key.endswith("url"):
         return _PARAMETER.sub(rf"\1={HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}@", value))
@@ -33,8 +28,4 @@ def redacted(section: str, key: str, value: Any) -> Any:
 def holds_secret(path: Path) -> bool:
     """Whether a configuration file has a value that is not to be shown."""
     data = tomllib.loads(path.read_text("utf-8"))
-    return any(
-        redacted(section, key, value) != value
-        for section, values in data.items()
-        for key, value in values.items()
-    )
+    return any(redacted(key, value) != value for values in data.values() for key, value in values.items())

@@ -22,7 +22,7 @@ def _lines(config: Config, origins: Origins) -> Iterator[str]:
         yield f"\n[{section}]"
         values, defaults = msgspec.to_builtins(getattr(config, section)), msgspec.to_builtins(kind())
         for key, value in values.items():
-            line = f"{key} = {_toml(redacted(section, key, value))}"
+            line = f"{key} = {_toml(redacted(key, value))}"
             origin = origins.get((section, key)) if value != defaults[key] else None
             yield f"{line:<40}  # {origin}" if origin else line
 
