@@ -22,8 +22,8 @@ USER 10001:10001
 # The default database, sqlite:///chatd.db, is relative to this: mount a volume here, or set CHATD_DATABASE__URL.
 WORKDIR /var/lib/chatd
 EXPOSE 6001 8080
-# 200 while messages can be stored, Redis or not. The port is fixed: set CHATD_API__BIND=0.0.0.0:8080.
+# Well while messages can be stored, Redis or not. It asks where CHATD_API__BIND says.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=1s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
+    CMD ["chatd", "healthcheck", "--ready"]
 ENTRYPOINT ["chatd"]
 CMD ["serve"]

@@ -21,7 +21,7 @@ tour: $(VENV)/dev  ## three users go through every event and every route, and pr
 	@sh tests/install.sh
 	@$(BIN)/python -m tests.tour $(ARGS)
 
-test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL and Chromium where they are missing
+test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL, nginx and Chromium where they are missing
 	@sh tests/install.sh
 	@$(BIN)/python -m pytest $(ARGS)
 

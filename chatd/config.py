@@ -148,6 +148,7 @@ SECTIONS: dict[str, type[Struct]] = {
 }
 
 Data = dict[str, dict[str, Any]]
+Origins = dict[tuple[str, str], str]  # what gave a value that is none of ours, by section and key
 
 _DEMO: Data = {
     "database": {"url": "sqlite:///chatd-demo.db"},  # not in the way of a real one in the same directory
@@ -163,18 +164,24 @@ def load(
     *,
     demo: bool = False,
     require_token: bool = True,
+    origins: Origins | None = None,
 ) -> Config:
     """The configuration of this process, or ConfigError with every mistake in it.
 
     Later wins: defaults, the file, what makes a demo, credentials (`$CREDENTIALS_DIRECTORY/<section>.<key>`),
     the environment (`CHATD_SECTION__KEY`, `CHATD_SECTION__KEY_FILE`). Commands that serve no backend do not
-    require a token.
+    require a token. `origins` is filled: with the path of a file, or the name of a variable.
     """
     environ = os.environ if environ is None else environ
     found: list[str] = []
     data: Data = {}
-    fixed = _DEMO if demo else {}
-    for source in (_file(path, found), fixed, _credentials(environ, found), _environment(environ, found)):
+    origins = {} if origins is None else origins
+    for source in (
+        _file(path, found, origins),
+        _fixed(demo, origins),
+        _credentials(environ, found, origins),
+        _environment(environ, found, origins),
+    ):
         for section, values in source.items():
             data.setdefault(section, {}).update(values)
     sections = {name: _section(name, kind, data.pop(name, {}), found) for name, kind in SECTIONS.items()}
@@ -199,7 +206,7 @@ def split_bind(bind: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _file(path: Path | None, found: list[str]) -> Data:
+def _file(path: Path | None, found: list[str], origins: Origins) -> Data:
     if path is None:
         return {}
     try:
@@ -212,10 +219,22 @@ def _file(path: Path | None, found: list[str]) -> Data:
         return {}
     loose = [key for key, value in data.items() if not isinstance(value, dict)]
     found += [f"{key}: stands outside a section; put it under one, [api] say." for key in loose]
-    return {key: value for key, value in data.items() if key not in loose}
+    sections = {key: value for key, value in data.items() if key not in loose}
+    _note(origins, sections, str(path))
+    return sections
 
 
-def _credentials(environ: Mapping[str, str], found: list[str]) -> Data:
+def _fixed(demo: bool, origins: Origins) -> Data:
+    data = _DEMO if demo else {}
+    _note(origins, data, "--demo")
+    return data
+
+
+def _note(origins: Origins, data: Data, name: str) -> None:
+    origins.update({(section, key): name for section, values in data.items() for key in values})
+
+
+def _credentials(environ: Mapping[str, str], found: list[str], origins: Origins) -> Data:
     directory = environ.get(CREDENTIALS)
     data: Data = {}
     for path in sorted(Path(directory).glob("*.*")) if directory else []:
@@ -223,17 +242,20 @@ def _credentials(environ: Mapping[str, str], found: list[str]) -> Data:
         # Units may carry credentials for other programs; what is none of ours is left alone.
         if section in SECTIONS and key in SECTIONS[section].__struct_fields__:
             data.setdefault(section, {})[key] = _secret(path, str(path), found)
+            origins[section, key] = str(path)
     return data
 
 
-def _environment(environ: Mapping[str, str], found: list[str]) -> Data:
+def _environment(environ: Mapping[str, str], found: list[str], origins: Origins) -> Data:
     data: Data = {}
     for name, (section, key) in _ORIGINAL_NAMES.items():
         if environ.get(name):
             data.setdefault(section, {})[key] = environ[name]
+            origins[section, key] = name
     if environ.get("REDIS_HOST"):
         url = f"redis://{environ['REDIS_HOST']}:{environ.get('REDIS_PORT') or 6379}/0"
         data.setdefault("redis", {})["url"] = url
+        origins["redis", "url"] = "REDIS_HOST"
     found += [f"{name}: write {better}, with two underscores." for name, better in _misspelt(environ)]
     for name, section, key in _our_variables(environ):
         if section not in SECTIONS:
@@ -243,6 +265,7 @@ def _environment(environ: Mapping[str, str], found: list[str]) -> Data:
             data.setdefault(section, {})[key] = _secret(Path(environ[name]), name, found)
         else:
             data.setdefault(section, {})[key] = _from_text(section, key, environ[name])
+        origins[section, key] = name
     return data
 
 

@@ -6,6 +6,7 @@ What an operator may set is in `config.Limits`; here is what the protocol promis
 from __future__ import annotations
 
 MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exactly
+OPERATOR = MAX_ID  # the user, and the conversation, of an operator's own tools: nobody's account
 REPLAY_CHANGES = 300  # changes in one answer; beyond it a client is told to page back
 REPLAY_BYTES = 256 * 1024  # bytes of messages in one answer, a quarter of an outbox
 READY_BYTES = 512 * 1024  # bytes of messages and receipts in one `ready`, half of an outbox

@@ -7,6 +7,8 @@ missing() {
     command -v redis-server >/dev/null || echo redis-server
     ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || echo postgresql
     command -v chromium >/dev/null || echo chromium
+    PATH=$PATH:/usr/sbin:/sbin command -v nginx >/dev/null || echo nginx-light
+    command -v openssl >/dev/null || echo openssl
     # The fault suite: packets dropped, an interface brought up, a clock put forward.
     PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null || echo nftables
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || echo iproute2

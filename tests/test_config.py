@@ -10,6 +10,7 @@ import pytest
 
 from chatd import config
 from chatd.errors import ConfigError
+from chatd.ops.showing import as_toml
 from tests.daemon import Daemon
 
 SAMPLE = Path(__file__).parent.parent / "chatd.toml"
@@ -192,3 +193,49 @@ def test_help_fits_on_a_screen(tmp_path: Path) -> None:
     assert shown.returncode == 0
     assert all(f"  {name}" in shown.stdout for name in ("serve", "check-config", "migrate", "token"))
     assert len(shown.stdout.splitlines()) < 24
+
+
+def test_what_is_in_effect_is_shown_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "redis.url").write_text("redis://:verysecret@127.0.0.1:6379/0")
+    toml = tmp_path / "chatd.toml"
+    toml.write_text(
+        '[auth]\nsecret = "verysecret-verysecret-verysecret-verysecret"\n'
+        '[rooms]\naccess = "open"\n[limits]\nconnections = 5\nsends_per_second = 10\n'
+    )
+    origins: config.Origins = {}
+    shown = as_toml(
+        config.load(
+            toml,
+            {
+                "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"),
+                "WS_INTERNAL_TOKEN": "verysecret",
+                "CHATD_API__PREVIOUS_INTERNAL_TOKEN": "verysecret",
+                "CHATD_LIMITS__CONNECTIONS": "7",
+                "CHATD_DATABASE__URL": "postgresql://chatd:p@verysecret@db/chatd?sslpassword=verysecret&x=1",
+                "CHATD_HUB__ORIGINS": "https://a.example.com,https://b.example.com",
+            },
+            origins=origins,
+        ),
+        origins,
+    )
+    assert "verysecret" not in shown
+    repr_of_open = '"open"'
+    options = {line.split(" = ")[0]: line for line in shown.splitlines() if " = " in line}
+    assert options["access"] == f"{'access = ' + repr_of_open:<40}  # {toml}"
+    assert options["connections"].split() == ["connections", "=", "7", "#", "CHATD_LIMITS__CONNECTIONS"]
+    assert options["sends_per_second"] == "sends_per_second = 10"  # the default, though written down
+    assert options["internal_token"].endswith("# WS_INTERNAL_TOKEN")
+    read = tomllib.loads(shown)
+    assert read["database"]["url"] == "postgresql://chatd:(hidden)@db/chatd?sslpassword=(hidden)&x=1"
+    assert read["redis"]["url"] == "redis://:(hidden)@127.0.0.1:6379/0"
+    assert read["hub"]["origins"] == ["https://a.example.com", "https://b.example.com"]
+    assert read["auth"]["secret"] == read["api"]["internal_token"] == "(hidden)"
+    assert set(read) == set(config.SECTIONS)
+
+
+def test_show_is_a_command(daemon: Daemon) -> None:
+    ran = daemon.command("check-config", "--show")
+    assert ran.returncode == 0
+    assert daemon.token not in ran.stdout
+    assert tomllib.loads(ran.stdout)["api"]["bind"] == f"127.0.0.1:{daemon.api_port}"

@@ -1,6 +1,5 @@
 """The commands: the only code that prints, and the only one that ends the process with a code."""
 
-from chatd.cli import serving, token  # noqa: F401  # each adds its commands
 from chatd.cli.group import main
 
 __all__ = ["main"]

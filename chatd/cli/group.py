@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,29 @@ from chatd.errors import ConfigError, OperatorError
 DEFAULT_FILE = Path("chatd.toml")
 
 Command = Callable[..., None]
+
+# Which module of this package has a command. It is imported when the command is asked for: SQLAlchemy, JWTs and
+# trio take half a second, and a health check runs every few seconds.
+HOMES = {
+    "serve": "serving",
+    "check-config": "serving",
+    "migrate": "serving",
+    "token": "token",
+    "doctor": "doctor",
+    "healthcheck": "healthcheck",
+    "send": "room",
+    "tail": "room",
+}
+
+
+class Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*HOMES, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in HOMES:
+            import_module(f"chatd.cli.{HOMES[name]}")  # adds it
+        return super().get_command(ctx, name)
 
 
 def with_config(command: Command) -> Command:
@@ -46,7 +70,7 @@ def with_config(command: Command) -> Command:
     return wrapped
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="chatd")
 def main() -> None:
     """A realtime chat daemon: what your backend posts, everybody in the room has, in order, once.

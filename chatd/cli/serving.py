@@ -14,6 +14,7 @@ import trio
 from chatd import config, logs, workers
 from chatd.cli.group import main, with_config
 from chatd.errors import OperatorError
+from chatd.ops import showing
 from chatd.store import database
 
 
@@ -49,17 +50,26 @@ def serve(path: Path | None, demo: bool) -> None:
 
 @main.command("check-config")
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
+@click.option("--show", is_flag=True, help="Print what is in effect, without secrets, and where it comes from.")
 @click.option("--no-credentials", is_flag=True, help="Leave out systemd's credentials, and miss no token.")
 @with_config
-def check_config(path: Path | None, demo: bool, no_credentials: bool) -> None:
+def check_config(path: Path | None, demo: bool, show: bool, no_credentials: bool) -> None:
     """Report every mistake in the configuration.
 
     The exit code is 78 if there is one.
     """
     environ = {name: value for name, value in os.environ.items() if name != config.CREDENTIALS}
+    origins: config.Origins = {}
     settings = config.load(
-        path, environ if no_credentials else None, demo=demo, require_token=not no_credentials
+        path,
+        environ if no_credentials else None,
+        demo=demo,
+        require_token=not no_credentials,
+        origins=origins,
     )
+    if show:
+        click.echo(showing.as_toml(settings, origins))
+        return
     place = "PostgreSQL" if settings.database.url.startswith("postgres") else "SQLite"
     bus = "Redis" if settings.redis.url else "no Redis"
     origin = path or "defaults and environment"

@@ -25,14 +25,21 @@ def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ..
     """Print a token for a user, to try things with."""
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
+    tokens = issuer(settings)
+    click.echo(tokens.issue(user_id, ttl or settings.auth.token_ttl, rooms or None))
+
+
+def issuer(settings: config.Config) -> Tokens:
+    """What makes tokens as the daemon does. Raises OperatorError where it accepts none of ours."""
     secret = settings.auth.secret
     if not secret:
         database.require(settings.database)
         store = database.open_store(settings.database)
         secret = store.token_secret
         store.close()
+    tokens = Tokens(secret, settings.auth)
     try:
-        issued = Tokens(secret, settings.auth).issue(user_id, ttl or settings.auth.token_ttl, rooms or None)
+        tokens.issue(1, 1)
     except Forbidden as error:
         raise OperatorError(str(error)) from None
-    click.echo(issued)
+    return tokens

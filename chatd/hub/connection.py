@@ -1,4 +1,4 @@
-"""One WebSocket connection from its first byte to its goodbye: the only import of trio_websocket.
+"""One WebSocket connection from its first byte to its goodbye: trio_websocket is known here and in client.py.
 
 `serve` is the barrier: whatever a peer sends, its error ends here. The session above knows nothing of
 handshakes, and the outbox below nothing of WebSocket but that its own frames pass through it.

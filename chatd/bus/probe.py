@@ -1,0 +1,65 @@
+"""A look at Redis from outside, for `chatd doctor`. It writes nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import redis
+
+from chatd.bus.redis import LOST, client_of
+from chatd.config import Redis
+from chatd.errors import OperatorError
+
+PINGS = 20  # of which the middle one counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """`ping` is in seconds, `memory` and `most_memory` (0: no limit) in bytes, `ahead` how far its clock is."""
+
+    version: str
+    ping: float
+    ahead: float
+    policy: str
+    memory: int
+    most_memory: int
+    persists: bool
+    replica: bool
+
+
+def look(config: Redis) -> Found:
+    """Raises OperatorError with a sentence where it does not answer."""
+    client = client_of(config)
+    try:
+        return _look(client)
+    except (*LOST, ValueError) as error:
+        raise OperatorError(str(error).splitlines()[0].rstrip(".")) from error
+    finally:
+        client.close()
+
+
+def _look(client: redis.Redis) -> Found:
+    client.ping()
+    info: Any = client.info("everything")
+    before = time.time()
+    seconds, micros = client.time()
+    ahead = seconds + micros / 1e6 - (before + time.time()) / 2
+    return Found(
+        version=info["redis_version"],
+        ping=median(_ping(client) for _ in range(PINGS)),
+        ahead=ahead,
+        policy=info.get("maxmemory_policy", ""),
+        memory=info.get("used_memory", 0),
+        most_memory=info.get("maxmemory", 0),
+        persists=bool(info.get("aof_enabled")),
+        replica=info.get("role") == "slave",
+    )
+
+
+def _ping(client: redis.Redis) -> float:
+    begun = time.perf_counter()
+    client.ping()
+    return time.perf_counter() - begun

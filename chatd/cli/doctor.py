@@ -1,0 +1,99 @@
+"""`doctor`: looks for what goes wrong in practice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import trio
+
+from chatd import config, logs
+from chatd.cli.group import DEFAULT_FILE, main
+from chatd.errors import ConfigError
+from chatd.ops import checks
+from chatd.ops.finding import Case, Finding, Level, examine, problem
+
+COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
+WIDTH = 18  # of what was looked at
+
+
+@main.command()
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), envvar="CHATD_CONFIG", help="The file to read."
+)
+@click.option(
+    "--url", default="", help="Where clients connect, wss://chat.example.com/ws: look at the proxy, too."
+)
+@click.option(
+    "--write", is_flag=True, help="Let the round trip be a message that is stored, and deleted again."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for machines.")
+def doctor(path: Path | None, url: str, write: bool, as_json: bool) -> None:
+    """Look for what goes wrong in practice, and say what to do.
+
+    Run it on the machine of the daemon, as its user, with its configuration, but outside the sandbox of its
+    unit. Exit codes: 0 all is well, 1 there are warnings, 2 there are problems.
+
+    It changes nothing that lasts. The round trip sends an event to the reserved room 9007199254740991, to the
+    user of that number; nobody else hears it, and it is not stored. A webhook for presence is told of that
+    user. With --write it is a message, whose place in that room stays after it is deleted.
+    """
+    if path is None and DEFAULT_FILE.is_file():
+        path = DEFAULT_FILE
+    logs.configure("error", "auto")
+    found = trio.run(_examine, path, _websocket_url(url), write, as_json)
+    worst = max((finding.level for finding in found), default=Level.OK)
+    if as_json:
+        findings = [asdict(finding) | {"level": finding.level.name.lower()} for finding in found]
+        click.echo(json.dumps({"worst": worst.name.lower(), "findings": findings}, indent=1))
+    else:
+        click.echo(f"\n{_summary(found)}")
+    sys.exit(worst)
+
+
+async def _examine(path: Path | None, url: str, write: bool, silent: bool) -> list[Finding]:
+    found: list[Finding] = []
+
+    def note(finding: Finding) -> None:
+        found.append(finding)
+        if not silent:
+            _show(finding)
+
+    try:
+        case, wanted = Case(config.load(path), path, url, write), checks.ALL
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            note(problem("configuration", mistake, "Mend it; until then the rest cannot be looked at."))
+        case, wanted = Case(config.Config()), checks.ALWAYS
+    async for finding in examine(case, wanted):
+        note(finding)
+    return found
+
+
+def _websocket_url(url: str) -> str:
+    """As it is written in a browser, or without a scheme: `https://…`, `chat.example.com/ws`."""
+    if url.startswith(("https://", "http://")):
+        return url.replace("http", "ws", 1)
+    return url if not url or url.startswith(("ws://", "wss://")) else f"wss://{url}"
+
+
+def _show(finding: Finding) -> None:
+    level = click.style(f"{finding.level.name.lower():<8}", fg=COLOURS[finding.level])
+    click.echo(f"{level} {finding.subject:<{WIDTH}} {finding.found}")
+    if finding.advice:
+        click.echo(f"{'':<{9 + WIDTH}} → {finding.advice}")
+
+
+def _summary(found: list[Finding]) -> str:
+    problems = sum(finding.level is Level.PROBLEM for finding in found)
+    warnings = sum(finding.level is Level.WARNING for finding in found)
+    if not problems and not warnings:
+        return f"{len(found)} findings, all is well."
+    return f"{len(found)} findings: {_count(problems, 'problem')}, {_count(warnings, 'warning')}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,128 @@
+"""`tail` and `send`: a room from the terminal of an operator."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatd import config, logs
+from chatd.cli.group import main, with_config
+from chatd.errors import OperatorError
+from chatd.limits import MAX_ID, OPERATOR
+from chatd.ops.backend import Backend, Unreachable, reached_at
+
+ID = click.IntRange(1, MAX_ID)
+
+
+@main.command()
+@click.argument("room", type=ID)
+@click.argument("text")
+@click.option("--user", "user_id", type=ID, required=True, help="Who says it.")
+@click.option("--url", default="", help="Of the HTTP API, if it is not that of api.bind.")
+@with_config
+def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> None:
+    """Post a message to a room, as a backend does, and print its id and seq.
+
+    TEXT may be - for what standard input brings. The room is created if need be, and the user becomes a member
+    of it. Exit codes: 0 posted, 75 not now (nobody answers, too many: try again), 1 refused.
+    """
+    settings = config.load(path)
+    content = sys.stdin.read().rstrip("\n") if text == "-" else text
+    body = {"conversation_id": room, "sender_id": user_id, "content": content}
+    answer = Backend(settings, url).ask("POST", "/api/ws/messages", body)
+    said = answer.json
+    if answer.status == 200 and "seq" in said:
+        click.echo(f"id {said['id']} seq {said['seq']}")
+        return
+    sentence = said.get("message", "no chatd answers there")
+    if answer.status == 401:
+        sentence = "api.internal_token here is not the daemon's. Use its configuration"
+    elif said.get("errors"):
+        sentence = " ".join(part for parts in said["errors"].values() for part in parts)
+    kind: type[OperatorError] = Unreachable if answer.status in (429, 502, 503, 504) else OperatorError
+    raise kind(f"Not posted: {sentence.rstrip('.')} ({answer.status}).")
+
+
+@main.command()
+@click.argument("room", type=ID)
+@click.option("--user", "user_id", type=ID, help="Look in as this member, who may be online by that.")
+@click.option("--since", type=click.IntRange(0, 10_000), default=0, help="So many earlier messages first.")
+@click.option("--all", "everything", is_flag=True, help="Typing and receipts, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print each event as a line of JSON.")
+@click.option("--url", default="", help="Of the WebSocket, if it is not that of hub.bind: wss://host/ws.")
+@with_config
+def tail(path: Path | None, room: int, user_id: int | None, url: str, **how: Any) -> None:
+    """Follow a room until Ctrl-C, over restarts of the daemon.
+
+    Without --user you look in as the reserved user 9007199254740991, with a token for this room alone: it is
+    nobody's account and becomes no member, but clients that ask who is here see it. With --user you see what
+    that user may see, and exit code 1 says that it is nothing. Nothing is marked as read or delivered.
+    """
+    settings = config.load(path, require_token=False)
+    logs.configure("error", settings.logs.format)
+    _follow(settings, url or f"ws://{reached_at(settings.hub.bind)}/ws", room, user_id, **how)
+
+
+def _follow(
+    settings: config.Config,
+    url: str,
+    room: int,
+    user_id: int | None,
+    *,
+    since: int,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    import trio  # these take long, and `send` needs none of them
+
+    from chatd.cli.token import issuer
+    from chatd.client import Connection, Event, history
+    from chatd.ops import transcript
+    from chatd.ops.follower import Follower, Refused
+
+    tokens = issuer(settings)
+    emphasize = partial(click.style, bold=True) if sys.stdout.isatty() else str
+
+    def log_in() -> str:
+        rooms = None if user_id else [room]
+        return tokens.issue(user_id or OPERATOR, settings.auth.token_ttl, rooms)
+
+    def show(event: Event) -> None:
+        if everything or event["event"] not in transcript.QUIET:
+            click.echo(transcript.as_json(event) if as_json else transcript.as_line(event, emphasize))
+
+    newest = 0  # of the earlier messages; those that came while they were read come live, too
+
+    async def earlier(connection: Connection) -> None:
+        nonlocal newest
+        for message in await history(connection, room, since):
+            show({"event": "message"} | message)
+            newest = message["id"]
+
+    def live(event: Event) -> None:
+        if event["event"] != "message" or event.get("id", newest + 1) > newest:
+            show(event)
+
+    def notice(sentence: str) -> None:
+        click.echo(click.style(sentence, dim=True), err=True)
+
+    follower = Follower(url, room, log_in=log_in, tell=live, notice=notice)
+    try:
+        trio.run(follower.run, earlier)
+    except* KeyboardInterrupt:
+        pass
+    except* Refused as group:
+        why = _innermost(group)
+        raise OperatorError(f"Room {room} cannot be followed: {str(why).rstrip('.')}.") from None
+    except* BrokenPipeError:
+        sys.stderr.close()  # whoever read has gone: nobody is left to be told
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,33 @@
+"""The checks of `chatd doctor`, a function each, in the order in which they are made.
+
+machine   limits of the system, the clock, who may read the secrets
+data      the database, its directory, Redis
+serving   the daemon: its ports, and a round trip through it
+public    the same from outside, through the proxy
+"""
+
+from __future__ import annotations
+
+from chatd.ops.checks import data, machine, public, serving
+from chatd.ops.finding import Check
+
+# These need no configuration that is right.
+ALWAYS: list[Check] = [machine.connection_queue, machine.clock]
+
+ALL: list[Check] = [
+    machine.exposure,
+    machine.secrets,
+    machine.public_keys,
+    *ALWAYS,
+    data.database,
+    data.database_directory,
+    data.redis,
+    serving.api,
+    serving.websocket,
+    serving.open_files,
+    serving.round_trip,
+    public.certificate,
+    public.upgrade,
+    public.internal_api,
+    public.public_round_trip,
+]

@@ -1,0 +1,112 @@
+"""The daemon on this machine: who listens on its ports, how many clients it has room for, and a round trip."""
+
+from __future__ import annotations
+
+import resource
+
+from chatd.client import Disconnected, NotUpgraded, connect
+from chatd.errors import OperatorError
+from chatd.listen import RESERVED, client_places
+from chatd.ops.backend import Backend, Unreachable, reached_at
+from chatd.ops.finding import Case, Finding, ok, problem, warning
+from chatd.ops.trip import NoToken, travel
+
+FEW_PLACES = 4096  # clients; what a distribution gives a process unasked is less
+SLOW_TRIP = 0.1  # seconds
+STATES = {
+    "stopping": "is stopping",
+    "unavailable": "cannot use its database",
+    "degraded": "does without Redis: what other nodes store comes late",
+}
+
+
+def api(case: Case) -> Finding:
+    """Whether chatd answers on api.bind, and calls itself ready."""
+    backend, subject = Backend(case.config), "HTTP API"
+    try:
+        answer = backend.ask("GET", "/readyz")
+    except Unreachable as error:
+        return problem(subject, str(error).rstrip("."), "Start chatd (systemctl start chatd), or see api.bind.")
+    state = answer.json.get("status")
+    if "checks" not in answer.json:
+        return problem(
+            subject,
+            f"{backend.url} is answered by another program ({answer.status})",
+            "Stop that one, or choose another port in api.bind.",
+        )
+    case.running = True
+    if state == "ok":
+        return ok(subject, f"chatd answers on {backend.url} and is ready")
+    checks = ", ".join(f"{name} {how}" for name, how in answer.json["checks"].items())
+    found = f"chatd on {backend.url} {STATES.get(str(state), state)} ({checks})"
+    advice = "See the findings above, and journalctl -u chatd."
+    return warning(subject, found, advice) if answer.status == 200 else problem(subject, found, advice)
+
+
+async def websocket(case: Case) -> Finding:
+    """Whether chatd says hello on hub.bind."""
+    subject, url = "WebSocket", _url(case)
+    try:
+        async with connect(url) as connection:
+            hello = await connection.next()
+    except NotUpgraded as error:
+        return problem(
+            subject,
+            f"{url} answers with {error}",
+            "Another program has the port, or chatd is overloaded: see its log.",
+        )
+    except Disconnected as error:
+        return problem(subject, f"{url}: {error}", "Start chatd, or see hub.bind.")
+    return ok(subject, f"chatd on {url} says hello, {hello.get('protocol')}")
+
+
+def open_files(case: Case) -> Finding:
+    """Whether the limit of open files has room for limits.connections."""
+    running = _limit_of_the_running(case) if case.running else None
+    limit = running or resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    whose = "the daemon's limit" if running else "the limit here"
+    subject, wanted = "open files", -(-case.config.limits.connections // case.config.server.workers)
+    advice = f"LimitNOFILE={max(2 * (wanted + RESERVED), 65536)} in chatd.service, or ulimit -n"
+    if limit == resource.RLIM_INFINITY:
+        return ok(subject, f"{whose} is none")
+    text = f"{whose} is {limit}: room for {client_places(limit)} clients"
+    if wanted > client_places(limit):
+        return problem(subject, f"{text}, and limits.connections promises {wanted}", advice)
+    if not wanted and client_places(limit) < FEW_PLACES:
+        return warning(subject, f"{text}; more must wait", advice)
+    return ok(subject, text)
+
+
+def _limit_of_the_running(case: Case) -> int | None:
+    """As it says itself; several workers do not."""
+    try:
+        numbers = Backend(case.config).ask("GET", "/metrics").body.decode(errors="replace")
+    except Unreachable:
+        return None
+    found = [line.split()[1] for line in numbers.splitlines() if line.startswith("process_max_fds ")]
+    return int(float(found[0])) if found else None
+
+
+async def round_trip(case: Case) -> Finding | None:
+    """From a post to the WebSocket of hub.bind."""
+    if not case.running:
+        return None
+    return await tried(case, _url(case), "round trip")
+
+
+async def tried(case: Case, url: str, subject: str) -> Finding:
+    """A round trip, told."""
+    try:
+        seconds = await travel(case, url)
+    except NoToken as error:
+        return ok(subject, f"not tried: {error}", "")
+    except (Disconnected, OperatorError) as error:
+        return problem(subject, f"through {url}: {error}", "See the log: journalctl -u chatd.")
+    text = f"from a post to a WebSocket of {url}: {seconds * 1000:.1f} ms"
+    if seconds > SLOW_TRIP:
+        return warning(subject, text, "See the load of this machine, and the speed of commits above.")
+    return ok(subject, text)
+
+
+def _url(case: Case) -> str:
+    return f"ws://{reached_at(case.config.hub.bind)}/ws"
