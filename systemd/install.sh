@@ -47,7 +47,8 @@ Installed $($prefix/bin/chatd --version).
 
   sysctl --system                       the kernel's limits
   systemctl enable --now chatd          start it, now and at boot; after an upgrade: systemctl restart chatd
-  /opt/chatd/bin/chatd doctor --config /etc/chatd/chatd.toml
+  cd /var/lib/chatd && CHATD_API__INTERNAL_TOKEN_FILE=$token \\
+    /opt/chatd/bin/chatd doctor --config /etc/chatd/chatd.toml
 
 Your backend sends the content of $token as X-Internal-Token.
 END

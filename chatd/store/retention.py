@@ -1,0 +1,168 @@
+"""Old messages go, in small transactions: by age, and by number for each conversation.
+
+The log is cut first, up to the last change of any message that is to go, and the mark of the cut (`low_seq`) is
+raised with it: who comes back with a cursor below it starts over. Then the messages go, the oldest first. So at
+each moment every change above the mark has its message, whatever happens between two transactions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from msgspec import Struct
+from sqlalchemy import Connection, Engine, delete, func, select, text, update
+
+from chatd.model import timestamp
+from chatd.store import schema
+from chatd.store.engine import is_sqlite
+
+BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
+_ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
+
+_messages, _changes, _places = schema.messages.c, schema.changes.c, schema.conversations.c
+
+
+class Rules(Struct, frozen=True):
+    """What is kept: messages younger than `days`, the newest `messages` of a conversation; 0: any."""
+
+    days: float = 0.0
+    messages: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.days or self.messages)
+
+
+@dataclass
+class _Target:
+    """A conversation whose messages below an id are to go. The log was looked at up to `checked`."""
+
+    conversation_id: int
+    below: int
+    low: int
+    checked: int
+
+
+class Pruner:
+    """Call `find` once, then `step` until it returns None. Both block: they are for a thread."""
+
+    def __init__(self, engine: Engine, rules: Rules) -> None:
+        self._engine, self._rules = engine, rules
+        self._targets: deque[_Target] = deque()
+
+    def find(self) -> int:
+        """How many messages are to go. Writes nothing."""
+        with self._engine.connect() as connection:
+            below = _marks(connection, self._rules)
+            self._targets = deque(_target(connection, id, mark) for id, mark in sorted(below.items()))
+            return sum(_count(connection, target) for target in self._targets)
+
+    def step(self) -> int | None:
+        """Messages removed by one transaction; None when nothing is left, or another node is at it."""
+        while self._targets:
+            with self._engine.begin() as connection:
+                if not _alone(connection):
+                    return None
+                removed = _prune(connection, self._targets[0])
+            if removed is not None:
+                return removed
+            self._targets.popleft()
+        return None
+
+
+def _marks(connection: Connection, rules: Rules) -> dict[int, int]:
+    """Conversation → the id below which its messages go."""
+    found: dict[int, int] = {}
+    if rules.days:
+        below = _first_younger(connection, timestamp(datetime.now(UTC) - timedelta(days=rules.days)))
+        old = select(_messages.chat_conversation_id).where(_messages.id < below).distinct()
+        found = dict.fromkeys(connection.scalars(old), below)
+    for conversation_id, mark in _beyond(connection, rules.messages) if rules.messages else ():
+        found[conversation_id] = max(mark, found.get(conversation_id, 0))
+    return found
+
+
+def _first_younger(connection: Connection, moment: str) -> int:
+    """The lowest id of a message that is not older. Ids grow with time, so it is looked for by halves."""
+    low = 1
+    high = (connection.scalar(select(func.max(_messages.id))) or 0) + 1
+    while low < high:
+        middle = (low + high) // 2
+        query = select(_messages.id, _messages.created_at).where(_messages.id >= middle)
+        row = connection.execute(query.order_by(_messages.id).limit(1)).first()
+        if row is not None and row.id < high and row.created_at < moment:
+            low = row.id + 1
+        else:
+            high = middle
+    return low
+
+
+def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
+    """(conversation, the lowest id that is among the newest) where there are more."""
+    for conversation_id in connection.scalars(select(_places.id).where(_places.last_seq > most)).all():
+        newest = select(_messages.id).where(_messages.chat_conversation_id == conversation_id)
+        beyond = connection.scalar(newest.order_by(_messages.id.desc()).offset(most).limit(1))
+        if beyond is not None:
+            yield conversation_id, beyond + 1
+
+
+def _target(connection: Connection, conversation_id: int, below: int) -> _Target:
+    last = connection.scalar(select(_places.last_seq).where(_places.id == conversation_id)) or 0
+    target = _Target(conversation_id, below, low=0, checked=0)
+    _look_at_log(connection, target, last)
+    return target
+
+
+def _look_at_log(connection: Connection, target: _Target, last_seq: int) -> None:
+    """The last change of a message that is to go, as far as the log was not looked at yet."""
+    mine = (_changes.conversation_id == target.conversation_id) & (_changes.seq > target.checked)
+    found = connection.scalar(select(func.max(_changes.seq)).where(mine, _changes.message_id < target.below))
+    target.low = max(target.low, found or 0)
+    target.checked = last_seq
+
+
+def _count(connection: Connection, target: _Target) -> int:
+    mine = _messages.chat_conversation_id == target.conversation_id
+    query = select(func.count()).select_from(schema.messages).where(mine, _messages.id < target.below)
+    return connection.scalar(query) or 0
+
+
+def _alone(connection: Connection) -> bool:
+    if is_sqlite(connection.engine):
+        return True
+    return bool(connection.scalar(text(f"SELECT pg_try_advisory_xact_lock({_ADVISORY_LOCK})")))
+
+
+def _prune(connection: Connection, target: _Target) -> int | None:
+    """One batch; None when the conversation is done."""
+    place = select(_places.last_seq, _places.low_seq).where(_places.id == target.conversation_id)
+    row = connection.execute(place.with_for_update()).one()
+    if row.last_seq > target.checked:  # somebody edited an old message meanwhile
+        _look_at_log(connection, target, row.last_seq)
+    if target.low > row.low_seq:
+        raised = update(schema.conversations).where(_places.id == target.conversation_id)
+        connection.execute(raised.values(low_seq=target.low))
+    if _cut_log(connection, target):
+        return 0
+    return _remove_messages(connection, target)
+
+
+def _cut_log(connection: Connection, target: _Target) -> int:
+    mine = _changes.conversation_id == target.conversation_id
+    first = connection.scalar(select(func.min(_changes.seq)).where(mine))
+    if first is None or first > target.low:
+        return 0
+    cut = delete(schema.changes).where(mine, _changes.seq <= min(target.low, first + BATCH - 1))
+    return connection.execute(cut).rowcount
+
+
+def _remove_messages(connection: Connection, target: _Target) -> int | None:
+    mine = (_messages.chat_conversation_id == target.conversation_id) & (_messages.id < target.below)
+    ids = list(connection.scalars(select(_messages.id).where(mine).order_by(_messages.id).limit(BATCH)))
+    if not ids:
+        return None
+    connection.execute(delete(schema.reactions).where(schema.reactions.c.message_id.in_(ids)))
+    connection.execute(delete(schema.messages).where(_messages.id.in_(ids)))
+    return len(ids)
