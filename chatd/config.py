@@ -124,6 +124,11 @@ class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
     before_message_failure: Literal["refuse", "accept"] = "refuse"
 
 
+class Retention(Struct, frozen=True, forbid_unknown_fields=True):
+    days: Annotated[float, Meta(ge=0)] = 0.0
+    messages: Count = 0
+
+
 class Logs(Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "text"] = "auto"
@@ -139,6 +144,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     rooms: Rooms = Rooms()
     limits: Limits = Limits()
     webhooks: Webhooks = Webhooks()
+    retention: Retention = Retention()
     logs: Logs = Logs()
     demo: bool = False
 

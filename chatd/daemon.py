@@ -39,6 +39,7 @@ from chatd.ingest import Ingest
 from chatd.listen import address_of, client_places, open_sockets, raise_descriptor_limit
 from chatd.model import Group
 from chatd.reload import Reload
+from chatd.retention import Retention
 from chatd.settings import Settings
 from chatd.store.database import Store
 from chatd.store.writer import Writer
@@ -92,6 +93,8 @@ async def run(
         if chat.attendance is not None:
             await nursery.start(chat.attendance.run)
         await nursery.start(vitals.run)
+        if os.environ.get("CHATD_WORKER_NUMBER", "1") == "1":
+            await nursery.start(Retention(settings, store.retention).run)
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))

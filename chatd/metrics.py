@@ -92,6 +92,8 @@ COMMIT_SECONDS, READ_SECONDS = DB_SECONDS.labels("commit"), DB_SECONDS.labels("r
 DB_POOL = Gauge("chatd_db_pool_in_use", "Connections that read just now", multiprocess_mode="livesum")
 STATEMENTS = Counter("chatd_statements_total", "SQL statements, of the writer and of the readers", ["engine"])
 
+PRUNED = Counter("chatd_messages_pruned_total", "Messages that retention has removed")
+
 # Messages out.
 DELIVERED = Counter(
     "chatd_messages_delivered_total",

@@ -33,6 +33,7 @@ RELOADABLE: dict[str, frozenset[str] | None] = {
         ]
     ),
     "limits": None,
+    "retention": None,
     "logs": frozenset(["level"]),
 }
 

@@ -353,9 +353,11 @@ class Fanout:
         early = set(room.ahead)
         changes, found = await self._read(reads.missing, room.conversation_id, room.head)
         metrics.GAP_FILLS.inc()
-        if changes or found is None or found.seq <= room.head:
+        if found is None or found.seq <= room.head:
             return Repaired(room, changes, early)
-        return StartOver(room, found.seq)
+        if changes and changes[0].seq == room.head + 1:
+            return Repaired(room, changes, early)
+        return StartOver(room, found.seq)  # too many, or retention has cut the log meanwhile
 
     async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
         room.repairing = False

@@ -18,10 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from chatd.config import Database
 from chatd.errors import ConfigError, OperatorError
 from chatd.model import Group
-from chatd.store import migrations, schema
+from chatd.store import copies, migrations, schema
 from chatd.store.engine import is_sqlite, reading_engine, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.reader import Reader
+from chatd.store.retention import Retention
 from chatd.store.webhooks import Webhooks
 from chatd.store.writer import Writer
 
@@ -37,6 +38,7 @@ class Store:
         self.read = Reader(self._reading, config.readers)
         self.outbox = Outbox(self._writing)
         self.webhooks = Webhooks(self._writing)
+        self.retention = Retention(self._writing)
         self.epoch = _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
@@ -50,7 +52,7 @@ class Store:
 
 def open_store(config: Database) -> Store:
     """Raises OperatorError with what to change. Migrates SQLite; PostgreSQL only when told to."""
-    with _opened(config) as engine:
+    with opened(config) as engine:
         if is_sqlite(engine):
             _report(_upgrade(config, engine))
         else:
@@ -60,7 +62,7 @@ def open_store(config: Database) -> Store:
 
 def migrate(config: Database) -> tuple[str | None, str]:
     """The schema's revision before and after. Raises OperatorError."""
-    with _opened(config) as engine:
+    with opened(config) as engine:
         return _upgrade(config, engine)
 
 
@@ -75,7 +77,7 @@ def require(config: Database) -> None:
 
 
 @contextmanager
-def _opened(config: Database) -> Iterator[Engine]:
+def opened(config: Database) -> Iterator[Engine]:
     """An engine for the block. What a database or its URL is refused for becomes a sentence."""
     try:
         engine = writing_engine(config.url)
@@ -91,7 +93,21 @@ def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:
     if is_sqlite(engine):
         _check_directory(config.url)
     _refuse_newer(engine)
+    _copy_before(config, engine)
     return migrations.upgrade(engine)
+
+
+def _copy_before(config: Database, engine: Engine) -> None:
+    """An SQLite database as it was before a migration, beside it: going back is a copy, not a migration."""
+    file = copies.file_of(config.url)
+    with engine.connect() as connection:
+        found = migrations.current(connection)
+    if file is None or found in (None, migrations.head()):
+        return
+    target = file.with_name(f"{file.name}.before-{found}-to-{migrations.head()}")
+    target.unlink(missing_ok=True)  # of an attempt that did not get as far as this
+    copies.copy(file, target)
+    log.info("schema_copied", file=str(target))
 
 
 def _check_version(engine: Engine) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from chatd import metrics
@@ -46,9 +46,16 @@ def is_sqlite(engine: Engine) -> bool:
     return engine.dialect.name == "sqlite"
 
 
+def unhurried(connection: Connection) -> None:
+    """For the rest of a transaction, which may read whole tables: deadlines are for what somebody waits for."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+
+
 def writing_engine(url: str) -> Engine:
-    """Three connections: the writer's, one for the outbox, which may wait for Redis, and one for webhooks."""
-    engine = _engine(url, name="write", pool_size=3, isolation="READ COMMITTED")
+    """Four connections: for the writer, the outbox, which may wait for Redis, webhooks and retention."""
+    engine = _engine(url, name="write", pool_size=4, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")

@@ -8,19 +8,25 @@ each moment every change above the mark has its message, whatever happens betwee
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
+import trio
 from msgspec import Struct
 from sqlalchemy import Connection, Engine, delete, func, select, text, update
+from sqlalchemy.exc import SQLAlchemyError
 
+from chatd.errors import Unavailable
 from chatd.model import timestamp
 from chatd.store import schema
-from chatd.store.engine import is_sqlite
+from chatd.store.engine import is_sqlite, unhurried
 
 BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
 _ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
+
+T = TypeVar("T")
 
 _messages, _changes, _places = schema.messages.c, schema.changes.c, schema.conversations.c
 
@@ -55,6 +61,7 @@ class Pruner:
     def find(self) -> int:
         """How many messages are to go. Writes nothing."""
         with self._engine.connect() as connection:
+            unhurried(connection)
             below = _marks(connection, self._rules)
             self._targets = deque(_target(connection, id, mark) for id, mark in sorted(below.items()))
             return sum(_count(connection, target) for target in self._targets)
@@ -70,6 +77,30 @@ class Pruner:
                 return removed
             self._targets.popleft()
         return None
+
+
+class Retention:
+    """The same for the daemon, in a thread. A step takes milliseconds, so no stop gives it up."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._thread = trio.CapacityLimiter(1)
+
+    async def find(self, rules: Rules) -> Pruner:
+        """Raises Unavailable."""
+        pruner = Pruner(self._engine, rules)
+        await self._in_thread(pruner.find, give_up=True)
+        return pruner
+
+    async def step(self, pruner: Pruner) -> int | None:
+        """Raises Unavailable."""
+        return await self._in_thread(pruner.step, give_up=False)
+
+    async def _in_thread(self, work: Callable[[], T], *, give_up: bool) -> T:
+        try:
+            return await trio.to_thread.run_sync(work, limiter=self._thread, abandon_on_cancel=give_up)
+        except (SQLAlchemyError, OSError) as error:
+            raise Unavailable() from error
 
 
 def _marks(connection: Connection, rules: Rules) -> dict[int, int]:

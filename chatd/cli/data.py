@@ -1,0 +1,171 @@
+"""`backup`, `restore`, `prune`, `user export`, `user erase`: what is done with the data, beside the daemon."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+
+import click
+import msgspec
+
+from chatd import config, logs
+from chatd.bus import erasure as stream
+from chatd.cli.group import main, with_config
+from chatd.errors import OperatorError
+from chatd.limits import MAX_ID
+from chatd.store import copies, maintenance
+from chatd.store.retention import Rules
+
+ID = click.IntRange(1, MAX_ID)
+FILE = click.Path(path_type=Path)
+LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
+
+
+def settings_of(path: Path | None) -> config.Config:
+    settings = config.load(path, require_token=False)
+    logs.configure("warning", settings.logs.format)
+    return settings
+
+
+@main.command()
+@click.argument("target", type=FILE)
+@with_config
+def backup(path: Path | None, target: Path) -> None:
+    """Copy the database to a file, or into a directory, while chatd serves.
+
+    SQLite: a compact, checked copy as of one moment, readable by you alone. PostgreSQL has pg_dump.
+    """
+    settings = settings_of(path)
+    if target.is_dir():
+        target /= f"chatd-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.db"
+    began = monotonic()
+    with _growing(target, copies.file_of(settings.database.url)):
+        maintenance.backup(settings.database, target)
+    size = target.stat().st_size / 2**20
+    click.echo(f"{target}: {size:,.1f} MiB in {monotonic() - began:.1f} s, checked.")
+
+
+@main.command()
+@click.argument("source", type=FILE, required=False)
+@click.option("--new-epoch", is_flag=True, help="After PostgreSQL's own restore: let every client start over.")
+@with_config
+def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
+    """Put a backup in the place of the database. chatd must not run; the old database is kept beside it.
+
+    Clients that come back start over (`recovered: false`): what they have seen since the backup is not there.
+    """
+    settings = settings_of(path)
+    if new_epoch == (source is not None):
+        raise click.UsageError("Name the backup; or, after PostgreSQL's own restore, give --new-epoch.")
+    if source is None:
+        maintenance.new_epoch(settings.database)
+        click.echo("Every client will start over, from its next connection on. Restart chatd.")
+        return
+    kept = maintenance.restore(settings.database, source)
+    click.echo(f"Restored {source}." + (f" The database that was there is {kept} now." if kept else ""))
+
+
+@main.command()
+@click.option("--older-than", "days", type=click.FloatRange(0), help="Days; retention.days if not given.")
+@click.option("--keep", "messages", type=click.IntRange(0), help="Of each conversation; retention.messages.")
+@click.option("--dry-run", is_flag=True, help="Only say how many messages would go.")
+@with_config
+def prune(path: Path | None, days: float | None, messages: int | None, dry_run: bool) -> None:
+    """Remove old messages now, bit by bit, beside the daemon. 0 means: by that nothing goes."""
+    settings = settings_of(path)
+    kept = settings.retention
+    rules = Rules(kept.days if days is None else days, kept.messages if messages is None else messages)
+    if not rules:
+        raise OperatorError("Nothing to do: set [retention], or give --older-than or --keep.")
+
+    def tell(done: int, all: int) -> None:
+        _progress(f"{done:,} of {all:,} messages")
+
+    count = maintenance.prune(settings.database, rules, tell, dry=dry_run)
+    _progress("")
+    click.echo(f"{count:,} messages would go." if dry_run else f"{count:,} messages are gone.")
+
+
+@main.group()
+def user() -> None:
+    """All that is known of one user: hand it out, or erase it."""
+
+
+@user.command()
+@click.argument("user_id", type=ID)
+@click.option("--output", type=FILE, help="A new file, readable by you alone; standard output if not given.")
+@with_config
+def export(path: Path | None, user_id: int, output: Path | None) -> None:
+    """Print everything, a JSON object a line, each with the `table` it is from."""
+    rows = maintenance.exported(settings_of(path).database, user_id)
+    lines = (msgspec.json.encode(row).decode() for row in rows)
+    if output is None:
+        for line in lines:
+            click.echo(line)
+        return
+    try:
+        output.touch(mode=0o600, exist_ok=False)
+        with output.open("w") as file:
+            count = sum(bool(file.write(f"{line}\n")) for line in lines)
+    except OSError as error:
+        raise OperatorError(f"{output}: {error.strerror}.") from error
+    click.echo(f"{output}: {count:,} rows.")
+
+
+@user.command()
+@click.argument("user_id", type=ID)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_config
+def erase(path: Path | None, user_id: int, yes: bool) -> None:
+    """Erase what a user has said, and void the tokens. It cannot be undone.
+
+    Messages stay as deleted ones, so that conversations have no hole; their content, the reactions, receipts
+    and memberships go, also from chat.stream. SQLite's file is written anew, so that no byte is left. Clients
+    see the messages go within seconds. Backups still hold them.
+    """
+    settings = settings_of(path)
+    if not yes:
+        click.confirm(f"Erase everything of user {user_id}?", abort=True)
+    redis = bool(settings.redis.url)
+
+    def tell(done: int) -> None:
+        _progress(f"{done:,} messages")
+
+    count, clean = maintenance.erase(settings.database, user_id, tell, redis=redis)
+    _progress("")
+    entries = stream.erase(settings.redis, user_id) if redis else 0
+    click.echo(f"Erased: {count:,} messages" + (f", {entries:,} entries of chat.stream." if redis else "."))
+    if not clean:
+        raise OperatorError("SQLite's log was in use and may hold some bytes still: run it again in a minute.")
+
+
+def _progress(text: str) -> None:
+    """A line that is written over by the next; only where a person looks."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{text}", nl=False, err=True)
+
+
+@contextmanager
+def _growing(target: Path, source: Path | None) -> Iterator[None]:
+    """Show how far a copy is while the block makes it."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_EVERY):
+            if source is not None and source.exists() and target.exists():
+                sizes = [file.stat().st_size / 2**20 for file in (target, source)]
+                _progress(f"{sizes[0]:,.0f} MiB of at most {sizes[1]:,.0f}")
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
+        _progress("")

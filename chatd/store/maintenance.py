@@ -1,0 +1,89 @@
+"""What an operator's commands do with a database, each with an engine of its own, beside a daemon or not."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import make_url, update
+
+from chatd.config import Database
+from chatd.errors import OperatorError
+from chatd.store import copies, schema
+from chatd.store.database import opened, require
+from chatd.store.erasure import Erasure, export, forget
+from chatd.store.retention import Pruner, Rules
+
+RELAYED_BY_ANYBODY = "maintenance"  # the node of an outbox row that no node calls its own
+
+
+def backup(config: Database, target: Path) -> None:
+    """Copy an SQLite database. Raises OperatorError; for PostgreSQL with what to run instead."""
+    file = copies.file_of(config.url)
+    if file is None:
+        raise OperatorError(
+            f"PostgreSQL has tools of its own: pg_dump --format=custom --file={target}"
+            f" '{_without_password(config.url)}'"
+        )
+    require(config)
+    if target.exists():
+        raise OperatorError(f"{target} is there already. Name another file.")
+    copies.copy(file, target)
+
+
+def restore(config: Database, source: Path) -> Path | None:
+    """Put a copy in the place of an SQLite database; where the old one is now. Raises OperatorError."""
+    file = copies.file_of(config.url)
+    if file is None:
+        raise OperatorError(
+            f"PostgreSQL has tools of its own: pg_restore --clean --if-exists {source}"
+            f" --dbname='{_without_password(config.url)}', and then chatd restore --new-epoch"
+        )
+    return copies.replace(file, source)
+
+
+def new_epoch(config: Database) -> None:
+    """Let every client start over: what they have seen is not what the database holds. Raises OperatorError."""
+    require(config)
+    facts = schema.facts
+    with opened(config) as engine, engine.begin() as connection:
+        renewed = update(facts).where(facts.c.key == "epoch").values(value=secrets.token_hex(8))
+        if not connection.execute(renewed).rowcount:
+            raise OperatorError("database.url: chatd has never served from this database.")
+
+
+def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, dry: bool) -> int:
+    """How many messages went, or are to go. `tell` gets (so far, all) now and then. Raises OperatorError."""
+    require(config)
+    with opened(config) as engine:
+        pruner = Pruner(engine, rules)
+        all, done = pruner.find(), 0
+        if dry:
+            return all
+        while (removed := pruner.step()) is not None:
+            done += removed
+            tell(done, all)
+        return done
+
+
+def exported(config: Database, user_id: int) -> Iterator[dict[str, Any]]:
+    """Raises OperatorError."""
+    require(config)
+    with opened(config) as engine, engine.connect() as connection:
+        yield from export(connection, user_id)
+
+
+def erase(config: Database, user_id: int, tell: Callable[[int], None], *, redis: bool) -> tuple[int, bool]:
+    """(messages erased, whether SQLite's files are free of their bytes). Raises OperatorError."""
+    require(config)
+    with opened(config) as engine:
+        node = RELAYED_BY_ANYBODY if redis else None
+        count = Erasure(engine, user_id, node, tell).run()
+        return count, forget(engine)
+
+
+def _without_password(url: str) -> str:
+    """libpq asks for it, or finds it in ~/.pgpass."""
+    return make_url(url).set(drivername="postgresql", password=None).render_as_string()

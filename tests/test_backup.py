@@ -1,0 +1,254 @@
+"""Backup and restore: made under load, put in place elsewhere; and the copies that an upgrade makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import trio
+
+from chatd.config import Database
+from chatd.store.database import migrate
+from tests.client import login
+from tests.conftest import Daemons
+from tests.daemon import Daemon
+from tests.services import PostgresServer
+
+ROOMS = (1, 2, 3)
+
+
+class Load:
+    """Posts to the rooms in turn until it is told to stop; `acknowledged` is (room, seq, content)."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.acknowledged: list[tuple[int, int, str]] = []
+        self._stop = False
+
+    def run(self) -> None:
+        number = 0
+        while not self._stop:
+            number += 1
+            room = ROOMS[number % len(ROOMS)]
+            texts = [f"{number} {part}" for part in range(20)]
+            batch = [{"conversation_id": room, "sender_id": 1, "content": one} for one in texts]
+            answer = self._daemon.request("POST", "/api/ws/messages/batch", {"messages": batch})
+            seqs = [result["seq"] for result in answer.json["results"]]
+            self.acknowledged += [(room, seq, one) for seq, one in zip(seqs, texts, strict=True)]
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+def history(daemon: Daemon, room: int) -> list[tuple[int, int, str]]:
+    found: list[tuple[int, int, str]] = []
+    page = ""
+    while True:
+        answer = daemon.get(f"/api/ws/conversations/{room}/messages?limit=100{page}").json
+        found = [(room, one["seq"], one["content"]) for one in answer["messages"]] + found
+        if not answer["has_more"]:
+            return found
+        page = f"&before={answer['messages'][0]['id']}"
+
+
+def test_a_backup_under_load_restores_to_a_prefix(daemons: Daemons, tmp_path: Path) -> None:
+    daemon = daemons(limits__sends_per_second=0)
+    load, copy = Load(daemon), tmp_path / "copy.db"
+    with ThreadPoolExecutor(1) as pool:
+        posting = pool.submit(load.run)
+        while len(load.acknowledged) < 1000 and not posting.done():
+            pass
+        before = list(load.acknowledged)
+        made = daemon.command("backup", str(copy))
+        after = list(load.acknowledged)
+        load.stop()
+        posting.result()
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.startswith(f"{copy}: ")
+    assert made.stdout.endswith("checked.\n")
+    assert len(after) > len(before), "it went on meanwhile"
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert_restored(daemons, copy, before, load.acknowledged)
+
+
+def assert_restored(daemons: Daemons, copy: Path, before: Any, all: Any) -> None:
+    """Elsewhere: everything that was acknowledged before the backup began, and of each room a prefix."""
+    elsewhere = daemons()
+    assert elsewhere.stop() == 0
+    done = elsewhere.command("restore", str(copy))
+    assert done.returncode == 0, done.stderr
+    elsewhere.start()
+    for room in ROOMS:
+        found = history(elsewhere, room)
+        written = sorted(one for one in all if one[0] == room)
+        assert found == written[: len(found)], "seq 1 … n, each with its content"
+        assert len(found) >= len([one for one in before if one[0] == room])
+
+
+async def test_clients_start_over_after_a_restore(daemons: Daemons, tmp_path: Path) -> None:
+    """They have seen messages that are not there any more, and others will have their numbers."""
+    daemon = await trio.to_thread.run_sync(daemons)
+    copy = tmp_path / "copy.db"
+    daemon.post(1, 2, "before")
+    assert (await trio.to_thread.run_sync(daemon.command, "backup", str(copy))).returncode == 0
+    daemon.post(1, 2, "after, and lost")
+    async with login(daemon, 1, {"1": None}) as client:
+        ready = client.ready  # type: ignore[attr-defined]
+        assert ready["rooms"]["1"]["seq"] == 2
+    refused = await trio.to_thread.run_sync(daemon.command, "restore", str(copy))
+    assert (refused.returncode, "stop it first" in refused.stderr) == (1, True), "chatd serves from it"
+    await trio.to_thread.run_sync(daemon.stop)
+    done = await trio.to_thread.run_sync(daemon.command, "restore", str(copy))
+    assert done.returncode == 0, done.stderr
+    kept = Path(done.stdout.split("The database that was there is ")[1].removesuffix(" now.\n"))
+    with closing(sqlite3.connect(daemon.directory / kept)) as old:
+        assert old.execute("SELECT count(*) FROM chat_messages").fetchone() == (2,), "nothing is thrown away"
+    await trio.to_thread.run_sync(daemon.start)
+    daemon.post(1, 2, "another second one")
+    async with login(daemon, 1, {"1": 2}, epoch=ready["epoch"]) as client:
+        room = client.ready["rooms"]["1"]  # type: ignore[attr-defined]
+        assert room["recovered"] is False
+        assert [one["content"] for one in room["changes"]] == ["before", "another second one"]
+
+
+def test_a_bad_backup_is_refused_and_changes_nothing(daemons: Daemons, tmp_path: Path) -> None:
+    daemon, copy = daemons(), tmp_path / "copy.db"
+    batch = [{"conversation_id": 1, "sender_id": 2, "content": f"{n} " + "x" * 500} for n in range(200)]
+    daemon.request("POST", "/api/ws/messages/batch", {"messages": batch})
+    assert daemon.command("backup", str(copy)).returncode == 0
+    assert "is there already" in daemon.command("backup", str(copy)).stderr
+    good = copy.read_bytes()
+    daemon.stop()
+    for damage, sentence in DAMAGES:
+        copy.write_bytes(good)
+        damage(copy)
+        done = daemon.command("restore", str(copy))
+        assert (done.returncode, sentence in done.stderr) == (1, True), done.stderr
+    daemon.start()
+    assert len(history(daemon, 1)) == 200
+    assert not list(daemon.directory.glob("*restor*"))
+
+
+def spoil(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(40_000)
+        file.write(os.urandom(20_000))
+
+
+def execute(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.write_bytes(b"no database" * 1000), "this is no database of chatd"),
+    (Path.unlink, "this is no database of chatd"),
+    (spoil, "the file is damaged"),
+    (lambda path: execute(path, "UPDATE alembic_version SET version_num = '9999'"), "version 9999, which"),
+]
+
+
+def test_postgresql_is_saved_by_its_own_tools(
+    postgres: PostgresServer, daemons: Daemons, tmp_path: Path
+) -> None:
+    """As docs/backup.md has it."""
+    url, other = postgres.create_database(), postgres.create_database()
+    migrate(Database(url=url))
+    daemon, copy = daemons(database__url=url), tmp_path / "chatd.dump"
+    for number in range(5):
+        daemon.post(1, 2, f"{number}")
+    told = daemon.command("backup", str(copy))
+    assert (told.returncode, "pg_dump --format=custom" in told.stderr) == (1, True)
+    tools = postgres._binary.parent
+    subprocess.run([tools / "pg_dump", "--format=custom", f"--file={copy}", url], check=True)
+    subprocess.run([tools / "pg_restore", "--clean", "--if-exists", f"--dbname={other}", copy], check=True)
+    elsewhere = Daemon(tmp_path, database__url=other)
+    assert elsewhere.command("restore", "--new-epoch").returncode == 0
+    epochs = [epoch_of(daemon)]
+    try:
+        elsewhere.start()
+        assert history(elsewhere, 1) == history(daemon, 1)
+        assert elsewhere.post(1, 2, "more")["seq"] == 6
+        epochs.append(epoch_of(elsewhere))
+    finally:
+        elsewhere.close()
+    assert len(set(epochs)) == 2
+
+
+def epoch_of(daemon: Daemon) -> str:
+    async def ask() -> str:
+        async with login(daemon, 1, {}) as client:
+            return str(client.ready["epoch"])  # type: ignore[attr-defined]
+
+    return trio.run(ask)
+
+
+# Upgrades.
+
+
+def test_a_migration_of_sqlite_begins_with_a_copy(tmp_path: Path) -> None:
+    file = tmp_path / "chatd.db"
+    config = Database(url=f"sqlite:///{file}")
+    migrate(config)
+    assert list(tmp_path.glob("*before*")) == [], "there was nothing to copy"
+    # Back to what the version before had, as far as the next migration is concerned.
+    for statement in (
+        "DROP TABLE chat_webhooks",
+        "DROP TABLE chat_reactions",
+        "ALTER TABLE chat_messages DROP COLUMN reactions",
+        "UPDATE alembic_version SET version_num = '0001'",
+        "INSERT INTO chat_conversations (id, updated_at) VALUES (7, '2026-01-01T00:00:00.000000Z')",
+    ):
+        execute(file, statement)
+    migrate(config)
+    (copy,) = tmp_path.glob("*before*")
+    assert copy.name == "chatd.db.before-0001-to-0002"
+    with closing(sqlite3.connect(copy)) as old, closing(sqlite3.connect(file)) as new:
+        versions = [one.execute("SELECT version_num FROM alembic_version").fetchone()[0] for one in (old, new)]
+        assert versions == ["0001", "0002"]
+        assert old.execute("SELECT id FROM chat_conversations").fetchall() == [(7,)]
+    # Going back is a copy.
+    shutil.copy(copy, file)
+    with closing(sqlite3.connect(file)) as back:
+        assert back.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+
+
+def test_two_nodes_migrate_at_once(postgres: PostgresServer) -> None:
+    config = Database(url=postgres.create_database())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: migrate(config), range(4)))
+    assert sorted(found, key=str) == [("0002", "0002")] * 3 + [(None, "0002")]
+
+
+def test_a_running_version_goes_on_when_the_next_one_migrates(
+    postgres: PostgresServer, daemons: Daemons
+) -> None:
+    """Migrations only add, so that both serve side by side; but an older one does not start any more."""
+    config = Database(url=postgres.create_database())
+    migrate(config)
+    daemon = daemons(database__url=config.url)
+    daemon.post(1, 2, "before")
+    with psycopg.connect(config.url, autocommit=True) as connection:
+        connection.execute(NEXT_VERSION)
+    assert daemon.post(1, 2, "after")["seq"] == 2
+    assert [content for _, _, content in history(daemon, 1)] == ["before", "after"]
+    assert daemon.get("/readyz").json["status"] == "ok"
+    daemon.stop()
+    started = daemon.command("serve")
+    assert (started.returncode, "which this chatd does not know" in started.stderr) == (78, True)
+
+
+NEXT_VERSION = """
+ALTER TABLE chat_messages ADD COLUMN next_column TEXT;
+ALTER TABLE chat_conversations ADD COLUMN next_column BIGINT NOT NULL DEFAULT 0;
+CREATE TABLE chat_next (id BIGINT PRIMARY KEY);
+UPDATE alembic_version SET version_num = '0003';
+"""

@@ -1,0 +1,174 @@
+"""Retention: what goes, what stays, and what clients see of it, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from sqlalchemy import text
+
+from chatd.config import Config
+from chatd.config import Retention as Kept
+from chatd.retention import Retention
+from chatd.settings import Settings
+from chatd.store import reads, retention
+from chatd.store.commands import Create, Delete, Edit, React
+from chatd.store.retention import Pruner, Rules
+from tests.client import login
+from tests.conftest import Daemons
+from tests.test_store import Bench, bench, post, snapshot_of
+
+OLD = "2020-01-01T00:00:00.000000Z"
+
+
+def age(b: Bench, below: int) -> None:
+    """Messages below this id are from 2020."""
+    column = "created_at = '2020-01-01T00:00:00.000000Z'"
+    b.execute(f"UPDATE chat_messages SET {column} WHERE id < {below}")
+
+
+def prune(b: Bench, **rules: Any) -> tuple[int, list[int]]:
+    """(found, removed by each step)"""
+    pruner = Pruner(b.store._writing, Rules(**rules))
+    found, removed = pruner.find(), []
+    while (count := pruner.step()) is not None:
+        removed.append(count)
+    return found, removed
+
+
+async def contents(b: Bench, conversation_id: int = 1) -> list[str | None]:
+    page = await b.store.read(reads.history, conversation_id, None, None, 100)
+    return [message.content for message in page.messages]
+
+
+async def log(b: Bench, after: int, conversation_id: int = 1) -> list[int]:
+    changes, _ = await b.store.read(reads.changes_after, conversation_id, after)
+    return [change.seq for change in changes]
+
+
+async def test_old_messages_go_and_the_log_with_them(database_url: str) -> None:
+    async with bench(database_url) as b:
+        created = await b.do(*[post(f"{n}") for n in range(6)], post("elsewhere", conversation_id=2))
+        await b.do(React(message_id=created[0].id, conversation_id=1, user_id=2, emoji="👍", on=True))
+        age(b, created[3].id)
+        assert prune(b, days=365) == (3, [0, 3])
+        assert await contents(b) == ["3", "4", "5"]
+        assert await contents(b, 2) == ["elsewhere"]
+        assert b.scalar("SELECT count(*) FROM chat_reactions") == 0
+        # The reaction was the last change (7) of an old message: the log begins after it.
+        assert (await snapshot_of(b, 1, 7)).recovered
+        assert not (await snapshot_of(b, 1, 6)).recovered
+        assert [m.seq for m in (await b.store.read(reads.history, 1, None, None, 9)).messages] == [4, 5, 6]
+        # It goes on as ever, with ids and seqs that nobody had.
+        (more,) = await b.do(post("more"))
+        assert (more.seq, more.id > created[-1].id) == (8, True)
+        assert await log(b, 7) == [8]
+        assert prune(b, days=365) == (0, [])
+
+
+async def test_the_newest_stay_where_there_are_too_many(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post(f"{n}") for n in range(5)], *[post(f"{n}", conversation_id=2) for n in range(3)])
+        assert prune(b, messages=3)[0] == 2
+        assert await contents(b) == ["2", "3", "4"]
+        assert await contents(b, 2) == ["0", "1", "2"]
+        snapshot = await snapshot_of(b, 1, 2)
+        assert (snapshot.recovered, len(snapshot.changes)) == (True, 3)
+        assert not (await snapshot_of(b, 1, 1)).recovered
+
+
+async def test_it_goes_in_small_steps(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "BATCH", 10)
+    async with bench(database_url) as b:
+        await b.do(*[post(f"{n}") for n in range(35)])
+        found, removed = prune(b, messages=4)
+        assert (found, max(removed), sum(removed)) == (31, 10, 31)
+        assert await contents(b) == ["31", "32", "33", "34"]
+
+
+async def test_no_change_is_ever_without_its_message(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody edits, deletes or reacts to an old message between two steps."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    async with bench(database_url) as b:
+        ids = [one.id for one in await b.do(*[post(f"{n}") for n in range(8)])]
+        pruner = Pruner(b.store._writing, Rules(messages=2))
+        pruner.find()
+        meddling: Sequence[Any] = [
+            Edit(message_id=ids[1], content="late"),
+            React(message_id=ids[3], conversation_id=1, user_id=2, emoji="👍", on=True),
+            Delete(message_id=ids[5]),
+            Create(conversation_id=1, user_id=1, content="new"),
+        ]
+        for command in [*meddling, *[None] * 20]:
+            if pruner.step() is None:
+                break
+            if command is not None:
+                await b.do(command)
+            head = b.scalar("SELECT last_seq FROM chat_conversations")
+            low = b.scalar("SELECT low_seq FROM chat_conversations")
+            assert await log(b, low) == list(range(low + 1, head + 1))
+        assert await contents(b) == ["6", "7", "new"]
+
+
+async def test_unread_counts_only_what_is_there(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post(f"{n}") for n in range(5)])
+        assert (await snapshot_of(b, 9, None)).unread == 5
+        prune(b, messages=2)
+        assert (await snapshot_of(b, 9, None)).unread == 2
+
+
+async def test_one_node_at_a_time(postgres_url: str) -> None:
+    async with bench(postgres_url) as b:
+        await b.do(*[post(f"{n}") for n in range(5)])
+        pruner = Pruner(b.store._writing, Rules(messages=1))
+        pruner.find()
+        with b.store._reading.begin() as other:
+            other.execute(text(f"SELECT pg_advisory_xact_lock({retention._ADVISORY_LOCK})"))
+            assert pruner.step() is None
+        assert len(await contents(b)) == 5
+
+
+async def test_the_command_tells_and_does(daemons: Daemons) -> None:
+    """Beside a daemon whose clients are connected, and one who has been away."""
+    daemon = await trio.to_thread.run_sync(partial(daemons, retention__messages=3))
+    async with login(daemon, 1, {"1": None}) as here:
+        for number in range(6):
+            daemon.post(1, 2, f"{number}")
+        await here.messages(6)
+        dry = await trio.to_thread.run_sync(daemon.command, "prune", "--dry-run")
+        assert dry.stdout == "3 messages would go.\n"
+        done = await trio.to_thread.run_sync(daemon.command, "prune", "--keep", "2")
+        assert (done.stdout, done.stderr, done.returncode) == ("4 messages are gone.\n", "", 0)
+        daemon.post(1, 2, "more")
+        assert [one["seq"] for one in await here.messages(1)] == [7]
+        page = await here.request("history", conversation_id=1)
+        assert [one["content"] for one in page["messages"]] == ["4", "5", "more"]
+    async with login(daemon, 1, {"1": 2}) as back:
+        room = back.ready["rooms"]["1"]  # type: ignore[attr-defined]
+        assert (room["recovered"], [one["content"] for one in room["changes"]]) == (False, ["4", "5", "more"])
+    nothing = daemon.command("prune", "--keep", "0")
+    assert (nothing.returncode, "Nothing to do" in nothing.stderr) == (1, True)
+
+
+async def test_the_daemon_does_it_by_itself(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    monkeypatch.setattr("chatd.retention.PERIOD", 0.05)
+    settings = Settings(Config())
+    async with bench(database_url) as b:
+        await b.do(*[post(f"{n}") for n in range(4)])
+        await nursery.start(Retention(settings, b.store.retention, first=0.0).run)
+        await trio.sleep(0.2)
+        assert len(await contents(b)) == 4, "off by default"
+        settings.change(Config(retention=Kept(messages=1)))
+        with trio.fail_after(10):
+            while len(await contents(b)) > 1:
+                await trio.sleep(0.02)
+        assert await contents(b) == ["3"]
+        nursery.cancel_scope.cancel()
