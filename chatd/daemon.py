@@ -49,6 +49,7 @@ from chatd.webhooks import Webhooks
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
 SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
+STATUS_PERIOD = 10.0  # seconds between two lines for `systemctl status`
 PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
@@ -100,7 +101,9 @@ async def run(
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, settings, chat, health, vitals, node, api_socket, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
-        nursery.start_soon(_report_to_systemd, hub, stop)
+        nursery.start_soon(_ping_watchdog)
+        if systemd.manages():
+            nursery.start_soon(_report_to_systemd, hub, health, stop)
         nursery.start_soon(_follow_parent, stop)
         await nursery.start(garbage.collect, lambda: hub.ended)
         log.info(
@@ -271,12 +274,18 @@ async def _follow_parent(stop: trio.Event) -> None:
     stop.set()
 
 
-async def _report_to_systemd(hub: Hub, stop: trio.Event) -> None:
-    """The watchdog's ping proves that the loop turns, and nothing else: no restart cures a database."""
+async def _ping_watchdog() -> None:
+    """It proves that the loop turns, and nothing else: no restart cures a database."""
     period = systemd.watchdog_period()
-    if period is None:
-        return
-    while True:
+    while period is not None:
         systemd.notify("WATCHDOG=1")
-        systemd.status(f"{'draining' if stop.is_set() else 'serving'} {len(hub.connections)} connections")
         await trio.sleep(period)
+
+
+async def _report_to_systemd(hub: Hub, health: api.Health, stop: trio.Event) -> None:
+    while True:
+        _, found = await health.report()
+        doing = "draining" if stop.is_set() else "serving"
+        checks = ", ".join(f"{name} {state}" for name, state in found["checks"].items())
+        systemd.status(f"{doing} {len(hub.connections)} connections; {checks}")
+        await trio.sleep(STATUS_PERIOD)

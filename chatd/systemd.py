@@ -45,6 +45,11 @@ def stopping(status: str, seconds: float) -> None:
     notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}", _status(status))
 
 
+def manages() -> bool:
+    """Whether there is somebody to tell."""
+    return "NOTIFY_SOCKET" in os.environ
+
+
 def reloading() -> None:
     """Say that the configuration is being read: `ready` says that it is in force. systemd wants the moment."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")

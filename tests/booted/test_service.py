@@ -81,7 +81,7 @@ def test_it_starts_and_says_how_it_is(machine: Machine) -> None:
     assert int(machine.show("NRestarts")) == 0
     # Its own database, in a directory that nobody else may enter.
     assert "chatd.db" in machine.run("ls", "/var/lib/private/chatd")
-    machine.wait(lambda: "connections" in machine.show("StatusText"), 20)
+    machine.wait(lambda: machine.show("StatusText") == "serving 0 connections; database ok", 20)
 
 
 def test_a_restart_refuses_nobody(machine: Machine, tell: Tell) -> None:
