@@ -54,6 +54,35 @@ async def calm(field: Field) -> None:
     await trio.sleep(field.seconds)
 
 
+async def reload(field: Field) -> None:
+    """SIGHUP again and again: the configuration is read anew, and nobody notices."""
+    async for _ in _strikes(field, every=EVERY):
+        for node in field.cluster.nodes:
+            node.signal(signal.SIGHUP)
+
+
+async def backup(field: Field) -> None:
+    """No fault at all, they say. Each copy must be whole, and of every conversation a prefix."""
+    (node,) = field.cluster.nodes
+    async for number in _strikes(field, every=EVERY):
+        copy = field.cluster.disk / f"copy-{number}.db"
+        done = await blocking(node.command, "backup", str(copy))
+        if done.returncode:
+            raise RuntimeError(f"no backup: {done.stderr}")
+        await blocking(_check_copy, copy, field.cluster)
+        copy.unlink()
+
+
+def _check_copy(copy: Path, cluster: Cluster) -> None:
+    log = "SELECT conversation_id, seq, kind, message_id FROM chat_changes ORDER BY conversation_id, seq"
+    with closing(sqlite3.connect(copy)) as theirs, closing(cluster.connect_sqlite()) as ours:
+        heads = dict(theirs.execute("SELECT id, last_seq FROM chat_conversations"))
+        copied, live = (connection.execute(log).fetchall() for connection in (theirs, ours))
+    wanted = [row for row in live if row[1] <= heads.get(row[0], 0)]
+    if not heads or copied != wanted or len(copied) != sum(heads.values()):
+        raise RuntimeError(f"{copy} is no prefix of what was committed")
+
+
 # chatd itself.
 
 
@@ -320,6 +349,8 @@ TWO = frozenset(["two"])
 # The first of each cluster's is the calm: what the others are measured against.
 FAULTS: dict[str, tuple[Fault, frozenset[str]]] = {
     "calm": (calm, ONE | SMALL | TWO),
+    "reload": (reload, ONE),
+    "backup": (backup, ONE),
     "kill": (kill, ONE | TWO),
     "restart": (restart, ONE | TWO),
     "freeze": (freeze, ONE | TWO),
