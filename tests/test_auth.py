@@ -25,9 +25,10 @@ from chatd.auth.backend import Backend as BackendAuth
 from chatd.auth.keyserver import KEEP, UNKNOWN, KeyServer
 from chatd.auth.tokens import Tokens
 from chatd.breaker import REST
-from chatd.config import Auth
+from chatd.config import Api, Auth, Config
 from chatd.errors import ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
 from chatd.fetch import Answer, Fetcher
+from chatd.settings import Settings
 from tests.backend import Backend, serving
 from tests.client import connect, login
 from tests.conftest import Daemons
@@ -224,7 +225,8 @@ async def test_a_key_server_that_is_down_is_no_refusal(fetch: Fetcher, backend: 
 
 
 def by_backend(fetch: Fetcher, backend: Backend, **more: Any) -> BackendAuth:
-    return BackendAuth(Auth(backend_url=f"{backend.url}/auth", **more), "internal", fetch)
+    config = Config(api=Api(internal_token="internal"), auth=Auth(backend_url=f"{backend.url}/auth", **more))
+    return BackendAuth(Settings(config), fetch)
 
 
 async def test_the_backend_says_who_it_is_and_is_asked_once(fetch: Fetcher, backend: Backend) -> None:
