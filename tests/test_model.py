@@ -1,5 +1,5 @@
-"""Conversations against a model of them: whatever three users and a backend do, in whatever groups, the database,
-the answers and what a follower is given are what the model says.
+"""Conversations against a model of them: whatever three users and a backend do, in whatever groups, the
+database, the answers and what a follower is given are what the model says.
 
 The same examples each time, so that a red build means a change and not luck. CHATD_TEST_EXAMPLES=1000 looks
 further, at random.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -340,6 +340,12 @@ def _plain(answer: Any) -> Any:
 
 
 TestChats = Chats.TestCase
+# Without a search for the shortest example, which takes minutes: a further look does that.
+PHASES = list(Phase) if FURTHER else [Phase.generate]
 TestChats.settings = settings(
-    max_examples=FURTHER or 120, stateful_step_count=40, deadline=None, derandomize=not FURTHER
+    max_examples=FURTHER or 150,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=not FURTHER,
+    phases=PHASES,
 )
