@@ -25,9 +25,13 @@ esac
 "$python" -c 'import ensurepip' 2>/dev/null || fail "Missing: apt-get install python3-venv"
 
 echo "Installing chatd and its libraries into $prefix …"
-[ -x $prefix/bin/python ] || "$python" -m venv $prefix
-$prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade .
-$prefix/bin/python -m compileall -q $prefix/lib
+# An environment whose Python has gone, or is another since the system was upgraded, is made anew.
+$prefix/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear $prefix
+# From a copy: pip builds where the sources are, as root, and takes along what an older build left there.
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -R chatd pyproject.toml README.md "$copy"
+$prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade "$copy"
 
 # Not /etc/systemd/system: there no unit can be masked.
 units=/usr/local/lib/systemd/system
