@@ -55,6 +55,7 @@ class Machine:
         self._log = self._place / "boot.log"
         self._boot: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of its systemd, as it is seen from here
+        self.changed = False  # by `write`
 
     def __enter__(self) -> Self:
         try:
@@ -143,6 +144,7 @@ class Machine:
         )
 
     def write(self, path: str, text: str) -> None:
+        self.changed = True
         Path(f"/proc/{self._pid}/root{path}").parent.mkdir(parents=True, exist_ok=True)
         Path(f"/proc/{self._pid}/root{path}").write_text(text)
 
