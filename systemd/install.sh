@@ -36,7 +36,7 @@ $prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 # Not /etc/systemd/system: there no unit can be masked.
 units=/usr/local/lib/systemd/system
 install -d $units /etc/sysctl.d /etc/chatd
-install -m 644 systemd/chatd.service systemd/chatd.socket systemd/chatd-api.socket $units
+install -m 644 systemd/*.service systemd/*.socket systemd/*.target $units
 install -m 644 systemd/60-chatd.conf /etc/sysctl.d
 [ -e /etc/chatd/chatd.toml ] || install -m 644 chatd.toml /etc/chatd/chatd.toml
 install -d -m 700 /etc/credstore

@@ -9,8 +9,9 @@ fi
 if [ -d /run/systemd/system ]; then
     systemctl disable --now chatd.socket chatd-api.socket chatd || true # not installed
 fi
-rm -f /usr/local/lib/systemd/system/chatd.service /usr/local/lib/systemd/system/chatd.socket \
-    /usr/local/lib/systemd/system/chatd-api.socket
+for unit in chatd.service chatd.socket chatd-api.socket chatd-misconfigured.target; do
+    rm -f "/usr/local/lib/systemd/system/$unit"
+done
 rm -rf /opt/chatd /etc/sysctl.d/60-chatd.conf
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload

@@ -13,7 +13,8 @@ trap 'rm -rf "$copy"' EXIT
 # look_at THRESHOLD [DROP-IN]: the threshold in tenths.
 look_at() {
     rm -rf "$copy"/*
-    for unit in *.service *.socket; do
+    units=$(echo *.service *.socket *.target)
+    for unit in $units; do
         # A checkout is not installed, and `verify` wants the program to be there.
         sed 's|/opt/chatd/bin/chatd|/bin/true|' "$unit" >"$copy/$unit"
     done
@@ -21,7 +22,7 @@ look_at() {
         mkdir "$copy/chatd.service.d"
         cp "drop-ins/$2" "$copy/chatd.service.d"
     fi
-    said=$(systemd-analyze verify --man=no "$copy"/*.service "$copy"/*.socket 2>&1) || said=${said:-verify failed}
+    said=$(cd "$copy" && systemd-analyze verify --man=no $units 2>&1) || said=${said:-verify failed}
     if [ -n "$said" ]; then
         echo "$said" >&2
         exit 1

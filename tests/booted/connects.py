@@ -42,7 +42,9 @@ def main() -> None:
     enough = threading.Event()
     outcomes: list[str] = []
     waits: list[float] = []
-    threads = [threading.Thread(target=go_on, args=(enough, outcomes, waits)) for _ in range(AT_ONCE)]
+    threads = [
+        threading.Thread(target=go_on, args=(enough, outcomes, waits), daemon=True) for _ in range(AT_ONCE)
+    ]
     for thread in threads:
         thread.start()
     print("connecting", flush=True)

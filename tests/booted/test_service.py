@@ -19,6 +19,7 @@ from tests.booted.machine import Machine
 CHECKOUT = "/mnt/checkout"
 CONFIG = "/etc/chatd/chatd.toml"
 PYTHON = "/opt/chatd/bin/python"
+UNITS = ("chatd", "chatd.socket", "chatd-api.socket")
 UPGRADED = "HTTP/1.1 101"
 TOKEN = "/etc/credstore/chatd.api.internal_token"
 
@@ -70,8 +71,10 @@ def connecting(machine: Machine, address: str = "127.0.0.1") -> Iterator[dict[st
             time.sleep(1.0)
             yield found
             time.sleep(1.0)
-        finally:
             output, _ = stream.communicate("enough\n", timeout=60)
+        except BaseException:
+            stream.kill()
+            raise
     found |= json.loads(output)
 
 
@@ -123,9 +126,16 @@ def test_a_kill_refuses_nobody(machine: Machine, tell: Tell) -> None:
     assert sum(counts.values()) <= 5
 
 
+# With a loop that SIGUSR1 stops.
+STUCK = f"""[Service]
+ExecStart=
+ExecStart={PYTHON} {CHECKOUT}/tests/booted/stuck.py serve --config {CONFIG}
+ExecPaths=/mnt/checkout
+"""
+
+
 def test_a_stuck_loop_is_ended_and_says_where(machine: Machine, tell: Tell) -> None:
-    program = f"{PYTHON} {CHECKOUT}/tests/booted/stuck.py serve --config {CONFIG}"
-    machine.drop_in(f"[Service]\nWatchdogSec=3\nExecStart=\nExecStart={program}\nExecPaths=/mnt/checkout\n")
+    machine.drop_in(f"{STUCK}WatchdogSec=3\n")
     machine.run("systemctl", "restart", "chatd")
     before = pid(machine)
     machine.run("kill", "-USR1", str(before))
@@ -136,6 +146,18 @@ def test_a_stuck_loop_is_ended_and_says_where(machine: Machine, tell: Tell) -> N
     assert re.search(
         "Watchdog timeout", machine.run("journalctl", "--no-pager", "--since=-1min", "-u", "chatd")
     )
+
+
+def test_a_restart_of_one_that_has_to_be_killed_refuses_nobody(machine: Machine, tell: Tell) -> None:
+    """It has failed, and in between; that is not what OnFailure= is for."""
+    machine.drop_in(f"{STUCK}TimeoutStopSec=1\n")
+    machine.run("systemctl", "restart", "chatd")
+    with connecting(machine) as stream:
+        machine.run("kill", "-USR1", str(pid(machine)))
+        machine.run("systemctl", "restart", "chatd")
+    tell(f"a restart that takes SIGKILL: {figures(stream)}")
+    assert "refused" not in stream["counts"]
+    assert [machine.show("ActiveState", unit) for unit in UNITS] == ["active"] * 3
 
 
 def test_a_reload_takes_a_good_file(machine: Machine) -> None:
@@ -161,6 +183,24 @@ def test_a_broken_configuration_is_not_tried_again(machine: Machine) -> None:
     assert machine.show("ExecMainStatus") == "78"
     assert (machine.show("ActiveState"), machine.show("NRestarts")) == ("failed", "0")
     assert "api.bind" in machine.journal("--since=-1min")
+
+
+def test_a_broken_configuration_is_not_tried_again_for_clients_either(machine: Machine, tell: Tell) -> None:
+    """The connections that wait would start it for ever: its ports are closed, until somebody starts it."""
+    good = machine.read(CONFIG)
+    machine.write(CONFIG, "[api]\nbind = 8\n")
+    with connecting(machine) as stream:
+        assert machine.try_run("systemctl", "restart", "chatd").returncode != 0
+        machine.wait(lambda: machine.show("ActiveState", "chatd.socket") == "inactive")
+        time.sleep(1.0)  # time for another start
+        assert machine.show("ActiveState") == "failed"
+        starts = machine.journal("--since=-10s").count("The bind field must be")
+        machine.write(CONFIG, good)
+        machine.run("systemctl", "restart", "chatd")
+    tell(f"exit 78 under connects: {starts} start, then the ports are closed: {figures(stream)}")
+    assert starts == 1
+    assert [machine.show("ActiveState", unit) for unit in UNITS] == ["active"] * 3
+    assert ask(machine, "/readyz")[0] == 200
 
 
 def test_the_sandbox_holds(machine: Machine) -> None:
