@@ -37,6 +37,23 @@ class _Seldom(logging.Filter):
         return True
 
 
+class Recurring:
+    """Trouble that comes in crowds: the first is told at once, the others as a number, `more`, now and then."""
+
+    def __init__(self, event: str) -> None:
+        self._event, self._log = event, structlog.get_logger()
+        self._told_at, self._untold = -SELDOM, 0
+
+    def warn(self, **fields: Any) -> None:
+        now = time.monotonic()
+        if now - self._told_at < SELDOM:
+            self._untold += 1
+            return
+        more = {"more": self._untold} if self._untold else {}
+        self._told_at, self._untold = now, 0
+        self._log.warning(self._event, **fields, **more)
+
+
 class _Worker:
     """Tells apart whose line it is, where several processes write to one log."""
 

@@ -184,7 +184,7 @@ def test_health_and_openapi_are_open(daemon: Daemon) -> None:
         return daemon.request("GET", path, headers={"X-Internal-Token": ""})
 
     assert get("/healthz").json == {"status": "ok"}
-    assert get("/readyz").json == {"status": "ok", "checks": {"database": "ok"}}
+    assert get("/readyz").json == {"status": "ok", "checks": {"database": "ok", "migrations": "ok"}}
     assert b"chatd_connections" in get("/metrics").body
     paths = get("/openapi.json").json["paths"]
     assert set(paths) == {

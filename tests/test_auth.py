@@ -364,7 +364,8 @@ async def test_an_expired_token_has_a_grace(daemons: Daemons) -> None:
         began = trio.current_time()
         await trio.sleep(1.2)  # it has expired, and its owner is still here
         fresh = await client.request("refresh", token=daemon.token_for(7))
-        assert (fresh["event"], fresh["expires_in"]) == ("ok", 3599)
+        assert fresh["event"] == "ok"
+        assert 3590 < fresh["expires_in"] <= 3600
         assert (await other.closed())[0] == 4001
         assert 1.5 < trio.current_time() - began < 4
         await client.request("ping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -13,7 +14,7 @@ from chatd import metrics
 from chatd.api.bodies import answer
 from chatd.bus import Bus
 from chatd.errors import Unavailable
-from chatd.store import reads
+from chatd.store import migrations, reads
 from chatd.store.reader import Reader
 from chatd.store.writer import Writer
 
@@ -26,13 +27,18 @@ class Health:
         """`redis`: whether the bus is one that can be down."""
         self._read, self._writer, self._bus = read, writer, bus
         self._stopping, self._redis = stopping, redis
-        self._answered = True
+        self._revision: str | None = None  # None while the database does not answer
         self._looked = -REMEMBER
+        self._head = migrations.head()
 
     async def report(self) -> tuple[int, dict[str, Any]]:
         """Without Redis posts succeed and this node's clients are served: degraded, but ready."""
-        database = await self._database_state()
+        revision = await self._find_revision()
+        database = self._state_of_database(revision)
         checks = {"database": database}
+        if revision is not None:
+            # A newer one is no trouble: migrations only add. An older one has been put in its place.
+            checks["migrations"] = "ok" if revision == self._head else f"at {revision}, not {self._head}"
         if self._redis:
             checks["redis"] = "ok" if self._bus.up else "down"
         if self._stopping.is_set():
@@ -41,25 +47,21 @@ class Health:
             return 503, {"status": "unavailable", "checks": checks}
         return 200, {"status": "ok" if self._bus.up else "degraded", "checks": checks}
 
-    async def _database_state(self) -> str:
+    def _state_of_database(self, revision: str | None) -> str:
         """`read_only`: the last write found it locked, full or gone; the writer goes on trying."""
-        if not await self._database_answers():
+        if revision is None:
             return "down"
         return "read_only" if self._writer.failing else "ok"
 
-    async def _database_answers(self) -> bool:
+    async def _find_revision(self) -> str | None:
         if trio.current_time() - self._looked < REMEMBER:
-            return self._answered
+            return self._revision
         self._looked = trio.current_time()
-        answered = False
-        with trio.move_on_after(DATABASE_DEADLINE):
-            try:
-                await self._read(reads.ping)
-                answered = True
-            except Unavailable:
-                pass
-        self._answered = answered
-        return answered
+        found = None
+        with trio.move_on_after(DATABASE_DEADLINE), suppress(Unavailable):
+            found = await self._read(reads.revision)
+        self._revision = found
+        return found
 
 
 def blueprint(health: Health) -> Blueprint:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jwt
 import msgspec
-import structlog
 import trio
 from msgspec import Struct
 
 from chatd.errors import Unavailable
 from chatd.fetch import Fetcher
+from chatd.logs import Recurring
 
 KEEP = 600.0  # seconds; a key that was withdrawn is accepted for no longer
 UNKNOWN = 60.0  # seconds between two fetches for a kid that is not known: anybody can make one up
@@ -26,7 +26,7 @@ _ALGORITHMS: dict[tuple[Any, Any], str] = {
     ("OKP", "Ed25519"): "EdDSA",
 }
 
-log = structlog.get_logger()
+_unavailable = Recurring("keys_unavailable")
 
 
 class _Set(Struct):
@@ -66,7 +66,7 @@ class KeyServer:
             try:
                 self._keys = await self._read()
             except Unavailable as error:
-                log.warning("keys_unavailable", error=str(error))
+                _unavailable.warn(error=str(error))
                 if self._age() >= KEEP:
                     raise Unavailable("the key server does not answer") from error
             else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import structlog
 from msgspec import UNSET, UnsetType
 
 from chatd.model import State
 from chatd.store.commands import SetMember
 from chatd.store.writer import Writer
+
+log = structlog.get_logger()
 
 
 class Members:
@@ -39,3 +42,9 @@ class Members:
 
     async def _set(self, command: SetMember) -> None:
         await self._writer.submit([command]).outcome()
+        log.info(
+            "member_set",
+            conversation_id=command.conversation_id,
+            user_id=command.user_id,
+            state=command.state.value,
+        )

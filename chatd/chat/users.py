@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
+import structlog
 from msgspec import Struct
 
 from chatd.chat.presence import USERS, Presence
@@ -15,6 +16,8 @@ from chatd.store.commands import SetUser
 from chatd.store.people import Unread
 from chatd.store.reader import Reader
 from chatd.store.writer import Writer
+
+log = structlog.get_logger()
 
 
 class User(Struct, frozen=True):
@@ -42,6 +45,7 @@ class Users:
         """End the user's connections on all nodes; returns how many there were."""
         connections = self._presence.connections(user_id)
         self._tell(Kick(user_id, reconnect))
+        log.info("user_disconnected", user_id=user_id, connections=connections)
         return connections
 
     async def revoke(self, user_id: int, before: float | None = None) -> None:
@@ -51,10 +55,12 @@ class Users:
         """
         moment = time.time() if before is None else before
         await self._writer.submit([SetUser(user_id=user_id, valid_after=math.ceil(moment))]).outcome()
+        log.info("tokens_revoked", user_id=user_id)
 
     async def ban(self, user_id: int, until: str | None) -> None:
         """Until a moment; None ends it. Raises Unavailable."""
         await self._writer.submit([SetUser(user_id=user_id, banned_until=until)]).outcome()
+        log.info("user_banned", user_id=user_id, until=until)
 
     async def issue_from(self, user_id: int) -> int:
         """The earliest `iat` that counts, unix seconds. Raises Unavailable."""

@@ -77,9 +77,7 @@ def with_config(command: Command) -> Command:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="chatd")
 def main() -> None:
-    """A realtime chat daemon: what your backend posts, everybody in the room has, in order, once.
+    """A realtime chat daemon: messages in order, once, and none lost.
 
-    \b
-    Try it:      chatd serve --demo
-    Deploy it:   chatd check-config && chatd migrate && chatd serve
+    Try it with: chatd serve --demo
     """

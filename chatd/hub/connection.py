@@ -29,6 +29,7 @@ from chatd.hub.registry import Admission, Handshake, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
 from chatd.limits import TokenBucket
+from chatd.logs import Recurring
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
@@ -51,6 +52,7 @@ _EXPECTED = (
 _PING_EVENT = text_frame(b'{"event":"ping"}')
 
 log = structlog.get_logger()
+_broken = Recurring("connection_error")
 _refusals = TokenBucket(rate=1, burst=10, now=0)  # lines in the log
 
 
@@ -82,7 +84,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     except* Exception as group:
         # A mistake of ours, or of a library: still one connection's matter.
         metrics.FAILED.inc()
-        log.warning("connection_error", error=_innermost(group), exc_info=group)
+        _broken.warn(error=_innermost(group), exc_info=group)
 
 
 async def _shake_hands(
@@ -185,7 +187,7 @@ class Connection:
         except ConnectionClosed:
             pass
         finally:
-            await self._say_goodbye()
+            await self._say_goodbye(session.user_id)
 
     async def next_message(self) -> str | bytes:
         await self._outbox.uncongested()
@@ -203,7 +205,7 @@ class Connection:
         if not turn.locked():  # nobody waits: most connections need it once
             self._one_answer = None
 
-    async def _say_goodbye(self) -> None:
+    async def _say_goodbye(self, user_id: int) -> None:
         code: int
         code, reason = self._goodbye or (Close.SERVER_ERROR, "")
         if self._outbox.too_slow:
@@ -213,6 +215,8 @@ class Connection:
             code = self._ws.closed.code
         # A peer may close with any of thousands of codes: they are not all worth a time series.
         metrics.CLOSED.labels(str(int(code)) if code in set(Close) else "peer").inc()
+        if user_id:
+            log.info("closed", conn=self.name, user_id=user_id, code=int(code), reason=reason)
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await self._ws.aclose(int(code), reason)
 

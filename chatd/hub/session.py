@@ -238,7 +238,13 @@ class Session:
         self._tell_error(error, ref)
         if isinstance(error, Unauthorized):
             metrics.AUTH_FAILURES.labels("revoked" if isinstance(error, Revoked) else error.code).inc()
-            log.info("login_refused", code=error.code, reason=str(error))
+            log.info(
+                "login_refused",
+                conn=self._line.name,
+                remote=self._address,
+                code=error.code,
+                reason=str(error),
+            )
             if not isinstance(error, TokenExpired):  # which nobody gets by guessing
                 self._services.registry.login_failed(self._address)
             self.close(error.close, str(error))
@@ -255,7 +261,7 @@ class Session:
                 self._tell_error(LimitExceeded("too many connections of this user"), ref)
                 self.close(Close.TOO_MANY_CONNECTIONS, "too many connections of this user")
                 return False
-            log.info("authenticated", user_id=self.user_id)
+            log.info("authenticated", conn=self._line.name, user_id=self.user_id, remote=self._address)
         self.identity = identity
         self._rooms.become(identity)
         left = identity.expires_at - time.time() + self._config.auth.expiry_grace

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, func, select, union
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, func, select, text, union
 
 from chatd.model import State
 from chatd.store import keys
@@ -27,7 +27,7 @@ def _count(rows: Select[Any]) -> Select[Any]:
     return select(func.count()).select_from(rows.subquery())
 
 
-PING = select(1)
+REVISION = text("SELECT version_num FROM alembic_version")
 
 HEADS = select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version).where(
     conversations.c.id.in_(_several("conversation_ids"))

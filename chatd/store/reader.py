@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-import structlog
 import trio
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -17,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chatd import metrics
 from chatd.errors import Unavailable
+from chatd.logs import Recurring
 
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
 AT_ONCE = 2  # gathered reads on their way: one that takes long does not hold up all the others
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-log = structlog.get_logger()
+_unavailable = Recurring("read_unavailable")
 
 
 class Reader:
@@ -62,9 +62,7 @@ class Reader:
             # A pooled connection that died while idle says so at its first use; a read can be repeated.
             if again and isinstance(error, DBAPIError) and error.connection_invalidated:
                 return self._run(read, arguments, again=False)
-            log.warning(
-                "read_unavailable", read=read.__name__, error=type(getattr(error, "orig", error)).__name__
-            )
+            _unavailable.warn(read=read.__name__, error=type(getattr(error, "orig", error)).__name__)
             raise Unavailable() from error
 
 

@@ -36,8 +36,9 @@ class Standing(Struct, frozen=True):
     banned_until: str | None = None
 
 
-def ping(connection: Connection) -> None:
-    connection.execute(queries.PING)
+def revision(connection: Connection) -> str:
+    """The version of its schema, as it is now."""
+    return str(connection.scalar(queries.REVISION))
 
 
 def changes_after(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], bool]:

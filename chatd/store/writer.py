@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chatd import metrics
 from chatd.errors import ChatError, Internal, Unavailable
+from chatd.logs import Recurring
 from chatd.model import Group, now
 from chatd.store import statements
 from chatd.store.commands import AnyCommand, Create, Delete, Edit, Notify, Result, SetUser
@@ -39,6 +40,7 @@ _LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
 Outcome = Result | ChatError
 Then = Callable[[Sequence[Outcome]], None]
 log = structlog.get_logger()
+_unavailable = Recurring("write_unavailable")
 
 
 def _place(command: AnyCommand) -> Any:
@@ -278,7 +280,7 @@ class Writer:
 
     @staticmethod
     def _lost(error: Exception) -> Unavailable:
-        log.warning("write_unavailable", error=str(getattr(error, "orig", error)))
+        _unavailable.warn(error=str(getattr(error, "orig", error)))
         return Unavailable()
 
     @staticmethod

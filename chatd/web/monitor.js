@@ -74,7 +74,7 @@ function tellHealth(health) {
   state(find("#health"), WORDS[health.status] ?? health.status, STATES[health.status] ?? "wait");
   const checks = Object.entries(health.checks).map(([name, found]) => {
     const item = document.createElement("li");
-    state(item, `${name === "redis" ? "Redis" : "Database"} ${found.replace("_", " ")}`, STATES[found] ?? "wait");
+    state(item, `${name[0].toUpperCase()}${name.slice(1)} ${found.replace("_", " ")}`, STATES[found] ?? "wait");
     return item;
   });
   find("#checks").replaceChildren(...checks);

@@ -94,12 +94,12 @@ def served(machine: Machine, than: int) -> Callable[[], bool]:
 def test_it_starts_and_says_how_it_is(machine: Machine) -> None:
     assert machine.show("ActiveState") == "active"
     assert machine.show("StatusText").startswith("serving")
-    assert ask(machine, "/readyz") == (200, '{"status":"ok","checks":{"database":"ok"}}')
+    assert ask(machine, "/readyz") == (200, '{"status":"ok","checks":{"database":"ok","migrations":"ok"}}')
     assert ask(machine, "/api/ws/users/1")[0] == 200, "the credential is the token"
     assert int(machine.show("NRestarts")) == 0
     # Its own database, in a directory that nobody else may enter.
     assert "chatd.db" in machine.run("ls", "/var/lib/private/chatd")
-    machine.wait(lambda: machine.show("StatusText") == "serving 0 connections; database ok", 20)
+    machine.wait(lambda: machine.show("StatusText") == "serving 0 connections; database ok, migrations ok", 20)
 
 
 def test_a_restart_refuses_nobody(machine: Machine, tell: Tell) -> None:
@@ -276,7 +276,7 @@ def test_without_a_network_of_its_own(machine: Machine) -> None:
     machine.run("systemctl", "restart", "chatd")
     assert 'db="postgresql"' in ask(machine, "/metrics")[1]
     with connecting(machine) as stream:
-        assert ask(machine, "/readyz") == (200, '{"status":"ok","checks":{"database":"ok"}}')
+        assert ask(machine, "/readyz") == (200, '{"status":"ok","checks":{"database":"ok","migrations":"ok"}}')
     assert set(stream["counts"]) == {UPGRADED}
     # In a network of its own there is nothing but a loopback that nobody else is on.
     links = machine.run("nsenter", "--target", str(pid(machine)), "--net", "ip", "-brief", "link")
