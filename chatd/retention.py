@@ -12,7 +12,6 @@ from chatd.store import retention
 
 FIRST = 60.0  # seconds after the start, when everybody has come back
 PERIOD = 3600.0  # seconds
-PAUSE = 0.05  # seconds between two transactions, for everybody else
 
 log = structlog.get_logger()
 
@@ -39,7 +38,7 @@ class Retention:
             while (removed := await self._store.step(pruner)) is not None:
                 count += removed
                 metrics.PRUNED.inc(removed)
-                await trio.sleep(PAUSE)
+                await trio.sleep(retention.PAUSE)
         except Unavailable:
             log.warning("retention_unavailable")
         if count:

@@ -56,7 +56,7 @@ async def test_everything_of_a_user_is_erased(daemons: Daemons, database_url: st
     *_, theirs = await trio.to_thread.run_sync(fill, daemon)
     await react(daemon, 5, theirs)
     old = daemon.token_for(5)
-    done = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes")
+    done = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes", "--wait", "0")
     assert (done.stdout, done.returncode) == ("Erased: 3 messages.\n", 0), done.stderr
     messages = daemon.get("/api/ws/conversations/1/messages").json["messages"]
     assert [one["content"] for one in messages] == [None, None, None, "of somebody else"]
@@ -73,7 +73,7 @@ async def test_everything_of_a_user_is_erased(daemons: Daemons, database_url: st
         file = Path(database_url.removeprefix("sqlite:///"))
         for one in file.parent.glob(f"{file.name}*"):
             assert SECRET.encode() not in one.read_bytes(), one
-    again = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes")
+    again = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes", "--wait", "0")
     assert again.stdout == "Erased: 0 messages.\n"
 
 
@@ -84,7 +84,7 @@ async def test_clients_see_it_happen(daemons: Daemons) -> None:
     await react(daemon, 5, theirs)
     async with login(daemon, 6, {"1": None}) as here, login(daemon, 5, {"1": None}) as gone:
         head = here.ready["rooms"]["1"]["seq"]  # type: ignore[attr-defined]
-        await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes")
+        await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes", "--wait", "0")
         seen: list[dict[str, Any]] = [await one_of(here) for _ in range(4)]
         assert [one["seq"] for one in seen] == list(range(head + 1, head + 5))
         assert [(one["event"], one["id"], one["content"]) for one in seen[:3]] == [
@@ -108,7 +108,7 @@ async def test_what_other_services_read_is_erased_too(daemons: Daemons, redis_se
     with redis.Redis.from_url(redis_server.url) as client:
         while client.xlen("chat.stream") < 5:  # type: ignore[operator]
             await trio.sleep(0.02)
-        done = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes")
+        done = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes", "--wait", "0")
         assert (done.stdout, done.returncode) == ("Erased: 3 messages, 4 entries of chat.stream.\n", 0)
         left = [fields[b"m"] for _, fields in client.xrange("chat.stream")]  # type: ignore[union-attr]
         assert not [one for one in left if SECRET.encode() in one]

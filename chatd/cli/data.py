@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import click
 import msgspec
@@ -17,6 +17,7 @@ from chatd import config, logs
 from chatd.bus import erasure as stream
 from chatd.cli.group import main, with_config
 from chatd.errors import OperatorError
+from chatd.hub.sweep import EVERY
 from chatd.limits import MAX_ID
 from chatd.store import copies, maintenance
 from chatd.store.retention import Rules
@@ -24,6 +25,10 @@ from chatd.store.retention import Rules
 ID = click.IntRange(1, MAX_ID)
 FILE = click.Path(path_type=Path)
 LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
+GONE_AFTER = (
+    EVERY + 2.0
+)  # seconds; by then a daemon has looked whose tokens are void, and ended their connections
+WAIT_HELP = "Seconds for connections to end, until which the user can speak; 0 if chatd does not run."
 
 
 def settings_of(path: Path | None) -> config.Config:
@@ -120,13 +125,16 @@ def export(path: Path | None, user_id: int, output: Path | None) -> None:
 @user.command()
 @click.argument("user_id", type=ID)
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--wait", type=click.FloatRange(0), default=GONE_AFTER, show_default=True, help=WAIT_HELP)
+@click.option("--in-place", is_flag=True, help="Do not write SQLite's file anew: posts wait for that.")
 @with_config
-def erase(path: Path | None, user_id: int, yes: bool) -> None:
+def erase(path: Path | None, user_id: int, yes: bool, wait: float, in_place: bool) -> None:
     """Erase what a user has said, and void the tokens. It cannot be undone.
 
     Messages stay as deleted ones, so that conversations have no hole; their content, the reactions, receipts
-    and memberships go, also from chat.stream. SQLite's file is written anew, so that no byte is left. Clients
-    see the messages go within seconds. Backups still hold them.
+    and memberships go, also from chat.stream. SQLite's file is written anew, so that no byte is left; with
+    --in-place older versions of what was edited may be. Clients see the messages go within seconds. Backups
+    still hold them.
     """
     settings = settings_of(path)
     if not yes:
@@ -136,12 +144,16 @@ def erase(path: Path | None, user_id: int, yes: bool) -> None:
     def tell(done: int) -> None:
         _progress(f"{done:,} messages")
 
-    count, clean = maintenance.erase(settings.database, user_id, tell, redis=redis)
+    def settle() -> None:
+        _progress("Waiting until the user's connections have ended")
+        sleep(wait)
+
+    count, clean = maintenance.erase(settings.database, user_id, tell, settle, redis=redis, anew=not in_place)
     _progress("")
     entries = stream.erase(settings.redis, user_id) if redis else 0
     click.echo(f"Erased: {count:,} messages" + (f", {entries:,} entries of chat.stream." if redis else "."))
     if not clean:
-        raise OperatorError("SQLite's log was in use and may hold some bytes still: run it again in a minute.")
+        raise OperatorError("SQLite's log is in use and may hold some bytes still: run it again later.")
 
 
 def _progress(text: str) -> None:

@@ -46,20 +46,13 @@ def is_sqlite(engine: Engine) -> bool:
     return engine.dialect.name == "sqlite"
 
 
-def unhurried(connection: Connection) -> None:
-    """For the rest of a transaction, which may read whole tables: deadlines are for what somebody waits for."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-
-
 def writing_engine(url: str) -> Engine:
     """Four connections: for the writer, the outbox, which may wait for Redis, webhooks and retention."""
     engine = _engine(url, name="write", pool_size=4, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")
-        event.listen(engine, "connect", _keep_more_pages)
+        event.listen(engine, "connect", _set_up_sqlite_writer)
     return engine
 
 
@@ -115,8 +108,9 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _keep_more_pages(connection: Any, _record: Any) -> None:
+def _set_up_sqlite_writer(connection: Any, _record: Any) -> None:
     connection.execute(f"PRAGMA cache_size = -{SQLITE_WRITER_CACHE}")
+    connection.execute("PRAGMA secure_delete = ON")  # zeros over what is deleted, as is Debian's default
 
 
 def _end_transaction(connection: Any, _record: Any) -> None:
@@ -125,4 +119,10 @@ def _end_transaction(connection: Any, _record: Any) -> None:
 
 
 def _begin_with(engine: Engine, statement: str) -> None:
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(statement))
+    """`only_reads` is an option of a connection (see `scans`)."""
+
+    def begin(connection: Connection) -> None:
+        only_reads = connection.get_execution_options().get("only_reads")
+        connection.exec_driver_sql("BEGIN" if only_reads else statement)
+
+    event.listen(engine, "begin", begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from chatd.errors import OperatorError
 from chatd.store import copies, schema
 from chatd.store.database import opened, require
 from chatd.store.erasure import Erasure, export, forget
-from chatd.store.retention import Pruner, Rules
+from chatd.store.retention import PAUSE, Pruner, Rules
 
 RELAYED_BY_ANYBODY = "maintenance"  # the node of an outbox row that no node calls its own
 
@@ -58,30 +59,42 @@ def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, d
     """How many messages went, or are to go. `tell` gets (so far, all) now and then. Raises OperatorError."""
     require(config)
     with opened(config) as engine:
-        pruner = Pruner(engine, rules)
+        pruner = Pruner(engine, rules, patient=True)
         all, done = pruner.find(), 0
         if dry:
             return all
         while (removed := pruner.step()) is not None:
             done += removed
             tell(done, all)
+            time.sleep(PAUSE)
         return done
 
 
 def exported(config: Database, user_id: int) -> Iterator[dict[str, Any]]:
     """Raises OperatorError."""
     require(config)
-    with opened(config) as engine, engine.connect() as connection:
-        yield from export(connection, user_id)
+    with opened(config) as engine:
+        yield from export(engine, user_id)
 
 
-def erase(config: Database, user_id: int, tell: Callable[[int], None], *, redis: bool) -> tuple[int, bool]:
-    """(messages erased, whether SQLite's files are free of their bytes). Raises OperatorError."""
+def erase(
+    config: Database,
+    user_id: int,
+    tell: Callable[[int], None],
+    settle: Callable[[], None],
+    *,
+    redis: bool,
+    anew: bool,
+) -> tuple[int, bool]:
+    """(messages erased, whether SQLite's log is free of their bytes). Raises OperatorError.
+
+    For `tell` and `settle` see `Erasure`, for `anew` see `forget`.
+    """
     require(config)
     with opened(config) as engine:
         node = RELAYED_BY_ANYBODY if redis else None
-        count = Erasure(engine, user_id, node, tell).run()
-        return count, forget(engine)
+        count = Erasure(engine, user_id, node, tell).run(settle)
+        return count, forget(engine, anew=anew)
 
 
 def _without_password(url: str) -> str:

@@ -15,15 +15,18 @@ from typing import TypeVar
 
 import trio
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, delete, func, select, text, update
+from msgspec.structs import replace
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, or_, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
 from chatd.model import timestamp
 from chatd.store import schema
-from chatd.store.engine import is_sqlite, unhurried
+from chatd.store.engine import is_sqlite
+from chatd.store.scans import looking
 
 BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
+PAUSE = 0.02  # seconds between two transactions, for everybody else
 _ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
 
 T = TypeVar("T")
@@ -41,36 +44,57 @@ class Rules(Struct, frozen=True):
         return bool(self.days or self.messages)
 
 
+class _Marks(Struct, frozen=True):
+    """What is to go of a conversation: what is below `beyond`, and below `old` what is older than `moment`.
+
+    Ids grow with time, but a clock may have been wrong for a while: nothing younger goes for that.
+    """
+
+    beyond: int = 0
+    old: int = 0
+    moment: str = ""
+
+    @property
+    def below(self) -> int:
+        return max(self.beyond, self.old)
+
+    def messages(self, conversation_id: int) -> ColumnElement[bool]:
+        mine = (_messages.chat_conversation_id == conversation_id) & (_messages.id < self.below)
+        if self.old <= self.beyond:
+            return mine
+        return mine & or_(_messages.id < self.beyond, _messages.created_at < self.moment)
+
+
 @dataclass
 class _Target:
-    """A conversation whose messages below an id are to go. The log was looked at up to `checked`."""
+    """A conversation and what is to go of it. The log was looked at up to `checked`."""
 
     conversation_id: int
-    below: int
-    low: int
-    checked: int
+    marks: _Marks
+    low: int = 0
+    checked: int = 0
 
 
 class Pruner:
     """Call `find` once, then `step` until it returns None. Both block: they are for a thread."""
 
-    def __init__(self, engine: Engine, rules: Rules) -> None:
-        self._engine, self._rules = engine, rules
+    def __init__(self, engine: Engine, rules: Rules, *, patient: bool = False) -> None:
+        """`patient`: wait where another node is at it, instead of leaving it to that one."""
+        self._engine, self._rules, self._patient = engine, rules, patient
         self._targets: deque[_Target] = deque()
 
     def find(self) -> int:
-        """How many messages are to go. Writes nothing."""
-        with self._engine.connect() as connection:
-            unhurried(connection)
-            below = _marks(connection, self._rules)
-            self._targets = deque(_target(connection, id, mark) for id, mark in sorted(below.items()))
+        """How many messages are to go. Writes nothing, and nobody waits for it."""
+        with looking(self._engine) as connection:
+            found = _marks(connection, self._rules)
+            self._targets = deque(_target(connection, id, marks) for id, marks in sorted(found.items()))
             return sum(_count(connection, target) for target in self._targets)
 
     def step(self) -> int | None:
         """Messages removed by one transaction; None when nothing is left, or another node is at it."""
         while self._targets:
             with self._engine.begin() as connection:
-                if not _alone(connection):
+                if not _alone(connection, self._patient):
                     return None
                 removed = _prune(connection, self._targets[0])
             if removed is not None:
@@ -103,15 +127,16 @@ class Retention:
             raise Unavailable() from error
 
 
-def _marks(connection: Connection, rules: Rules) -> dict[int, int]:
-    """Conversation → the id below which its messages go."""
-    found: dict[int, int] = {}
+def _marks(connection: Connection, rules: Rules) -> dict[int, _Marks]:
+    """By conversation."""
+    found: dict[int, _Marks] = {}
     if rules.days:
-        below = _first_younger(connection, timestamp(datetime.now(UTC) - timedelta(days=rules.days)))
+        moment = timestamp(datetime.now(UTC) - timedelta(days=rules.days))
+        below = _first_younger(connection, moment)
         old = select(_messages.chat_conversation_id).where(_messages.id < below).distinct()
-        found = dict.fromkeys(connection.scalars(old), below)
-    for conversation_id, mark in _beyond(connection, rules.messages) if rules.messages else ():
-        found[conversation_id] = max(mark, found.get(conversation_id, 0))
+        found = dict.fromkeys(connection.scalars(old), _Marks(old=below, moment=moment))
+    for conversation_id, beyond in _beyond(connection, rules.messages) if rules.messages else ():
+        found[conversation_id] = replace(found.get(conversation_id, _Marks()), beyond=beyond)
     return found
 
 
@@ -139,9 +164,9 @@ def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
             yield conversation_id, beyond + 1
 
 
-def _target(connection: Connection, conversation_id: int, below: int) -> _Target:
+def _target(connection: Connection, conversation_id: int, marks: _Marks) -> _Target:
     last = connection.scalar(select(_places.last_seq).where(_places.id == conversation_id)) or 0
-    target = _Target(conversation_id, below, low=0, checked=0)
+    target = _Target(conversation_id, marks)
     _look_at_log(connection, target, last)
     return target
 
@@ -149,19 +174,22 @@ def _target(connection: Connection, conversation_id: int, below: int) -> _Target
 def _look_at_log(connection: Connection, target: _Target, last_seq: int) -> None:
     """The last change of a message that is to go, as far as the log was not looked at yet."""
     mine = (_changes.conversation_id == target.conversation_id) & (_changes.seq > target.checked)
-    found = connection.scalar(select(func.max(_changes.seq)).where(mine, _changes.message_id < target.below))
+    theirs = _changes.message_id < target.marks.below
+    found = connection.scalar(select(func.max(_changes.seq)).where(mine, theirs))
     target.low = max(target.low, found or 0)
     target.checked = last_seq
 
 
 def _count(connection: Connection, target: _Target) -> int:
-    mine = _messages.chat_conversation_id == target.conversation_id
-    query = select(func.count()).select_from(schema.messages).where(mine, _messages.id < target.below)
-    return connection.scalar(query) or 0
+    mine = target.marks.messages(target.conversation_id)
+    return connection.scalar(select(func.count()).select_from(schema.messages).where(mine)) or 0
 
 
-def _alone(connection: Connection) -> bool:
+def _alone(connection: Connection, patient: bool) -> bool:
     if is_sqlite(connection.engine):
+        return True
+    if patient:
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
         return True
     return bool(connection.scalar(text(f"SELECT pg_try_advisory_xact_lock({_ADVISORY_LOCK})")))
 
@@ -190,7 +218,7 @@ def _cut_log(connection: Connection, target: _Target) -> int:
 
 
 def _remove_messages(connection: Connection, target: _Target) -> int | None:
-    mine = (_messages.chat_conversation_id == target.conversation_id) & (_messages.id < target.below)
+    mine = target.marks.messages(target.conversation_id)
     ids = list(connection.scalars(select(_messages.id).where(mine).order_by(_messages.id).limit(BATCH)))
     if not ids:
         return None
