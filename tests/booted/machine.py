@@ -29,6 +29,12 @@ def why_not() -> str:
     missing = [name for name in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(name) is None]
     if missing:
         return f"missing: {', '.join(missing)}"
+    python = "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"
+    if (
+        shutil.which("/usr/bin/python3") is None
+        or subprocess.run(["/usr/bin/python3", "-c", python]).returncode
+    ):
+        return "make install wants /usr/bin/python3 to be 3.11 or newer, with python3-venv"
     command = ["unshare", "--mount", "--pid", "--fork", "--cgroup", "--net", "sh", "-ec", MOUNTS]
     found = subprocess.run(command, capture_output=True, text=True)
     return f"no rights to mount: {found.stderr.strip()}" if found.returncode else ""

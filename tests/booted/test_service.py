@@ -121,9 +121,9 @@ def test_a_kill_refuses_nobody(machine: Machine, tell: Tell) -> None:
     counts = stream["counts"]
     tell(f"kill -9 under connects: {figures(stream)}; serves again after {took:.1f} s")
     assert counts.pop(UPGRADED) > 10
-    # Those that were in its hands at that moment, at most.
+    # Those that were in its hands at that moment: of each of the twenty one at most.
     assert "refused" not in counts
-    assert sum(counts.values()) <= 5
+    assert sum(counts.values()) <= 20
 
 
 # With a loop that SIGUSR1 stops.
