@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
@@ -165,12 +165,12 @@ def _progress(text: str) -> None:
 @contextmanager
 def _growing(target: Path, source: Path | None) -> Iterator[None]:
     """Show how far a copy is while the block makes it."""
-    done = threading.Event()
+    done, partial = threading.Event(), copies.partial_of(target)
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
-            if source is not None and source.exists() and target.exists():
-                sizes = [file.stat().st_size / 2**20 for file in (target, source)]
+            with suppress(OSError):  # it is begun in a moment, or was just finished
+                sizes = [file.stat().st_size / 2**20 for file in (partial, source or partial)]
                 _progress(f"{sizes[0]:,.0f} MiB of at most {sizes[1]:,.0f}")
 
     looking = threading.Thread(target=look)

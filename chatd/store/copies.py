@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from chatd.errors import OperatorError
 from chatd.store import migrations
 
 BUSY_SECONDS = 5.0  # that a look at a database waits for whoever writes it
+PRIVATE = 0o600  # a copy holds every message, and what signs tokens
+STEPS = 100_000  # of SQLite's machine, between two moments at which Ctrl-C is heard
+COMPANIONS = ("-wal", "-shm", "-journal")  # files that SQLite takes for a database's own, by their names
 _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
-PRIVATE = 0o077  # umask: a copy holds every message, and what signs tokens
 
 
 def file_of(url: str) -> Path | None:
@@ -27,19 +29,42 @@ def file_of(url: str) -> Path | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """A compact copy as of one moment, and on the disk; writers go on. Raises OperatorError."""
-    before = os.umask(PRIVATE)
+    """A compact copy as of one moment, and on the disk; writers go on. Raises OperatorError.
+
+    The name is taken at once, by an empty file, and the copy gets it when it was checked.
+    """
     try:
-        with closing(_open(source)) as connection:
-            connection.execute("VACUUM INTO ?", (str(target),))
-        check(target)
-        _sync(target)
-    except (sqlite3.Error, OSError) as error:
-        with suppress(OSError):
-            target.unlink()
+        target.touch(mode=PRIVATE, exist_ok=False)
+    except FileExistsError:
+        raise OperatorError(f"{target} is there already. Name another file.") from None
+    except OSError as error:
         raise OperatorError(f"{target}: {_reason(error)}") from error
-    finally:
-        os.umask(before)
+    partial = partial_of(target)
+    try:
+        partial.unlink(missing_ok=True)  # of one that was killed
+        partial.touch(mode=PRIVATE)
+        _vacuum_into(source, partial)
+        check(partial)
+        _sync(partial)
+        partial.replace(target)
+        _sync(target.absolute().parent)
+    except BaseException as error:
+        for file in (partial, target):
+            file.unlink(missing_ok=True)
+        if isinstance(error, sqlite3.Error | OSError):
+            raise OperatorError(f"{target}: {_reason(error)}") from error
+        raise
+
+
+def partial_of(target: Path) -> Path:
+    """What a copy is called while it is made."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def _vacuum_into(source: Path, target: Path) -> None:
+    with closing(_open(source)) as connection:
+        connection.set_progress_handler(lambda: 0, STEPS)
+        connection.execute("VACUUM INTO ?", (str(target),))
 
 
 def check(path: Path) -> str:
@@ -66,47 +91,60 @@ def replace(target: Path, source: Path) -> Path | None:
     """
     check(source)
     if target.exists():
-        _claim(target)
+        with _claimed(target):  # before the time is spent
+            pass
     fresh = target.with_name(f"{target.name}.restoring")
-    before = os.umask(PRIVATE)
+    fresh.unlink(missing_ok=True)
+    copy(source, fresh)  # as a database, not as a file: its newest pages may be in a log beside it
     try:
-        shutil.copyfile(source, fresh)
         with closing(_open(fresh)) as connection, connection:
             connection.execute(_NEW_EPOCH, (secrets.token_hex(8),))
         _sync(fresh)
         _hand_over(fresh, target if target.exists() else target.absolute().parent)
-        kept = _set_aside(target)
-        fresh.replace(target)
-        _sync(target.absolute().parent)
+        return _exchange(target, fresh)
     except (sqlite3.Error, OSError) as error:
         raise OperatorError(f"{target}: {_reason(error)}") from error
     finally:
-        os.umask(before)
         fresh.unlink(missing_ok=True)
-    return kept
 
 
-def _claim(path: Path) -> None:
-    """All of its log is in the file then. Only who has a database for itself can leave WAL mode."""
-    try:
-        with closing(_open(path, timeout=0)) as connection:
-            mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
-    except sqlite3.Error as error:
-        raise OperatorError(
-            f"{path}: {_reason(error)}. If chatd serves from it, stop it first:"
-            " systemctl stop chatd.socket chatd-api.socket chatd"
-        ) from error
-    if mode != "delete":
-        raise OperatorError(f"{path}: it is in use.")
-
-
-def _set_aside(target: Path) -> Path | None:
-    if not target.exists():
-        return None
+def _exchange(target: Path, fresh: Path) -> Path | None:
+    """There is a database under the name at every moment: a daemon that found none would make an empty one."""
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = target.with_name(f"{target.name}.before-restore-{moment}")
-    target.replace(kept)
-    return kept
+    with _claimed(target) if target.exists() else nullcontext():
+        for suffix in COMPANIONS:  # a log that somebody left would be played into the new database
+            with suppress(FileNotFoundError):
+                target.with_name(target.name + suffix).replace(kept.with_name(kept.name + suffix))
+        if target.exists():
+            _keep(target, kept)
+        fresh.replace(target)
+        _sync(target.absolute().parent)
+    return kept if kept.exists() else None
+
+
+def _keep(target: Path, kept: Path) -> None:
+    try:
+        kept.hardlink_to(target)
+    except OSError:  # not every file system can
+        target.replace(kept)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Nobody else has the database open, or can begin to use it. All of its log is in the file."""
+    with closing(_open(path, timeout=0)) as connection:
+        try:  # only who has a database for itself can leave WAL mode
+            mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
+            if mode != "delete":
+                raise OperatorError(f"{path}: it is in use.")
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            raise OperatorError(
+                f"{path}: {_reason(error)}. If chatd serves from it, stop it first:"
+                " systemctl stop chatd.socket chatd-api.socket chatd"
+            ) from error
+        yield
 
 
 def _hand_over(path: Path, like: Path) -> None:

@@ -29,8 +29,6 @@ def backup(config: Database, target: Path) -> None:
             f" '{_without_password(config.url)}'"
         )
     require(config)
-    if target.exists():
-        raise OperatorError(f"{target} is there already. Name another file.")
     copies.copy(file, target)
 
 
