@@ -27,10 +27,11 @@ CLUSTERS = {
     "sqlite": ["--cluster", "sqlite", "--seconds", "2", "--rooms", "10", "--clients", "20"],
     "small-disk": ["--cluster", "small-disk", "--seconds", "3", *FEW],
 }
+FREEZE = ["--cluster", "two", "--fault", "freeze"]
 # By the bug: what the checker must say, and where the bug shows.
 BUGS = {
     "ack-before-commit": ("lost-write", ["--cluster", "sqlite", "--fault", "kill", "--seconds", "6", *FEW]),
-    "no-idempotency": ("duplicate-write", ["--cluster", "two", "--fault", "freeze", "--seconds", "7", *FEW]),
+    "no-idempotency": ("duplicate-write", [*FREEZE, "--seconds", "7", "--rate", "100", *FEW]),
     "hole-in-the-log": ("seq-hole", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "3", *FEW]),
     "deliver-twice": ("duplicate-receive", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "3", *FEW]),
     "no-buffering": ("skip", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "5", *FEW]),
