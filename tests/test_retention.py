@@ -15,7 +15,7 @@ from chatd.config import Retention as Kept
 from chatd.retention import Retention
 from chatd.settings import Settings
 from chatd.store import reads, retention, scans
-from chatd.store.commands import Create, Delete, Edit, React
+from chatd.store.commands import Create, Delete, Edit, Notify, React
 from chatd.store.retention import Pruner, Rules
 from tests.client import login
 from tests.conftest import Daemons
@@ -121,6 +121,23 @@ async def test_unread_counts_only_what_is_there(database_url: str) -> None:
         assert (await snapshot_of(b, 9, None)).unread == 5
         prune(b, messages=2)
         assert (await snapshot_of(b, 9, None)).unread == 2
+
+
+async def test_what_nobody_comes_for_goes_from_the_queues(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis or webhooks were turned off, say."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    async with bench(database_url, node="one") as b:
+        for _ in range(3):
+            await b.do(post())
+        await b.do(*[Notify(event="e", body=b"{}") for _ in range(4)])
+        b.execute("UPDATE chat_webhooks SET dead = (id > 1), due_at = '2020-01-01T00:00:00.000000Z'")
+        b.execute("UPDATE chat_outbox SET created_at = '2020-01-01T00:00:00.000000Z' WHERE id < 3")
+        removed = [retention.remove_leftovers(b.store._writing) for _ in range(3)]
+        assert removed == [4, 1, 0]
+        assert b.scalar("SELECT count(*) FROM chat_outbox") == 1
+        assert b.scalar("SELECT count(*) FROM chat_webhooks") == 1
 
 
 async def test_an_answer_outlives_what_it_answers(database_url: str) -> None:
