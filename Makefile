@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run tour test test-systemd check install format bench bench-quick faults clean
+.PHONY: help run tour test test-systemd check install uninstall format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run  ## the demo, on this machine alone: installs into .venv and serves
 	@exec $(BIN)/chatd serve --demo
@@ -38,6 +38,9 @@ check: $(VENV)/dev  ## lint, format, types, which module may import which, and h
 
 install:  ## as a systemd service, or an upgrade of one: as root (PYTHON=/usr/bin/python3.12: with another Python)
 	@$(if $(filter-out python3,$(PYTHON)),PYTHON=$(PYTHON)) sh systemd/install.sh
+
+uninstall:  ## the service and its files; configuration, secrets and data stay
+	@sh systemd/uninstall.sh
 
 format: $(VENV)/dev  ## put the code into its form
 	$(BIN)/ruff check --fix .

@@ -25,14 +25,18 @@ esac
 "$python" -c 'import ensurepip' 2>/dev/null || fail "Missing: apt-get install python3-venv"
 
 echo "Installing chatd and its libraries into $prefix …"
-[ -x $prefix/bin/python ] || "$python" -m venv $prefix
-$prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade .
-$prefix/bin/python -m compileall -q $prefix/lib
+# An environment whose Python has gone, or is another since the system was upgraded, is made anew.
+$prefix/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear $prefix
+# From a copy: pip builds where the sources are, as root, and takes along what an older build left there.
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -R chatd pyproject.toml README.md "$copy"
+$prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade "$copy"
 
 # Not /etc/systemd/system: there no unit can be masked.
 units=/usr/local/lib/systemd/system
 install -d $units /etc/sysctl.d /etc/chatd
-install -m 644 systemd/chatd.service systemd/chatd.socket systemd/chatd-api.socket $units
+install -m 644 systemd/*.service systemd/*.socket systemd/*.target $units
 install -m 644 systemd/60-chatd.conf /etc/sysctl.d
 [ -e /etc/chatd/chatd.toml ] || install -m 644 chatd.toml /etc/chatd/chatd.toml
 install -d -m 700 /etc/credstore

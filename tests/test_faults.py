@@ -23,8 +23,8 @@ LONGEST = 400  # seconds
 FEW = ["--rooms", "5", "--clients", "10"]
 
 CLUSTERS = {
-    "two": ["--cluster", "two", "--seconds", "3", "--rooms", "10", "--clients", "20"],
-    "sqlite": ["--cluster", "sqlite", "--seconds", "3", "--rooms", "10", "--clients", "20"],
+    "two": ["--cluster", "two", "--seconds", "2", "--rooms", "10", "--clients", "20"],
+    "sqlite": ["--cluster", "sqlite", "--seconds", "2", "--rooms", "10", "--clients", "20"],
     "small-disk": ["--cluster", "small-disk", "--seconds", "3", *FEW],
 }
 # By the bug: what the checker must say, and where the bug shows.

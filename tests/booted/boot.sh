@@ -1,6 +1,6 @@
 #!/bin/sh
 # Boots the real systemd as the first process of namespaces of its own, over a copy of this machine's / that is gone
-# with it: `boot.sh CHECKOUT`, as root. In it chatd is installed as `make install` does.
+# with it: `boot.sh CHECKOUT CGROUP PLACE`, as root. In it chatd is installed as `make install` does.
 set -eu
 checkout=$1
 cgroup=$2
@@ -31,7 +31,7 @@ rm -rf opt/chatd etc/chatd etc/credstore usr/local/lib/systemd/system/chatd* etc
 
 # With the network of outside, for pip.
 mkdir -p mnt/checkout mnt/old
-mount --bind "$checkout" mnt/checkout
+mount -o bind,ro "$checkout" mnt/checkout
 chroot . /bin/sh -eu -c "cd /mnt/checkout && sh systemd/install.sh" >&2
 
 # And from here without it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,8 @@ _figures: list[str] = []
 def machine() -> Iterator[Machine]:
     if reason := why_not():
         pytest.skip(f"systemd cannot be booted here: {reason}")
+    # Ended like this it tidies up, too, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Machine() as booted:
         booted.run("systemctl", "enable", "--now", "chatd")
         yield booted

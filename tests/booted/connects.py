@@ -1,4 +1,4 @@
-"""Connects again and again until a line comes on standard input; then says how that went, as JSON.
+"""Connects to an address again and again until a line comes on standard input; prints how that went, as JSON.
 
 Runs in the machine, with the standard library alone. An attempt is a whole handshake: until the 101 is there.
 """
@@ -20,9 +20,9 @@ REQUEST = (
 )
 
 
-def attempt() -> str:
+def attempt(address: str) -> str:
     try:
-        with socket.create_connection(("127.0.0.1", PORT), timeout=LONGEST) as connection:
+        with socket.create_connection((address, PORT), timeout=LONGEST) as connection:
             connection.sendall(REQUEST)
             return connection.recv(12).decode()
     except ConnectionRefusedError:
@@ -34,7 +34,7 @@ def attempt() -> str:
 def go_on(enough: threading.Event, outcomes: list[str], waits: list[float]) -> None:
     while not enough.wait(PAUSE):
         began = time.monotonic()
-        outcomes.append(attempt())
+        outcomes.append(attempt(sys.argv[1]))
         waits.append(time.monotonic() - began)
 
 
@@ -42,7 +42,9 @@ def main() -> None:
     enough = threading.Event()
     outcomes: list[str] = []
     waits: list[float] = []
-    threads = [threading.Thread(target=go_on, args=(enough, outcomes, waits)) for _ in range(AT_ONCE)]
+    threads = [
+        threading.Thread(target=go_on, args=(enough, outcomes, waits), daemon=True) for _ in range(AT_ONCE)
+    ]
     for thread in threads:
         thread.start()
     print("connecting", flush=True)

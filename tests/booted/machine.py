@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,12 +26,30 @@ def why_not() -> str:
         return "it needs root"
     if not Path("/lib/systemd/systemd").exists():
         return "systemd is not installed"
-    missing = [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]
+    missing = [name for name in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(name) is None]
     if missing:
         return f"missing: {', '.join(missing)}"
-    probe = ["unshare", "--mount", "--pid", "--fork", "--cgroup", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    found = subprocess.run(probe, capture_output=True, text=True)
+    python = "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"
+    if (
+        shutil.which("/usr/bin/python3") is None
+        or subprocess.run(["/usr/bin/python3", "-c", python]).returncode
+    ):
+        return "make install wants /usr/bin/python3 to be 3.11 or newer, with python3-venv"
+    command = ["unshare", "--mount", "--pid", "--fork", "--cgroup", "--net", "sh", "-ec", MOUNTS]
+    found = subprocess.run(command, capture_output=True, text=True)
     return f"no rights to mount: {found.stderr.strip()}" if found.returncode else ""
+
+
+# What boot.sh needs the kernel to allow; gone with the shell.
+MOUNTS = """
+mount -t tmpfs tmpfs /mnt
+cd /mnt
+mkdir upper work merged cgroup
+mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work merged
+mount -t cgroup2 cgroup2 cgroup
+mkdir cgroup/chatd-test-$$
+rmdir cgroup/chatd-test-$$
+"""
 
 
 class Machine:
@@ -43,6 +61,7 @@ class Machine:
         self._log = self._place / "boot.log"
         self._boot: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of its systemd, as it is seen from here
+        self.changed = False  # by `write`
 
     def __enter__(self) -> Self:
         try:
@@ -62,7 +81,8 @@ class Machine:
             (self._place / name).mkdir()
         script = ["sh", str(HERE / "boot.sh"), str(REPOSITORY), self._cgroup, str(self._place)]
         # The mount of the hierarchy is in a namespace of ours, and leaves with it.
-        command = ["unshare", "--mount", "--propagation", "private", *script]
+        # Should we be killed it goes with us.
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", *script]
         with self._log.open("wb") as log:
             self._boot = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.wait(self._booted, BOOT_SECONDS)
@@ -77,20 +97,19 @@ class Machine:
         return self.try_run("systemctl", "is-active", "basic.target").stdout.strip() == "active"
 
     def _find_systemd(self) -> int:
+        """The child of the last `unshare` in boot.sh, once it has become systemd; 0 before."""
         assert self._boot is not None
-        pids = [self._boot.pid]
-        for pid in pids:
-            pids += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        for pid in pids:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "systemd":
-                return pid
+        children = Path(f"/proc/{self._boot.pid}/task/{self._boot.pid}/children").read_text().split()
+        for pid in children:
+            with suppress(OSError):  # a `mkdir` of the script, and gone meanwhile
+                if Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
+                    return int(pid)
         return 0
 
     def _end(self) -> None:
         if self._boot is not None:
-            self._boot.send_signal(signal.SIGKILL)
-            if self._pid:
-                os.kill(self._pid, signal.SIGKILL)
+            # Everything in the namespaces dies with their first process, and that with its parent.
+            self._boot.kill()
             self._boot.wait()
         self._remove_cgroups()
         shutil.rmtree(self._place)
@@ -131,6 +150,7 @@ class Machine:
         )
 
     def write(self, path: str, text: str) -> None:
+        self.changed = True
         Path(f"/proc/{self._pid}/root{path}").parent.mkdir(parents=True, exist_ok=True)
         Path(f"/proc/{self._pid}/root{path}").write_text(text)
 

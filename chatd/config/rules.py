@@ -1,0 +1,111 @@
+"""What may be wrong with values that are well formed, and what an address means."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from chatd.config.options import Auth, Config, Webhooks
+
+_WRITE_URL = "write https://host/path, or http:// for an address in server.private_networks."
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """`"127.0.0.1:8080"` → `("127.0.0.1", 8080)`; `"[::1]:8080"` and `":8080"` (every address) work too."""
+    host, colon, port = bind.rpartition(":")
+    if not colon or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(bind)
+    return host.strip("[]"), int(port)
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What is wrong with values that are well formed."""
+    for key, bind in (("api.bind", config.api.bind), ("hub.bind", config.hub.bind)):
+        try:
+            host, _ = split_bind(bind)
+        except ValueError:
+            yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080 (65535 at most)."
+            continue
+        if config.demo and not is_loopback(host):
+            yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
+    yield from _wrong_auth(config.auth)
+    yield from _wrong_webhooks(config.webhooks)
+    for network in config.server.private_networks:
+        if not _is_network(network):
+            yield f"server.private_networks: {network!r} is neither an address nor a network."
+    for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
+        if secret and len(secret) < 32:
+            yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
+    if _scheme(config.database.url) not in ("sqlite", "postgresql"):
+        yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
+    elif config.database.url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
+    if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
+        yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
+    if config.server.workers > 1 and not config.redis.url:
+        yield "server.workers: more than one need redis.url, for they tell each other of messages through it."
+    if config.redis.accept_foreign and not config.redis.url:
+        yield "redis.accept_foreign: needs redis.url."
+    for origin in config.hub.origins:
+        if not _is_origin(origin):
+            yield f"hub.origins: {origin!r} is no origin; write https://chat.example.com, without a path."
+    for network in config.limits.trusted_proxies:
+        if not _is_network(network):
+            yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
+
+
+def _wrong_auth(auth: Auth) -> Iterator[str]:
+    for key, url in (("backend_url", auth.backend_url), ("jwks_url", auth.jwks_url)):
+        if not _may_be_called(url):
+            yield f"auth.{key}: {_WRITE_URL}"
+    public = [name for name in auth.algorithms if name != "HS256"]
+    if not auth.algorithms:
+        yield 'auth.algorithms: names none, so no token would be valid; write ["HS256"].'
+    if public and not (auth.key_files or auth.jwks_url):
+        yield f"auth.algorithms: {public[0]} needs a public key; set auth.key_files or auth.jwks_url."
+    if (auth.key_files or auth.jwks_url) and not public:
+        yield "auth.algorithms: add RS256, ES256 or EdDSA, for HS256 alone uses no key file and no key server."
+
+
+def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
+    for key, url in (("url", webhooks.url), ("before_message_url", webhooks.before_message_url)):
+        if not _may_be_called(url):
+            yield f"webhooks.{key}: {_WRITE_URL}"
+    if (webhooks.url or webhooks.before_message_url) and len(webhooks.secret) < 32:
+        yield (
+            "webhooks.secret: your backend knows by it that a call is ours; set it to at least 32 characters"
+            " (openssl rand -hex 32)."
+        )
+
+
+def _may_be_called(url: str) -> bool:
+    return not url or (_scheme(url) in ("http", "https") and bool(urlsplit(url).hostname))
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _scheme(url: str) -> str:
+    """Of a URL that can be read to its port; empty for any other."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme if parts.port is None or parts.port else ""
+    except ValueError:
+        return ""
+
+
+def _is_origin(text: str) -> bool:
+    return _scheme(text) in ("http", "https") and bool(urlsplit(text).netloc) and not urlsplit(text).path
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

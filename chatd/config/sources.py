@@ -1,0 +1,130 @@
+"""Where values come from: the file, what makes a demo, systemd's credentials, the environment."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+import msgspec
+
+from chatd.config.options import SECTIONS
+from chatd.validation import suggestion
+
+DEMO_TOKEN = "secret"
+CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
+
+# The names of the original deployment, still understood: (variable, section, key).
+_ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
+_PREFIX = "CHATD_"
+
+Data = dict[str, dict[str, Any]]
+Origins = dict[tuple[str, str], str]  # what gave a value that is none of ours, by section and key
+
+_DEMO: Data = {
+    "database": {"url": "sqlite:///chatd-demo.db"},  # not in the way of a real one in the same directory
+    "api": {"internal_token": DEMO_TOKEN},
+    "hub": {"allow_query_token": True},
+    "rooms": {"access": "open"},
+}
+
+
+def from_file(path: Path | None, found: list[str], origins: Origins) -> Data:
+    if path is None:
+        return {}
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        found.append(f"{path}: {error.strerror}.")
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found.append(f"{path}: this is not TOML: {error}.")
+        return {}
+    loose = [key for key, value in data.items() if not isinstance(value, dict)]
+    found += [f"{key}: stands outside a section; put it under one, [api] say." for key in loose]
+    sections = {key: value for key, value in data.items() if key not in loose}
+    _note(origins, sections, str(path))
+    return sections
+
+
+def for_a_demo(demo: bool, origins: Origins) -> Data:
+    data = _DEMO if demo else {}
+    _note(origins, data, "--demo")
+    return data
+
+
+def _note(origins: Origins, data: Data, name: str) -> None:
+    origins.update({(section, key): name for section, values in data.items() for key in values})
+
+
+def from_credentials(environ: Mapping[str, str], found: list[str], origins: Origins) -> Data:
+    directory = environ.get(CREDENTIALS)
+    data: Data = {}
+    for path in sorted(Path(directory).glob("*.*")) if directory else []:
+        section, _, key = path.name.partition(".")
+        # Units may carry credentials for other programs; what is none of ours is left alone.
+        if section in SECTIONS and key in SECTIONS[section].__struct_fields__:
+            data.setdefault(section, {})[key] = _secret(path, str(path), found)
+            origins[section, key] = str(path)
+    return data
+
+
+def from_environment(environ: Mapping[str, str], found: list[str], origins: Origins) -> Data:
+    data: Data = {}
+    for name, (section, key) in _ORIGINAL_NAMES.items():
+        if environ.get(name):
+            data.setdefault(section, {})[key] = environ[name]
+            origins[section, key] = name
+    if environ.get("REDIS_HOST"):
+        url = f"redis://{environ['REDIS_HOST']}:{environ.get('REDIS_PORT') or 6379}/0"
+        data.setdefault("redis", {})["url"] = url
+        origins["redis", "url"] = "REDIS_HOST"
+    found += [f"{name}: write {better}, with two underscores." for name, better in _misspelt(environ)]
+    for name, section, key in _our_variables(environ):
+        if section not in SECTIONS:
+            found.append(f"{name}: there is no section {section}{suggestion(section, SECTIONS)}.")
+        elif key.endswith("_file") and key not in SECTIONS[section].__struct_fields__:
+            key = key.removesuffix("_file")
+            data.setdefault(section, {})[key] = _secret(Path(environ[name]), name, found)
+        else:
+            data.setdefault(section, {})[key] = _from_text(section, key, environ[name])
+        origins[section, key] = name
+    return data
+
+
+def _our_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    # Sorted, so that CHATD_X__Y_FILE wins over CHATD_X__Y on every machine alike.
+    for name in sorted(environ):
+        section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
+        if name.startswith(_PREFIX) and separator:
+            yield name, section, key
+
+
+def _misspelt(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Variables that name an option with one underscore, CHATD_HUB_BIND say: nobody would ever read them."""
+    for section, kind in SECTIONS.items():
+        for key in kind.__struct_fields__:
+            name = f"{_PREFIX}{section}_{key}".upper()
+            if name in environ:
+                yield name, f"{_PREFIX}{section}__{key}".upper()
+
+
+def _secret(path: Path, origin: str, found: list[str]) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        found.append(f"{origin}: cannot read {path}: {error}.")
+        return ""
+
+
+def _from_text(section: str, key: str, text: str) -> Any:
+    field = next((f for f in msgspec.structs.fields(SECTIONS[section]) if f.name == key), None)
+    if field is not None and get_origin(field.type) is list:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if field is not None and field.type is not str:
+        try:
+            return msgspec.convert(text, field.type, strict=False)
+        except msgspec.ValidationError:
+            pass  # the section's own check says it with the key
+    return text
