@@ -27,19 +27,28 @@ class Retention:
         while True:
             kept = self._settings.now.retention
             rules = retention.Rules(kept.days, kept.messages)
-            if rules:
-                await self._prune(rules)
+            try:
+                if rules:
+                    await self._prune(rules)
+                await self._remove_leftovers()
+            except Unavailable:
+                log.warning("retention_unavailable")
             await trio.sleep(PERIOD)
 
     async def _prune(self, rules: retention.Rules) -> None:
+        """Raises Unavailable."""
         count, began = 0, trio.current_time()
-        try:
-            pruner = await self._store.find(rules)
-            while (removed := await self._store.step(pruner)) is not None:
-                count += removed
-                metrics.PRUNED.inc(removed)
-                await trio.sleep(retention.PAUSE)
-        except Unavailable:
-            log.warning("retention_unavailable")
+        pruner = await self._store.find(rules)
+        while (removed := await self._store.step(pruner)) is not None:
+            count += removed
+            metrics.PRUNED.inc(removed)
+            await trio.sleep(retention.PAUSE)
         if count:
             log.info("retention", messages=count, seconds=round(trio.current_time() - began, 1))
+
+    async def _remove_leftovers(self) -> None:
+        """Raises Unavailable."""
+        removed = 1
+        while removed:
+            await trio.sleep(retention.PAUSE)
+            removed = await self._store.remove_leftovers()

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 import trio
 
 from chatd.config import Database
-from chatd.store.database import migrate
+from chatd.errors import ConfigError, OperatorError
+from chatd.store import copies
+from chatd.store.database import migrate, open_store
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -119,22 +122,92 @@ async def test_clients_start_over_after_a_restore(daemons: Daemons, tmp_path: Pa
         assert [one["content"] for one in room["changes"]] == ["before", "another second one"]
 
 
-def test_a_bad_backup_is_refused_and_changes_nothing(daemons: Daemons, tmp_path: Path) -> None:
-    daemon, copy = daemons(), tmp_path / "copy.db"
-    batch = [{"conversation_id": 1, "sender_id": 2, "content": f"{n} " + "x" * 500} for n in range(200)]
-    daemon.request("POST", "/api/ws/messages/batch", {"messages": batch})
-    assert daemon.command("backup", str(copy)).returncode == 0
-    assert "is there already" in daemon.command("backup", str(copy)).stderr
-    good = copy.read_bytes()
-    daemon.stop()
+def database(path: Path, rows: int = 1) -> Path:
+    """One with so many conversations."""
+    migrate(Database(url=f"sqlite:///{path}"))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        moment = "2026-01-01 00:00:00.000000"
+        connection.executemany(ADD, [(id, moment) for id in range(1, rows + 1)])
+    return path
+
+
+def rows_of(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM chat_conversations").fetchone()[0])
+
+
+ADD = "INSERT INTO chat_conversations (id, updated_at) VALUES (?, ?)"
+
+
+def test_a_bad_backup_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    file, copy = database(tmp_path / "chatd.db"), tmp_path / "copy"
+    copies.copy(database(tmp_path / "other.db", 3000), copy)
+    good, before = copy.read_bytes(), sorted(tmp_path.iterdir())
+    with pytest.raises(OperatorError, match="is there already"):
+        copies.copy(file, copy)
     for damage, sentence in DAMAGES:
         copy.write_bytes(good)
         damage(copy)
-        done = daemon.command("restore", str(copy))
-        assert (done.returncode, sentence in done.stderr) == (1, True), done.stderr
-    daemon.start()
-    assert len(history(daemon, 1)) == 200
-    assert not list(daemon.directory.glob("*restor*"))
+        with pytest.raises(OperatorError, match=sentence):
+            copies.replace(file, copy)
+    copy.touch()
+    assert (rows_of(file), sorted(tmp_path.iterdir())) == (1, before)
+
+
+def test_nothing_is_left_of_an_interrupted_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = database(tmp_path / "chatd.db")
+    partial = copies.partial_of(tmp_path / "copy.db")
+    partial.write_text("of one that was killed")
+
+    def interrupt(path: Path) -> str:
+        assert (path, path.stat().st_mode & 0o777) == (partial, 0o600)
+        assert rows_of(path) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(copies, "check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        copies.copy(file, tmp_path / "copy.db")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_no_log_of_another_database_is_played_into_a_restored_one(tmp_path: Path) -> None:
+    """chatd was killed, and its file moved away by hand: SQLite goes by the name of a log alone."""
+    file, log = database(tmp_path / "chatd.db"), tmp_path / "chatd.db-wal"
+    copies.copy(file, tmp_path / "copy.db")
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        with connection:
+            connection.execute(ADD, (7, "2026-01-01 00:00:00.000000"))
+        left = log.read_bytes()
+    assert rows_of(file) == 2
+    file.unlink()
+    log.write_bytes(left)
+    assert copies.replace(file, tmp_path / "copy.db") is None
+    assert rows_of(file) == 1
+    (kept,) = tmp_path.glob("*before-restore*")
+    assert kept.read_bytes() == left
+
+
+def test_what_a_log_beside_a_backup_holds_is_restored(tmp_path: Path) -> None:
+    """A copy of the files of a daemon that was killed, say."""
+    source, file = database(tmp_path / "source.db"), database(tmp_path / "chatd.db")
+    with closing(sqlite3.connect(source)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        with connection:
+            connection.execute(ADD, (7, "2026-01-01 00:00:00.000000"))
+        kept = copies.replace(file, source)
+    assert kept is not None
+    assert (rows_of(file), rows_of(kept)) == (2, 1)
+
+
+def test_a_daemon_that_begins_during_a_restore_loses_nothing(tmp_path: Path) -> None:
+    """It has opened the old file, and is not allowed to write to it any more."""
+    file = database(tmp_path / "chatd.db")
+    copies.copy(file, tmp_path / "copy.db")
+    with closing(sqlite3.connect(file, isolation_level=None)) as late:
+        copies.replace(file, tmp_path / "copy.db")
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            late.execute("PRAGMA journal_mode = WAL")
 
 
 def spoil(path: Path) -> None:
@@ -150,6 +223,7 @@ def execute(path: Path, statement: str) -> None:
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.write_bytes(b"no database" * 1000), "this is no database of chatd"),
+    (lambda path: path.write_bytes(b""), "this is no database of chatd"),
     (Path.unlink, "this is no database of chatd"),
     (spoil, "the file is damaged"),
     (lambda path: execute(path, "UPDATE alembic_version SET version_num = '9999'"), "version 9999, which"),
@@ -219,6 +293,16 @@ def test_a_migration_of_sqlite_begins_with_a_copy(tmp_path: Path) -> None:
     shutil.copy(copy, file)
     with closing(sqlite3.connect(file)) as back:
         assert back.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+
+
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    file = database(tmp_path / "chatd.db")
+    execute(file, "UPDATE alembic_version SET version_num = '9999'")
+    for use in (migrate, open_store):
+        with pytest.raises(ConfigError) as refused:
+            use(Database(url=f"sqlite:///{file}"))
+        assert "version 9999, which this chatd does not know. Install the newer one." in str(refused.value)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_two_nodes_migrate_at_once(postgres: PostgresServer) -> None:

@@ -9,11 +9,16 @@ from typing import Any
 
 import redis
 import trio
+from sqlalchemy import select
 
+from chatd.store import schema
+from chatd.store.commands import Delete, Notify
+from chatd.store.erasure import Erasure, export, forget
 from tests.client import connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.services import RedisServer
+from tests.test_store import bench, post
 
 SECRET = "a-word-that-is-nowhere-else"
 
@@ -26,6 +31,10 @@ def fill(daemon: Daemon) -> list[int]:
     return [*ids, theirs]
 
 
+def files_that_tell(directory: Path) -> list[Path]:
+    return [one for one in directory.glob("chatd.db*") if SECRET.encode() in one.read_bytes()]
+
+
 async def react(daemon: Daemon, user_id: int, message_id: int) -> None:
     async with login(daemon, user_id, {"1": None}) as client:
         done = await client.request("react", conversation_id=1, id=message_id, emoji="👍", on=True)
@@ -33,8 +42,8 @@ async def react(daemon: Daemon, user_id: int, message_id: int) -> None:
         assert (done["event"], read["event"]) == ("ok", "ok")
 
 
-async def test_everything_of_a_user_is_handed_out(daemons: Daemons, database_url: str, tmp_path: Path) -> None:
-    daemon = await trio.to_thread.run_sync(partial(daemons, database__url=database_url))
+async def test_everything_of_a_user_is_handed_out(daemons: Daemons, tmp_path: Path) -> None:
+    daemon = await trio.to_thread.run_sync(daemons)
     *_, theirs = await trio.to_thread.run_sync(fill, daemon)
     await react(daemon, 5, theirs)
     done = await trio.to_thread.run_sync(daemon.command, "user", "export", "5")
@@ -70,9 +79,7 @@ async def test_everything_of_a_user_is_erased(daemons: Daemons, database_url: st
         await client.send("auth", ref=1, token=old)
         assert (await client.closed())[0] == 4503
     if database_url.startswith("sqlite"):
-        file = Path(database_url.removeprefix("sqlite:///"))
-        for one in file.parent.glob(f"{file.name}*"):
-            assert SECRET.encode() not in one.read_bytes(), one
+        assert files_that_tell(Path(database_url.removeprefix("sqlite:///")).parent) == []
     again = await trio.to_thread.run_sync(daemon.command, "user", "erase", "5", "--yes", "--wait", "0")
     assert again.stdout == "Erased: 0 messages.\n"
 
@@ -115,9 +122,72 @@ async def test_what_other_services_read_is_erased_too(daemons: Daemons, redis_se
         assert [one for one in left if b"of somebody else" in one]
 
 
-def test_it_asks_first(daemons: Daemons) -> None:
-    daemon = daemons()
-    fill(daemon)
-    done = daemon.command("user", "erase", "5")
+# Beside the daemon, without one.
+
+
+async def test_what_is_said_until_connections_end_goes_too(database_url: str) -> None:
+    """`settle` returns when a daemon has ended them. Until then posts are committed."""
+    async with bench(database_url) as b:
+        await b.do(post(SECRET, user_id=5))
+
+        def settle() -> None:
+            trio.from_thread.run(b.do, post(f"{SECRET}, last words", user_id=5, conversation_id=2))
+
+        erasure = Erasure(b.store._writing, 5, None, lambda count: None)
+        assert await trio.to_thread.run_sync(erasure.run, settle) == 2
+        assert b.scalar("SELECT count(*) FROM chat_messages WHERE content IS NOT NULL") == 0
+        assert b.scalar("SELECT count(*) FROM chat_members") == 0
+
+
+async def test_what_was_still_to_be_told_is_erased(database_url: str) -> None:
+    async with bench(database_url, node="one") as b:
+        await b.do(post(SECRET, user_id=5), post("of somebody else", user_id=6))
+        told = [{"user_id": 5, "content": SECRET}, {"user_id": 6, "content": "of somebody else"}]
+        told.append({"user_id": 5, "content": None, "meta": {"note": SECRET}})
+        bodies = [json.dumps({"event": "message.created", "data": one}).encode() for one in told]
+        await b.do(*[Notify(event="message.created", body=body) for body in bodies])
+        await trio.to_thread.run_sync(Erasure(b.store._writing, 5, "two", lambda count: None).run)
+        with b.store._reading.connect() as connection:
+            outbox = b"".join(connection.scalars(select(schema.outbox.c.payloads)))
+            waiting = list(connection.scalars(select(schema.webhooks.c.body)))
+        assert SECRET.encode() not in outbox
+        assert outbox.count(b"of somebody else") == 1
+        assert outbox.count(b"message.deleted") == 1
+        assert waiting == [bodies[1]]
+
+
+async def test_what_the_user_had_deleted_is_nameless_too(database_url: str) -> None:
+    async with bench(database_url) as b:
+        (one,) = await b.do(post(SECRET, user_id=5, client_id="c1"))
+        await b.do(Delete(message_id=one.id))
+        erasure = Erasure(b.store._writing, 5, None, lambda count: None)
+        for _ in range(2):
+            assert await trio.to_thread.run_sync(erasure.run) == 0
+        assert b.scalar("SELECT client_id FROM chat_messages") is None
+        assert bytes(b.scalar("SELECT request_hash FROM chat_messages")) == bytes(16)
+        assert b.scalar("SELECT last_seq FROM chat_conversations") == 2
+
+
+async def test_nothing_is_left_in_sqlites_files_even_in_place(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/chatd.db"
+    async with bench(url) as b:
+        await b.do(*[post(f"{SECRET} {n}", user_id=5, client_id=f"{SECRET} {n}") for n in range(300)])
+        assert files_that_tell(tmp_path)
+        await trio.to_thread.run_sync(Erasure(b.store._writing, 5, None, lambda count: None).run)
+        assert forget(b.store._writing, anew=False)
+        assert files_that_tell(tmp_path) == []
+
+
+async def test_a_slow_reader_of_an_export_delays_nobody(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(*[post(f"{n}", user_id=5) for n in range(250)])
+        rows = export(b.store._writing, 5)
+        first = [next(rows), next(rows)]
+        await b.do(post("meanwhile"))
+        assert [row["table"] for row in first] == ["chat_members", "chat_messages"]
+        assert [row["content"] for row in rows] == [f"{n}" for n in range(1, 250)]
+
+
+def test_it_asks_first(tmp_path: Path) -> None:
+    done = Daemon(tmp_path).command("user", "erase", "5")
     assert (done.returncode, "Aborted" in done.stderr) == (1, True)
-    assert SECRET in daemon.get("/api/ws/conversations/1/messages").body.decode()

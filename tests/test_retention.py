@@ -14,8 +14,8 @@ from chatd.config import Config
 from chatd.config import Retention as Kept
 from chatd.retention import Retention
 from chatd.settings import Settings
-from chatd.store import reads, retention
-from chatd.store.commands import Create, Delete, Edit, React
+from chatd.store import reads, retention, scans
+from chatd.store.commands import Create, Delete, Edit, Notify, React
 from chatd.store.retention import Pruner, Rules
 from tests.client import login
 from tests.conftest import Daemons
@@ -121,6 +121,72 @@ async def test_unread_counts_only_what_is_there(database_url: str) -> None:
         assert (await snapshot_of(b, 9, None)).unread == 5
         prune(b, messages=2)
         assert (await snapshot_of(b, 9, None)).unread == 2
+
+
+async def test_what_nobody_comes_for_goes_from_the_queues(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis or webhooks were turned off, say."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    async with bench(database_url, node="one") as b:
+        for _ in range(3):
+            await b.do(post())
+        await b.do(*[Notify(event="e", body=b"{}") for _ in range(4)])
+        b.execute("UPDATE chat_webhooks SET dead = (id > 1), due_at = '2020-01-01T00:00:00.000000Z'")
+        b.execute("UPDATE chat_outbox SET created_at = '2020-01-01T00:00:00.000000Z' WHERE id < 3")
+        removed = [retention.remove_leftovers(b.store._writing) for _ in range(3)]
+        assert removed == [4, 1, 0]
+        assert b.scalar("SELECT count(*) FROM chat_outbox") == 1
+        assert b.scalar("SELECT count(*) FROM chat_webhooks") == 1
+
+
+async def test_an_answer_outlives_what_it_answers(database_url: str) -> None:
+    async with bench(database_url) as b:
+        old, answer = await b.do(post("question"), post("filler"))
+        (answer,) = await b.do(post("answer", reply_to=old.id))
+        prune(b, messages=1)
+        (left,) = (await b.store.read(reads.history, 1, None, None, 9)).messages
+        assert (left.id, left.content, left.reply_to) == (answer.id, "answer", old.id)
+        assert await b.do(Edit(message_id=answer.id, content="edited")) != ["not_found"]
+        assert await b.do(post("too late", reply_to=old.id)) == ["bad_request"]
+
+
+async def test_nothing_young_goes_because_a_clock_was_wrong(database_url: str) -> None:
+    """Old messages are looked for by halves, as if time only went forward."""
+    async with bench(database_url) as b:
+        ids = [one.id for one in await b.do(*[post(f"{n}") for n in range(9)])]
+        b.execute("UPDATE chat_messages SET created_at = '2020-01-01T00:00:00.000000Z'"
+                  f" WHERE id IN ({ids[0]}, {ids[4]}, {ids[5]})")  # fmt: skip
+        found, removed = prune(b, days=365)
+        assert (found, sum(removed)) == (3, 3)
+        assert await contents(b) == ["1", "2", "3", "6", "7", "8"]
+
+
+async def test_looking_keeps_nobody_from_writing(database_url: str) -> None:
+    """It may take long in a large database."""
+    async with bench(database_url) as b:
+        await b.do(post())
+        with scans.looking(b.store._writing) as connection:
+            assert connection.scalar(text("SELECT count(*) FROM chat_messages")) == 1
+            (more,) = await b.do(post())
+            assert more.seq == 2
+            assert connection.scalar(text("SELECT count(*) FROM chat_messages")) == 1, "as of one moment"
+
+
+async def test_the_command_waits_for_a_node_that_is_at_it(postgres_url: str) -> None:
+    async with bench(postgres_url) as b:
+        await b.do(*[post(f"{n}") for n in range(5)])
+        pruner = Pruner(b.store._writing, Rules(messages=1), patient=True)
+        pruner.find()
+        async with trio.open_nursery() as nursery:
+            with b.store._reading.begin() as other:
+                other.execute(text(f"SELECT pg_advisory_xact_lock({retention._ADVISORY_LOCK})"))
+                nursery.start_soon(trio.to_thread.run_sync, pruner.step)
+                waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                with trio.fail_after(10):
+                    while not b.scalar(waiting):
+                        await trio.sleep(0.01)
+        assert pruner.step() == 4
 
 
 async def test_one_node_at_a_time(postgres_url: str) -> None:

@@ -15,7 +15,7 @@ from chatd.errors import OperatorError
 from chatd.store import copies, schema
 from chatd.store.database import opened, require
 from chatd.store.erasure import Erasure, export, forget
-from chatd.store.retention import PAUSE, Pruner, Rules
+from chatd.store.retention import PAUSE, Pruner, Rules, remove_leftovers
 
 RELAYED_BY_ANYBODY = "maintenance"  # the node of an outbox row that no node calls its own
 
@@ -64,6 +64,8 @@ def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, d
         while (removed := pruner.step()) is not None:
             done += removed
             tell(done, all)
+            time.sleep(PAUSE)
+        while remove_leftovers(engine):
             time.sleep(PAUSE)
         return done
 

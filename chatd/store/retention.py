@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TypeVar
 
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
-from sqlalchemy import ColumnElement, Connection, Engine, delete, func, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, or_, select, text, true, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
@@ -26,6 +27,9 @@ from chatd.store.engine import is_sqlite
 from chatd.store.scans import looking
 
 BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
+LEFT_FOR = (
+    7 * 24 * 3600.0
+)  # seconds that a queue keeps what nobody comes for: Redis or webhooks were turned off
 PAUSE = 0.02  # seconds between two transactions, for everybody else
 _ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
 
@@ -103,6 +107,19 @@ class Pruner:
         return None
 
 
+def remove_leftovers(engine: Engine) -> int:
+    """Up to `BATCH` rows of either queue that help nobody any more; how many those were. Blocks."""
+    before = timestamp(datetime.now(UTC) - timedelta(seconds=LEFT_FOR))
+    outbox, webhooks = schema.outbox, schema.webhooks
+    old = select(outbox.c.id).where(outbox.c.created_at < before)
+    given_up = select(webhooks.c.id).where(webhooks.c.dead == true(), webhooks.c.due_at < before)
+    with engine.begin() as connection:
+        return sum(
+            connection.execute(delete(table).where(table.c.id.in_(found.limit(BATCH)))).rowcount
+            for table, found in ((outbox, old), (webhooks, given_up))
+        )
+
+
 class Retention:
     """The same for the daemon, in a thread. A step takes milliseconds, so no stop gives it up."""
 
@@ -119,6 +136,10 @@ class Retention:
     async def step(self, pruner: Pruner) -> int | None:
         """Raises Unavailable."""
         return await self._in_thread(pruner.step, give_up=False)
+
+    async def remove_leftovers(self) -> int:
+        """Raises Unavailable."""
+        return await self._in_thread(partial(remove_leftovers, self._engine), give_up=False)
 
     async def _in_thread(self, work: Callable[[], T], *, give_up: bool) -> T:
         try:
