@@ -6,22 +6,20 @@ the HTTP requests, flush the writer, each under a deadline; then cancel what is 
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import secrets
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from chatd import __version__, api, garbage, metrics, systemd
+from chatd import __version__, api, garbage, metrics, process, systemd
 from chatd.bus import Bus, Receiver
 from chatd.bus.intake import Intake
 from chatd.bus.memory import MemoryBus
@@ -48,9 +46,6 @@ from chatd.webhooks import Webhooks
 
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
-SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
-STATUS_PERIOD = 10.0  # seconds between two lines for `systemctl status`
-PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
 SWITCH_INTERVAL = 0.001
@@ -85,7 +80,7 @@ async def run(
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(_watch_signals, stop, reload)
+        await nursery.start(process.watch_signals, stop, reload)
         await nursery.start(writer.run)
         await nursery.start(bus.run)
         await nursery.start(parts.fanout.run)
@@ -101,10 +96,8 @@ async def run(
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         api_served = await nursery.start(api.serve, settings, chat, health, vitals, node, api_socket, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
-        nursery.start_soon(_ping_watchdog)
-        if systemd.manages():
-            nursery.start_soon(_report_to_systemd, hub, health, stop)
-        nursery.start_soon(_follow_parent, stop)
+        nursery.start_soon(process.ping_watchdog)
+        nursery.start_soon(process.follow_parent, stop)
         await nursery.start(garbage.collect, lambda: hub.ended)
         log.info(
             "ready",
@@ -114,14 +107,16 @@ async def run(
             bus="redis" if config.redis.url else "memory",
         )
         _warn_of_plaintext(config)
+        reload.begin()
         systemd.ready("serving")
+        nursery.start_soon(process.tell_status, partial(_status, hub, health, stop))
         on_ready()
 
         await stop.wait()
         log.info("stopping", connections=len(hub.connections))
         longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE
         systemd.stopping("draining", longest + 1)
-        _end_anyhow_after(longest)
+        process.end_anyhow_after(longest)
         await hub.drain()
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
         with trio.move_on_after(API_GRACE):
@@ -228,64 +223,8 @@ async def _flush(writer: Writer) -> None:
         await writer.finished.wait()
 
 
-async def _watch_signals(
-    stop: trio.Event, reload: Reload, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """The first signal asks to stop, the second ends the process at once. SIGHUP reloads the configuration."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        task_status.started()
-        asked_at = math.inf
-        async for number in signals:
-            if number == signal.SIGHUP:
-                if not stop.is_set():
-                    reload()
-                continue
-            if trio.current_time() - asked_at > SAME_SIGNAL:
-                log.warning("ended_at_once", signal=signal.Signals(number).name)
-                os._exit(1)
-            asked_at = min(asked_at, trio.current_time())
-            stop.set()
-
-
-def _end_anyhow_after(seconds: float) -> None:
-    """A thread that is stuck in a driver cannot be cancelled, and would keep the nursery open for ever."""
-
-    def end() -> None:
-        log.error("stop_took_too_long", seconds=seconds)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-
-
-async def _follow_parent(stop: trio.Event) -> None:
-    """A worker whose parent was killed ends as with SIGTERM: nobody is left to end it, or to start it again.
-
-    It asks, instead of having a signal sent (PR_SET_PDEATHSIG): that one comes when the *thread* that started a
-    process ends, and trio starts processes in threads.
-    """
-    parent = os.environ.get("CHATD_WORKER_PARENT")
-    if parent is None:
-        return
-    while os.getppid() == int(parent):  # noqa: ASYNC110  # nobody sets an event any more
-        await trio.sleep(PARENT_PERIOD)
-    log.error("parent_gone")
-    stop.set()
-
-
-async def _ping_watchdog() -> None:
-    """It proves that the loop turns, and nothing else: no restart cures a database."""
-    period = systemd.watchdog_period()
-    while period is not None:
-        systemd.notify("WATCHDOG=1")
-        await trio.sleep(period)
-
-
-async def _report_to_systemd(hub: Hub, health: api.Health, stop: trio.Event) -> None:
-    while True:
-        _, found = await health.report()
-        doing = "draining" if stop.is_set() else "serving"
-        checks = ", ".join(f"{name} {state}" for name, state in found["checks"].items())
-        systemd.status(f"{doing} {len(hub.connections)} connections; {checks}")
-        await trio.sleep(STATUS_PERIOD)
+async def _status(hub: Hub, health: api.Health, stop: trio.Event) -> str:
+    _, found = await health.report()
+    doing = "draining" if stop.is_set() else "serving"
+    checks = ", ".join(f"{name} {state}" for name, state in found["checks"].items())
+    return f"{doing} {len(hub.connections)} connections; {checks}"

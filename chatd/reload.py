@@ -21,10 +21,18 @@ class Reload:
 
     def __init__(self, settings: Settings, chat: Chat, read_again: Callable[[], Config]) -> None:
         self._settings, self._chat, self._read_again = settings, chat, read_again
+        self._serving = False
         metrics.RELOADED.set(1)
         metrics.RELOADED_AT.set(time.time())
 
+    def begin(self) -> None:
+        """The daemon is ready. Before, a reload would tell systemd that it is."""
+        self._serving = True
+
     def __call__(self) -> None:
+        if not self._serving:
+            log.warning("reload_too_early", advice="chatd has only just read its configuration")
+            return
         systemd.reloading()
         try:
             status = self._reload()
