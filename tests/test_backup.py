@@ -158,6 +158,7 @@ def test_nothing_is_left_of_an_interrupted_backup(tmp_path: Path, monkeypatch: p
     file = database(tmp_path / "chatd.db")
     partial = copies.partial_of(tmp_path / "copy.db")
     partial.write_text("of one that was killed")
+    partial.with_name(f"{partial.name}-journal").write_text("of one that was killed")
 
     def interrupt(path: Path) -> str:
         assert (path, path.stat().st_mode & 0o777) == (partial, 0o600)

@@ -41,7 +41,7 @@ def copy(source: Path, target: Path) -> None:
         raise OperatorError(f"{target}: {_reason(error)}") from error
     partial = partial_of(target)
     try:
-        partial.unlink(missing_ok=True)  # of one that was killed
+        _remove(partial)  # of one that was killed
         partial.touch(mode=PRIVATE)
         _vacuum_into(source, partial)
         check(partial)
@@ -50,10 +50,15 @@ def copy(source: Path, target: Path) -> None:
         _sync(target.absolute().parent)
     except BaseException as error:
         for file in (partial, target):
-            file.unlink(missing_ok=True)
+            _remove(file)
         if isinstance(error, sqlite3.Error | OSError):
             raise OperatorError(f"{target}: {_reason(error)}") from error
         raise
+
+
+def _remove(file: Path) -> None:
+    for suffix in ("", *COMPANIONS):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
 
 
 def partial_of(target: Path) -> Path:
@@ -94,7 +99,7 @@ def replace(target: Path, source: Path) -> Path | None:
         with _claimed(target):  # before the time is spent
             pass
     fresh = target.with_name(f"{target.name}.restoring")
-    fresh.unlink(missing_ok=True)
+    _remove(fresh)
     copy(source, fresh)  # as a database, not as a file: its newest pages may be in a log beside it
     try:
         with closing(_open(fresh)) as connection, connection:
@@ -105,7 +110,7 @@ def replace(target: Path, source: Path) -> Path | None:
     except (sqlite3.Error, OSError) as error:
         raise OperatorError(f"{target}: {_reason(error)}") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        _remove(fresh)
 
 
 def _exchange(target: Path, fresh: Path) -> Path | None:
