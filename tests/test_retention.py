@@ -222,21 +222,26 @@ async def test_the_command_tells_and_does(daemons: Daemons) -> None:
     assert (nothing.returncode, "Nothing to do" in nothing.stderr) == (1, True)
 
 
-async def test_the_daemon_does_it_by_itself(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
-) -> None:
+async def test_the_daemon_does_it_by_itself(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chatd.retention.PERIOD", 0.05)
     settings = Settings(Config())
     async with bench(database_url) as b:
         await b.do(*[post(f"{n}") for n in range(4)])
-        await nursery.start(Retention(settings, b.store.retention, first=0.0).run)
-        await trio.sleep(0.2)
-        assert len(await contents(b)) == 4, "off by default"
-        settings.change(Config(retention=Kept(messages=1)))
-        with trio.fail_after(10):
-            while len(await contents(b)) > 1:
-                await trio.sleep(0.02)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(Retention(settings, b.store.retention, first=0.0).run)
+            await trio.sleep(0.2)
+            assert len(await contents(b)) == 4, "off by default"
+            settings.change(Config(retention=Kept(messages=1)))
+            with trio.fail_after(10):
+                while len(await contents(b)) > 1:
+                    await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()
         assert await contents(b) == ["3"]
-        settings.change(Config())
-        await trio.sleep(0.2)  # what has begun is done: a read that is given up would outlive its database
-        nursery.cancel_scope.cancel()
+        await nothing_runs(b)
+
+
+async def nothing_runs(b: Bench) -> None:
+    """A search that was given up goes on in its thread, and has a connection until it ends."""
+    with trio.fail_after(10):
+        while b.store.retention._thread.borrowed_tokens:
+            await trio.sleep(0.02)
