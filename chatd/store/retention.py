@@ -27,9 +27,8 @@ from chatd.store.engine import is_sqlite
 from chatd.store.scans import looking
 
 BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
-LEFT_FOR = (
-    7 * 24 * 3600.0
-)  # seconds that a queue keeps what nobody comes for: Redis or webhooks were turned off
+# Seconds that a queue keeps what nobody comes for: Redis or webhooks were turned off.
+LEFT_FOR = 7 * 24 * 3600.0
 PAUSE = 0.02  # seconds between two transactions, for everybody else
 _ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
 
