@@ -26,9 +26,8 @@ from chatd.store.retention import Rules
 ID = click.IntRange(1, MAX_ID)
 FILE = click.Path(path_type=Path)
 LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
-GONE_AFTER = (
-    EVERY + 2.0
-)  # seconds; by then a daemon has looked whose tokens are void, and ended their connections
+# Seconds; by then a daemon has looked whose tokens are void, and ended their connections.
+GONE_AFTER = EVERY + 2.0
 WAIT_HELP = "Seconds for connections to end, until which the user can speak; 0 if chatd does not run."
 
 
