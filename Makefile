@@ -23,7 +23,7 @@ tour: $(VENV)/dev  ## three users go through every event and every route, and pr
 
 test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL, nginx and Chromium where they are missing
 	@sh tests/install.sh
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-systemd: $(VENV)/dev  ## chatd as a service of the real systemd, booted for it: as root, a minute or two
 	@sh tests/install.sh
