@@ -37,11 +37,10 @@ class Reload:
         try:
             status = self._reload()
             metrics.RELOADED.set(1)
-        except ConfigError as error:
+        except Exception as error:  # nothing that a file can hold ends a daemon that serves
             metrics.RELOADED.set(0)
-            log.error(
-                "reload_refused", mistakes=list(error.mistakes), advice="the old configuration stays in force"
-            )
+            mistakes = list(error.mistakes) if isinstance(error, ConfigError) else [repr(error)[:500]]
+            log.error("reload_refused", mistakes=mistakes, advice="the old configuration stays in force")
             status = "the configuration was not reloaded: it has mistakes"
         metrics.RELOADED_AT.set(time.time())
         systemd.ready(status)
@@ -51,8 +50,7 @@ class Reload:
         config, changed, restart = merge(self._settings.now, self._read_again())
         tokens = self._chat.tokens_of(config.auth)
         self._settings.change(config)
-        if any(key.startswith("auth.") for key in changed):
-            self._chat.use_tokens(tokens)
+        self._chat.use_tokens(tokens)  # whatever has changed: a key file may have another content
         log.info("reloaded", changed=changed)
         if restart:
             log.warning("restart_needed", keys=restart, advice="these take effect when chatd is restarted")

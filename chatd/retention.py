@@ -33,6 +33,8 @@ class Retention:
                 await self._remove_leftovers()
             except Unavailable:
                 log.warning("retention_unavailable")
+            except Exception as error:  # what is old can wait; those who chat cannot
+                log.error("retention_failed", exc_info=error)
             await trio.sleep(PERIOD)
 
     async def _prune(self, rules: retention.Rules) -> None:

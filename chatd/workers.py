@@ -83,10 +83,12 @@ class Worker:
         self.process: trio.Process | None = None
         self.ready = False
         self.status = "starting"
+        self.missed_reload = False
         self.patience = trio.CancelScope()
 
     def begin(self, process: trio.Process) -> None:
         self.process = process
+        self.missed_reload = False
         self.ready, self.status = False, "starting"
         self.patience = trio.CancelScope(deadline=trio.current_time() + START_PATIENCE)
 
@@ -97,6 +99,12 @@ class Worker:
     def give(self, seconds: float) -> None:
         """So much more time. A stop that takes long was announced: no later ping shortens it."""
         self.patience.deadline = max(self.patience.deadline, trio.current_time() + seconds)
+
+    def reload(self) -> None:
+        """Now, or once it is ready: it may have read the old configuration, and would die of the signal."""
+        self.missed_reload = not self.ready
+        if self.ready:
+            self.signal(signal.SIGHUP)
 
     def signal(self, number: int) -> None:
         if self.process is not None:
@@ -252,6 +260,8 @@ class Crew:
     def _heard(self, worker: Worker, key: str, value: str) -> None:
         if key == "READY":
             worker.ready = True
+            if worker.missed_reload:
+                worker.reload()
             worker.patience.deadline = trio.current_time() + self._watchdog
             self._welcome()
         elif key == "WATCHDOG":
@@ -295,18 +305,17 @@ class Crew:
                     self._stop_all(number)
 
     def _reload(self) -> None:
-        """The workers read the configuration by themselves; not, if it would be refused by each of them."""
+        """The workers read the configuration by themselves."""
         systemd.reloading()
         status = self._status()
         try:
             self._read_again()
-        except ConfigError as error:
-            log.error("reload_refused", mistakes=list(error.mistakes))
+        except Exception as error:  # nothing that a file can hold ends who serves
+            mistakes = list(error.mistakes) if isinstance(error, ConfigError) else [repr(error)[:500]]
+            log.error("reload_refused", mistakes=mistakes)
             status = f"the configuration was not reloaded: it has mistakes; {status}"
-        else:
-            for worker in self._workers:
-                if worker.ready:  # one that has only begun would die of it, and reads the new one anyway
-                    worker.signal(signal.SIGHUP)
+        for worker in self._workers:  # also to refuse it: the numbers are theirs
+            worker.reload()
         systemd.ready(status)
 
     def _stop_all(self, number: int) -> None:

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 import trio
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chatd.auth.tokens import Tokens
 from chatd.config import Config, Hub, Limits, Redis
@@ -167,3 +170,36 @@ def test_followers_hear_of_each_change() -> None:
     settings.change(Config(limits=Limits(connections=7)))
     assert heard == [0, 7]
     assert settings.now.limits.connections == 7
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 3000, "x = " + "1" * 5000], ids=["nested", "digits"])
+async def test_nothing_that_a_file_can_hold_ends_the_daemon(
+    started: Callable[[str], Reloaded], text: str
+) -> None:
+    daemon = started(config(OLD))
+    daemon.token = "one"
+    await trio.to_thread.run_sync(daemon.reload, text, "reload_refused")
+    assert daemon.request("GET", "/api/ws/users/1").status == 200
+
+
+async def test_a_key_that_is_replaced_in_its_file_is_taken(
+    tmp_path: Path, started: Callable[[str], Reloaded]
+) -> None:
+    """Its path has not changed: this is how a key that was stolen goes."""
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    tokens = [jwt.encode({"sub": "1", "exp": time.time() + 600}, key, algorithm="ES256") for key in keys]
+    file = tmp_path / "key.pem"
+
+    def put(key: ec.EllipticCurvePrivateKey) -> None:
+        file.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+    text = config("", rest=f'algorithms = ["ES256"]\nkey_files = ["{file}"]')
+    put(keys[0])
+    daemon = started(text)
+    async with login(daemon, 1, token=tokens[0]):
+        pass
+    put(keys[1])
+    await trio.to_thread.run_sync(daemon.reload, text)
+    async with login(daemon, 1, token=tokens[1]):
+        pass
+    assert await refusal(daemon, tokens[0]) == 4500

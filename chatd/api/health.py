@@ -29,6 +29,7 @@ class Health:
         self._stopping, self._redis = stopping, redis
         self._revision: str | None = None  # None while the database does not answer
         self._looked = -REMEMBER
+        self._look = trio.Lock()
         self._head = migrations.head()
 
     async def report(self) -> tuple[int, dict[str, Any]]:
@@ -54,14 +55,13 @@ class Health:
         return "read_only" if self._writer.failing else "ok"
 
     async def _find_revision(self) -> str | None:
-        if trio.current_time() - self._looked < REMEMBER:
-            return self._revision
-        self._looked = trio.current_time()
-        found = None
-        with trio.move_on_after(DATABASE_DEADLINE), suppress(Unavailable):
-            found = await self._read(reads.revision)
-        self._revision = found
-        return found
+        async with self._look:  # one look for all who ask
+            if trio.current_time() - self._looked >= REMEMBER:
+                found = None
+                with trio.move_on_after(DATABASE_DEADLINE), suppress(Unavailable):
+                    found = await self._read(reads.revision)
+                self._revision, self._looked = found, trio.current_time()
+        return self._revision
 
 
 def blueprint(health: Health) -> Blueprint:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -129,8 +130,10 @@ def _shared_key(secret: str) -> jwt.PyJWK:
 def _file_key(path: Path) -> tuple[str, Any]:
     """(algorithm, key) of a public key in PEM."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError
         key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         reason = error.strerror if isinstance(error, OSError) else "this is no public key in PEM"
         raise ConfigError(f"auth.key_files: {path}: {reason}.") from None
     if isinstance(key, RSAPublicKey) and key.key_size >= RSA_BITS:

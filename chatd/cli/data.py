@@ -78,8 +78,10 @@ def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
 
 
 @main.command()
-@click.option("--older-than", "days", type=click.FloatRange(0), help="Days; retention.days if not given.")
-@click.option("--keep", "messages", type=click.IntRange(0), help="Of each conversation; retention.messages.")
+@click.option("--older-than", "days", type=click.FloatRange(0, 36_500), help="Days; else retention.days.")
+@click.option(
+    "--keep", "messages", type=click.IntRange(0, MAX_ID), help="Of each room; else retention.messages."
+)
 @click.option("--dry-run", is_flag=True, help="Only say how many messages would go.")
 @with_config
 def prune(path: Path | None, days: float | None, messages: int | None, dry_run: bool) -> None:

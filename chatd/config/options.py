@@ -8,8 +8,9 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+MOST = 2**53 - 1  # what the databases and JavaScript can hold
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
 
 
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +101,7 @@ class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Retention(Struct, frozen=True, forbid_unknown_fields=True):
-    days: Annotated[float, Meta(ge=0)] = 0.0
+    days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0
     messages: Count = 0
 
 

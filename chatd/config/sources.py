@@ -38,7 +38,7 @@ def from_file(path: Path | None, found: list[str], origins: Origins) -> Data:
     except OSError as error:
         found.append(f"{path}: {error.strerror}.")
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         found.append(f"{path}: this is not TOML: {error}.")
         return {}
     loose = [key for key, value in data.items() if not isinstance(value, dict)]

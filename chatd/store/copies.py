@@ -129,9 +129,14 @@ def _exchange(target: Path, fresh: Path) -> Path | None:
 
 
 def _keep(target: Path, kept: Path) -> None:
+    """Never over another file: it may be the only copy of the database before another restore."""
     try:
         kept.hardlink_to(target)
+    except FileExistsError:
+        raise OperatorError(f"{kept} is there already: another restore is at work.") from None
     except OSError:  # not every file system can
+        if kept.exists():
+            raise OperatorError(f"{kept} is there already: another restore is at work.") from None
         target.replace(kept)
 
 

@@ -59,8 +59,9 @@ class Erasure:
         settle()
         count = self._delete_messages()
         self._take_back_reactions()
-        for table in (schema.reactions, schema.reads, schema.members):
+        for table in (schema.reactions, schema.reads):
             self._remove_rows(table)
+        self._remove_rows(schema.members, schema.members.c.state != State.BANNED.value)
         self._clean_outbox()
         self._clean_webhooks()
         return count
@@ -118,9 +119,9 @@ class Erasure:
         id, place = row["message_id"], row["chat_conversation_id"]
         return React(message_id=id, conversation_id=place, user_id=self._user_id, emoji=row["emoji"], on=False)
 
-    def _remove_rows(self, table: Table) -> None:
+    def _remove_rows(self, table: Table, *where: ColumnElement[bool]) -> None:
         key = tuple_(*table.primary_key)
-        for rows in self._pages(table):
+        for rows in self._pages(table, *where):
             with self._engine.begin() as connection:
                 connection.execute(delete(table).where(key.in_([tuple(row.values()) for row in rows])))
 
