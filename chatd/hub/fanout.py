@@ -350,12 +350,12 @@ class Fanout:
 
     async def _find_missing(self, room: Room) -> Repaired | StartOver:
         assert room.head is not None
-        early = set(room.ahead)
-        changes, found = await self._read(reads.missing, room.conversation_id, room.head)
+        early, after = set(room.ahead), room.head
+        changes, found = await self._read(reads.missing, room.conversation_id, after)
         metrics.GAP_FILLS.inc()
         if found is None or found.seq <= room.head:
             return Repaired(room, changes, early)
-        if changes and changes[0].seq == room.head + 1:
+        if changes and changes[0].seq == after + 1:  # of what was asked for: the head may have moved on
             return Repaired(room, changes, early)
         return StartOver(room, found.seq)  # too many, or retention has cut the log meanwhile
 
