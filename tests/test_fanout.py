@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,30 @@ async def test_a_hole_that_fills_by_itself_is_not_read(
         await wait_all_tasks_blocked()  # the fanout has seen the hole before it is filled
     await repairs.heard(1, 2, 3, 4)
     await trio.sleep(0.3)  # longer than a hole is waited for
+
+
+async def test_a_hole_that_fills_while_it_is_read_starts_nobody_over(
+    repairs: Repairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read begins below the head of then: the rest of it is what follows."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        asked.set()
+        go_on.wait(3)
+        return missing(*arguments)
+
+    missing = reads.missing
+    monkeypatch.setattr(reads, "missing", slowly)
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.heard(*range(1, 201))
+    repairs.fanout.changes([repairs.changes[203]])
+    assert await trio.to_thread.run_sync(asked.wait, 3)
+    repairs.fanout.changes(repairs.changes[200:203])
+    await repairs.heard(*range(1, 205))
+    go_on.set()
+    await repairs.heard(*range(1, 401))
+    assert not repairs.ear.resynced
 
 
 async def test_more_than_can_be_pushed_makes_everybody_start_over(repairs: Repairs) -> None:
