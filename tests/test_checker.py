@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from copy import deepcopy
@@ -23,6 +24,7 @@ from tests.faults.history import (
     Kind,
     Logged,
     Outcome,
+    Past,
     Seen,
     Stored,
     Unsubscribed,
@@ -33,7 +35,10 @@ EVENTS = {"created": "message", "edited": "message.updated", "deleted": "message
 
 
 class World:
-    """A chat that does everything right, one step after the other; each step takes a second."""
+    """A chat that does everything right, one step after the other; each step takes a second.
+
+    Its database can go back to a copy of itself, after which ids and seqs are given out a second time.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,6 +50,10 @@ class World:
         }
         self.live: set[int] = set()
         self.removed: set[int] = set()
+        self.marks = itertools.count(1)
+        self.held: dict[int, str | None] = {}  # the mark that goes with a client's cursor
+        self.past: list[Past] = []
+        self.began_with = 0  # the head of the room when the database last went back
 
     def tick(self) -> float:
         self.now += 1.0
@@ -78,20 +87,30 @@ class World:
     def _change(self, kind: Kind, row: Stored, body: str, logged: str) -> None:
         began, ended = self.tick(), self.tick()
         seq = self.room.last_seq + 1
-        self.attempts.append(Attempt(kind, 1, ADA, body, began, ended, Outcome.OK, row.id, seq))
+        self.attempts.append(
+            Attempt(kind, 1, ADA, body, began, ended, Outcome.OK, row.id, seq, of=row.client_id or "")
+        )
         self._log(logged, row)
 
     def _log(self, kind: str, row: Stored) -> None:
         self.room.last_seq += 1
-        entry = Logged(self.room.last_seq, kind, row.id)
+        entry = Logged(self.room.last_seq, kind, row.id, f"mark {next(self.marks)}")
         self.room.log.append(entry)
         for user in sorted(self.live):
             self.clients[user].records.append(Heard(self.now, 1, self._seen(entry)))
-            self.clients[user].cursors[1] = entry.seq
+            self._moved(user)
+
+    def _moved(self, user: int) -> None:
+        """The client has everything."""
+        self.clients[user].cursors[1], self.held[user] = self.room.last_seq, self.mark
+
+    @property
+    def mark(self) -> str | None:
+        return self.room.log[-1].mark if self.room.log else None
 
     def _seen(self, entry: Logged) -> Seen:
         row = self.room.messages[entry.id - 1]
-        return Seen(entry.seq, entry.id, EVENTS[entry.kind], row.content)
+        return Seen(entry.seq, entry.id, EVENTS[entry.kind], row.content, row.client_id, entry.mark)
 
     def remove(self, user: int = MEMBER, outcome: Outcome = Outcome.OK) -> None:
         self._member(Kind.REMOVE, user, outcome)
@@ -119,11 +138,49 @@ class World:
             client.records.append(Unsubscribed(self.now, 1, "not_found"))
             client.cursors.pop(1, None)
             return
-        after = client.cursors.get(1)
-        missed = [] if after is None else [self._seen(entry) for entry in self.room.log[after:]]
-        client.records.append(Answered(self.now, 1, after, True, self.room.last_seq, missed))
-        client.cursors[1] = self.room.last_seq
+        self._answer(user, client.cursors.get(1))
         self.live.add(user)
+
+    def _answer(self, user: int, after: int | None, *, asked: bool = True) -> None:
+        if after is None or self.knows(user, after):
+            recovered, changes = True, [] if after is None else list(map(self._seen, self.room.log[after:]))
+        else:
+            created = [entry for entry in self.room.log if entry.kind == "created"][-50:]
+            recovered, changes = False, [self._as_created(entry) for entry in created]
+        record = Answered(self.now, 1, after, recovered, self.room.last_seq, changes, asked, self.mark)
+        self.clients[user].records.append(record)
+        self._moved(user)
+
+    def knows(self, user: int, after: int) -> bool:
+        """Whether what the client has is of this history."""
+        return after <= self.room.last_seq and (after == 0 or self.room.log[after - 1].mark == self.held[user])
+
+    def _as_created(self, entry: Logged) -> Seen:
+        seen = self._seen(entry)
+        seen.event, seen.mark = "message.deleted" if seen.body is None else "message", None
+        return seen
+
+    # What an operator does.
+
+    def copy(self) -> tuple[Conversation, set[int]]:
+        return deepcopy((self.room, self.removed))
+
+    def go_back(self, copy: tuple[Conversation, set[int]], *, told: bool = True) -> None:
+        """Those who are there and have something that is gone are told, or should be."""
+        self.past.append(Past(self.tick(), self.tick(), [self.room], [deepcopy(copy[0])]))
+        self.room, self.removed = deepcopy(copy)
+        self.began_with = self.room.last_seq
+        for user in sorted(self.live):
+            if user in self.removed:
+                self.clients[user].records.append(Unsubscribed(self.now, 1, "not_found"))
+                self.live.discard(user)
+                self.clients[user].cursors.pop(1, None)
+            elif told and not self.knows(user, cursor := self.clients[user].cursors[1]):
+                self._answer(user, cursor, asked=False)
+            elif told:  # the copy may be newer than the history that it ends
+                missed = (Heard(self.now, 1, self._seen(entry)) for entry in self.room.log[cursor:])
+                self.clients[user].records += missed
+                self._moved(user)
 
     def go(self, user: int) -> None:
         self.clients[user].records.append(Disconnected(self.tick(), 0))
@@ -132,7 +189,7 @@ class World:
     def end(self) -> History:
         for user in sorted({ADA, GRACE_, MEMBER} - self.live - self.removed):
             self.come(user)
-        return History(self.attempts, list(self.clients.values()), [self.room], self.tick())
+        return History(self.attempts, list(self.clients.values()), [self.room], self.tick(), self.past)
 
 
 def plain() -> World:
@@ -333,6 +390,180 @@ def test_what_is_planted_is_found(plant: Callable[[History], str]) -> None:
     assert expected in names(verdict)
 
 
+# A database that goes back in time: ADA and GRACE_ have something that is gone then, MEMBER has not.
+
+
+def gone_back(*, told: bool = True, proves: bool = True) -> World:
+    """ADA stays. GRACE_ comes back when the new history has passed her cursor. MEMBER comes back with a cursor
+    from before the copy was taken.
+    """
+    world = World()
+    for user in (ADA, GRACE_, MEMBER):
+        world.clients[user].proves = proves
+        world.come(user)
+    kept = world.post("kept")
+    world.go(MEMBER)
+    world.post("kept, too")
+    copy = world.copy()
+    for number in range(3):
+        world.post(f"gone {number}")
+    world.edit(kept, "an edit that is gone")
+    world.go(GRACE_)
+    world.go_back(copy, told=told)
+    for number in range(6):
+        row = world.post(f"new {number}")
+    world.edit(row, "an edit that stays")
+    world.come(MEMBER)
+    if told:
+        world.come(GRACE_)
+    return world
+
+
+def answers(history: History, user: int) -> list[Answered]:
+    return [record for record in _client(history, user).records if isinstance(record, Answered)]
+
+
+def test_what_is_lost_with_the_database_is_counted_and_no_anomaly() -> None:
+    history = gone_back().end()
+    verdict = check(history)
+    assert (verdict.valid, verdict.anomalies) == (True, [])
+    assert verdict.gone == 4
+    assert [(a.recovered, a.asked) for a in answers(history, ADA)] == [(True, True), (False, False)]
+    assert [a.recovered for a in answers(history, GRACE_)] == [True, False]
+    assert [a.recovered for a in answers(history, MEMBER)] == [True, True]
+
+
+def resume_by_number(history: History) -> str:
+    """A server that does not look at the mark."""
+    new = _client(history, ADA).records[-7:]
+    answer = answers(history, GRACE_)[-1]
+    after = answer.after or 0
+    answer.recovered, answer.changes = (
+        True,
+        [r.seen for r in new if isinstance(r, Heard) and r.seen.seq > after],
+    )
+    return "moved-silently"
+
+
+def resume_from_beyond_the_head(history: History) -> str:
+    answer = answers(history, GRACE_)[-1]
+    answer.recovered, answer.seq, answer.changes = True, (answer.after or 0) - 1, []
+    answer.mark = None
+    return "moved-silently"
+
+
+def drop_what_is_numbered_again(history: History) -> str:
+    """A server whose head stays where it was: who is there hears nothing until the new history passes it."""
+    records = _client(history, ADA).records
+    told = answers(history, ADA)[-1]
+    head = told.after or 0
+    first = records.index(told)
+    kept = [r for r in records[first + 1 :] if isinstance(r, Heard) and r.seen.seq > head]
+    _client(history, ADA).records = [*records[:first], *kept]
+    return "moved-silently"
+
+
+def leave_somebody_in_the_old(history: History) -> str:
+    client = _client(history, GRACE_)
+    client.records = client.records[:-2]
+    client.cursors[1] = history.final[0].last_seq
+    return "unseen"
+
+
+def start_everybody_over(history: History) -> str:
+    answer = answers(history, MEMBER)[-1]
+    answer.recovered, answer.changes = False, []
+    return "needless-reset"
+
+
+def lose_what_is_new(history: History) -> str:
+    room = history.final[0]
+    room.messages = [row for row in room.messages if row.client_id != "new 2"]
+    return "lost-write"
+
+
+def lose_what_the_copy_held(history: History) -> str:
+    room = history.final[0]
+    room.messages = [row for row in room.messages if row.client_id != "kept"]
+    return "lost-write"
+
+
+def acknowledge_into_the_old(history: History) -> str:
+    """A server that writes into a file that is gone, long after it should have noticed."""
+    _post(history, "gone 1").invoked = history.past[0].until + 1
+    return "lost-write"
+
+
+def give_a_wrong_mark(history: History) -> str:
+    heard(history)[-1].seen.mark = "another"
+    return "inconsistent-seq"
+
+
+def leave_a_hole_in_the_old(history: History) -> str:
+    del history.past[0].held[0].log[2]
+    return "seq-hole"
+
+
+def hear_what_is_in_no_history(history: History) -> str:
+    heard(history)[3].seen.client_id = "nobody's"
+    return "inconsistent-seq"
+
+
+GOING_BACK = [
+    resume_by_number, resume_from_beyond_the_head, drop_what_is_numbered_again, leave_somebody_in_the_old,
+    start_everybody_over, lose_what_is_new, lose_what_the_copy_held, acknowledge_into_the_old,
+    give_a_wrong_mark, leave_a_hole_in_the_old, hear_what_is_in_no_history,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plant", GOING_BACK, ids=lambda plant: plant.__name__)
+def test_what_is_planted_into_a_history_that_goes_back_is_found(plant: Callable[[History], str]) -> None:
+    history = gone_back().end()
+    expected = plant(history)
+    verdict = check(history)
+    assert verdict.valid is False
+    assert expected in names(verdict)
+
+
+def test_who_stays_and_is_not_told_is_seen() -> None:
+    verdict = check(gone_back(told=False).end())
+    assert "moved-silently" in names(verdict)
+
+
+def test_a_mere_number_is_not_protected_but_who_stays_is_told_all_the_same() -> None:
+    history = gone_back(proves=False).end()
+    resume_by_number(history)
+    assert check(history).valid
+    drop_what_is_numbered_again(history)
+    assert "moved-silently" in names(check(history))
+
+
+def test_a_room_that_lost_nothing_starts_nobody_over() -> None:
+    world = World()
+    for user in (ADA, GRACE_):
+        world.come(user)
+    world.post("kept")
+    world.go_back(world.copy())
+    world._answer(ADA, 1, asked=False)
+    answers(history := world.end(), ADA)[-1].recovered = False
+    assert "needless-reset" in names(check(history))
+
+
+def test_a_removal_that_the_database_forgot_is_no_leak() -> None:
+    world = World()
+    world.come(ADA)
+    world.come(MEMBER)
+    world.post("one")
+    copy = world.copy()
+    world.remove()
+    world.post("two")
+    world.go_back(copy)
+    world.come(MEMBER)
+    world.post("three")
+    world.add()
+    assert check(world.end()).anomalies == []
+
+
 # What may happen, and is no anomaly.
 
 
@@ -417,7 +648,8 @@ def test_without_an_acknowledgement_nothing_is_known() -> None:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["post", "retry", "edit", "delete", "come", "go", "remove", "add"]), st.integers(0, 9)
+        st.sampled_from(["post", "retry", "edit", "delete", "come", "go", "remove", "add", "copy", "go back"]),
+        st.integers(0, 9),
     ),
     min_size=5,
     max_size=60,
@@ -428,8 +660,11 @@ def play(steps: list[tuple[str, int]]) -> World:
     world = World()
     world.come(ADA)
     world.post("first")
+    copies = [world.copy()]
     for number, (step, choice) in enumerate(steps):
-        readable = [row for row in world.room.messages if row.content is not None]
+        # A backend whose database went back has forgotten what it posted before.
+        known = [row for row in world.room.messages if row.seq > world.began_with]
+        readable = [row for row in known if row.content is not None]
         user = (ADA, GRACE_, MEMBER)[choice % 3]
         match step:
             case "post":
@@ -448,6 +683,10 @@ def play(steps: list[tuple[str, int]]) -> World:
                 world.remove()
             case "add":
                 world.add()
+            case "copy":
+                copies.append(world.copy())
+            case "go back":
+                world.go_back(copies[choice % len(copies)])
     return world
 
 
@@ -457,6 +696,28 @@ def test_whatever_a_right_chat_does_is_valid(steps: list[tuple[str, int]]) -> No
     verdict = check(play(steps).end())
     assert verdict.anomalies == []
     assert verdict.valid
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, 4), st.integers(0, 8), st.booleans())
+def test_who_is_moved_to_another_history_and_not_told_is_always_seen(
+    steps: list[tuple[str, int]], gone: int, new: int, stays: bool
+) -> None:
+    world = play(steps)
+    if ADA not in world.live:
+        world.come(ADA)
+    copy = world.copy()
+    for number in range(gone):
+        world.post(f"gone {number}")
+    if not stays:
+        world.go(ADA)
+    world.go_back(copy, told=False)
+    world.knows = lambda user, after: after <= world.room.last_seq  # type: ignore[method-assign]
+    for number in range(gone + new if not stays else new):
+        world.post(f"new {number}")
+    verdict = check(world.end())
+    assert verdict.valid is False
+    assert names(verdict) & {"moved-silently", "unseen"}
 
 
 MUTATIONS = ("drop", "double", "swap", "forget a row", "another ack", "drop from the log")
@@ -472,7 +733,9 @@ def test_one_wrong_step_is_always_seen(
     world.post("last")
     history = world.end()
     records = _client(history, ADA).records
-    places = [n for n, record in enumerate(records) if isinstance(record, Heard)]
+    # What was dropped just before she had to start over, nobody can know.
+    told = [n for n, r in enumerate(records) if isinstance(r, Answered) and not r.recovered]
+    places = [n for n, r in enumerate(records) if isinstance(r, Heard) and n > max(told, default=0)]
     # Somebody heard the last two: ADA, unless she was away; then there is nothing of hers to spoil.
     if mutation in ("drop", "double", "swap") and len(places) < 2:
         return

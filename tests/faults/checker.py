@@ -3,13 +3,15 @@
     lost-write, ack-disagrees, duplicate-write, failed-visible, phantom     requests against the database
     duplicate-seq, seq-hole                                                 the log of a conversation
     realtime-order                                                          who was answered first comes first
-    skip, duplicate-receive, nonmonotonic-receive, needless-reset           what one client was given
+    skip, duplicate-receive, nonmonotonic-receive, moved-silently,
+    needless-reset                                                          what one client was given
     delivered-not-durable, inconsistent-seq                                 what all were given
     leak                                                                    who may not hear it
     unseen                                                                  who has not everything in the end
 
 A request without an answer is *unknown*: it may have happened, or not, or happen yet. None of these takes it
-for a failure.
+for a failure. Where the database went back in time (`Past`), what was acknowledged before and is gone was lost
+with the database: it is counted and is no anomaly. Each history must be sound by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
 
+from tests.faults.facts import Facts, Operation, Truth
 from tests.faults.history import (
     Answered,
     Attempt,
@@ -30,25 +33,10 @@ from tests.faults.history import (
     Kind,
     Outcome,
     Seen,
-    Stored,
-    Unsubscribed,
 )
+from tests.faults.readers import Anomaly, Reader
 
 GRACE = 1.0  # seconds that a removal has to take effect (G6)
-REPLAY_CHANGES = 300  # missed changes that are always made up for
-REPLAY_BYTES = 200 * 1024  # of one room, and
-READY_BYTES = 400 * 1024  # of all rooms of one answer: below the protocol's bounds, for we only guess the bytes
-CHANGE_BYTES = 250  # of a change without its content
-EVENTS = {"created": "message", "edited": "message.updated", "deleted": "message.deleted"}
-
-
-class Anomaly(Struct):
-    """`at` is when it shows, on the clock of the history."""
-
-    name: str
-    conversation: int
-    at: float
-    sentence: str
 
 
 class Verdict(Struct):
@@ -64,6 +52,7 @@ class Verdict(Struct):
     resumed: int = 0
     started_over: int = 0
     removed: int = 0  # members
+    gone: int = 0  # acknowledged, and lost with the database when it went back
 
     @property
     def counts(self) -> Counter[str]:
@@ -91,9 +80,14 @@ def check(history: History) -> Verdict:
         failed=outcomes[Outcome.FAIL],
         removed=sum(a.kind is Kind.REMOVE and a.outcome is Outcome.OK for a in history.attempts),
     )
+    verdict.gone = sum(_gone(facts, op, ack) for op in facts.operations for ack in op.acks)
     for client in history.clients:
         _count(client, verdict)
     return verdict
+
+
+def _gone(facts: Facts, op: Operation, ack: Attempt) -> bool:
+    return op.kind not in (Kind.ADD, Kind.REMOVE) and facts.home(op, ack) not in (None, facts.final)
 
 
 def _count(client: Client, verdict: Verdict) -> None:
@@ -110,81 +104,73 @@ def _count(client: Client, verdict: Verdict) -> None:
                 verdict.resumed += 1
 
 
-class Operation:
-    """All attempts of one request. `began` is the first: from then on it may have happened."""
-
-    def __init__(self, attempts: Sequence[Attempt]) -> None:
-        self.attempts = attempts
-        first = attempts[0]
-        self.kind, self.conversation, self.user, self.body = (
-            first.kind,
-            first.conversation,
-            first.user,
-            first.body,
-        )
-        self.began = min(attempt.invoked for attempt in attempts)
-        self.acks = [attempt for attempt in attempts if attempt.outcome is Outcome.OK]
-        self.acknowledged = min((attempt.ended for attempt in self.acks), default=None)
-        self.refused = all(attempt.outcome is Outcome.FAIL for attempt in attempts)
-
-
-class Facts:
-    """A history, looked up from all sides."""
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-        self.operations = _operations(history.attempts)
-        self.conversations = {conversation.id: conversation for conversation in history.final}
-        self.posts = {op.body: op for op in self.operations if op.kind is Kind.POST}
-        self.rows = {row.id: row for place in history.final for row in place.messages}
-        self.place = {row.id: place.id for place in history.final for row in place.messages}
-        self.log = {
-            (place.id, entry.seq): (EVENTS[entry.kind], entry.id)
-            for place in history.final
-            for entry in place.log
-        }
-        # Everything that a message may ever have said.
-        self.bodies: dict[int, set[str | None]] = defaultdict(set)
-        for op in self.operations:
-            for attempt in op.attempts:
-                if op.kind is Kind.EDIT:
-                    self.bodies[attempt.id].add(op.body)
-                elif op.kind is Kind.DELETE:
-                    self.bodies[attempt.id].add(None)
-        for row in self.rows.values():
-            if row.client_id is not None:
-                self.bodies[row.id].add(row.client_id)  # a post's body is its client_id
-            if row.content is None:
-                self.bodies[row.id].add(None)
-
-
-def _operations(attempts: Sequence[Attempt]) -> list[Operation]:
-    grouped: dict[tuple[Kind, int, str], list[Attempt]] = defaultdict(list)
-    for attempt in attempts:
-        grouped[attempt.kind, attempt.conversation, attempt.body].append(attempt)
-    return [Operation(sorted(group, key=lambda attempt: attempt.invoked)) for group in grouped.values()]
-
-
 # Requests against the database.
 
 
 def writes(facts: Facts) -> Iterator[Anomaly]:
     for op in facts.operations:
-        if op.kind is Kind.POST:
-            yield from _post(facts, op)
-        elif op.kind in (Kind.EDIT, Kind.DELETE):
-            yield from _change(facts, op)
+        for ack in op.acks:
+            if op.kind is Kind.POST and facts.home(op, ack) is None:
+                yield _missing_post(facts, op, ack)
+            elif op.kind in (Kind.EDIT, Kind.DELETE) and facts.home(op, ack) is None:
+                yield Anomaly(
+                    "lost-write", op.conversation, ack.ended,
+                    f"{op.body!r} was acknowledged as seq {ack.seq}; the log has"
+                    f" {facts.final.log.get((op.conversation, ack.seq))} there",
+                )  # fmt: skip
+    yield from _copies(facts)
+    yield from _two_answers(facts)
     yield from _shared(facts)
-    for conversation in facts.conversations.values():
-        yield from _rows(facts, conversation)
+    seen: set[tuple[str, str]] = set()
+    for truth in reversed(facts.truths):
+        for conversation in truth.conversations.values():
+            for anomaly in _rows(facts, truth, conversation):
+                if (anomaly.name, anomaly.sentence) not in seen:  # histories begin alike
+                    seen.add((anomaly.name, anomaly.sentence))
+                    yield anomaly
+
+
+def _copies(facts: Facts) -> Iterator[Anomaly]:
+    """Where the database went back, it still has everything that the copy held."""
+    for past, after in zip(facts.history.past, facts.truths[1:], strict=True):
+        copy = Truth(0, past.copy, past.until)
+        for place, conversation in copy.conversations.items():
+            for entry in conversation.log:
+                if copy.change(place, entry.seq) != after.change(place, entry.seq):
+                    yield Anomaly(
+                        "lost-write", place, past.until,
+                        f"the copy held seq {entry.seq} as {copy.change(place, entry.seq)},"
+                        f" what followed has {after.change(place, entry.seq)} there",
+                    )  # fmt: skip
+
+
+def _missing_post(facts: Facts, op: Operation, ack: Attempt) -> Anomaly:
+    row = facts.final.rows.get(ack.id)
+    what = f"{op.body!r} was acknowledged as id {ack.id}, seq {ack.seq}"
+    if row is None or row.client_id != op.body or facts.final.place[ack.id] != op.conversation:
+        return Anomaly("lost-write", op.conversation, ack.ended, f"{what}; the database has it not")
+    return Anomaly("ack-disagrees", op.conversation, ack.ended, f"{what}; the database has it as {row.seq}")
+
+
+def _two_answers(facts: Facts) -> Iterator[Anomaly]:
+    """One post was acknowledged twice, as two different messages of one history."""
+    for op in facts.operations:
+        if op.kind is Kind.POST and len(op.acks) > 1:
+            homes = {(ack.id, ack.seq): facts.home(op, ack) for ack in op.acks}
+            if len(homes) > len(set(map(id, homes.values()))):
+                yield Anomaly(
+                    "ack-disagrees", op.conversation, op.acks[-1].ended,
+                    f"{op.body!r} was acknowledged as {[(ack.id, ack.seq) for ack in op.acks]}",
+                )  # fmt: skip
 
 
 def _shared(facts: Facts) -> Iterator[Anomaly]:
-    """Two requests cannot have been the same change."""
-    owners: dict[tuple[int, int], Operation] = {}
+    """Two requests cannot have been the same change of one history."""
+    owners: dict[tuple[int, int, int], Operation] = {}
     for op in facts.operations:
         for ack in op.acks:
-            owner = owners.setdefault((op.conversation, ack.seq), op)
+            home = facts.home(op, ack) or facts.final
+            owner = owners.setdefault((home.bit, op.conversation, ack.seq), op)
             if ack.seq and owner is not op:
                 yield Anomaly(
                     "ack-disagrees", op.conversation, ack.ended,
@@ -192,42 +178,10 @@ def _shared(facts: Facts) -> Iterator[Anomaly]:
                 )  # fmt: skip
 
 
-def _post(facts: Facts, op: Operation) -> Iterator[Anomaly]:
-    for ack in op.acks:
-        row = facts.rows.get(ack.id)
-        if row is None or row.client_id != op.body or facts.place[ack.id] != op.conversation:
-            yield Anomaly(
-                "lost-write", op.conversation, ack.ended,
-                f"{op.body!r} was acknowledged as id {ack.id}, seq {ack.seq}; the database has it not",
-            )  # fmt: skip
-        elif row.seq != ack.seq:
-            yield Anomaly(
-                "ack-disagrees", op.conversation, ack.ended,
-                f"{op.body!r} was acknowledged as seq {ack.seq}; the database has it as {row.seq}",
-            )  # fmt: skip
-    if len({(ack.id, ack.seq) for ack in op.acks}) > 1:
-        yield Anomaly(
-            "ack-disagrees", op.conversation, op.acks[-1].ended,
-            f"{op.body!r} was acknowledged as {[(ack.id, ack.seq) for ack in op.acks]}",
-        )  # fmt: skip
-
-
-def _change(facts: Facts, op: Operation) -> Iterator[Anomaly]:
-    event = "message.updated" if op.kind is Kind.EDIT else "message.deleted"
-    for ack in op.acks:
-        if facts.log.get((op.conversation, ack.seq)) != (event, ack.id):
-            yield Anomaly(
-                "lost-write", op.conversation, ack.ended,
-                f"{op.body!r} was acknowledged as seq {ack.seq}; the log has"
-                f" {facts.log.get((op.conversation, ack.seq))} there",
-            )  # fmt: skip
-
-
-def _rows(facts: Facts, conversation: Conversation) -> Iterator[Anomaly]:
-    times = {id: op.began for op in facts.posts.values() for id in (ack.id for ack in op.acks)}
+def _rows(facts: Facts, truth: Truth, conversation: Conversation) -> Iterator[Anomaly]:
     keys = Counter((row.user, row.client_id) for row in conversation.messages if row.client_id is not None)
     for row in conversation.messages:
-        at = times.get(row.id, facts.history.settled)
+        at = min(truth.until, facts.history.settled)
         op = facts.posts.get(row.client_id or "")
         if row.client_id is not None and keys[row.user, row.client_id] > 1:
             yield Anomaly(
@@ -241,126 +195,63 @@ def _rows(facts: Facts, conversation: Conversation) -> Iterator[Anomaly]:
 
 
 def logs(facts: Facts) -> Iterator[Anomaly]:
-    for conversation in facts.conversations.values():
-        seqs = Counter(entry.seq for entry in conversation.log)
-        at = facts.history.settled
-        for seq, times in seqs.items():
-            if times > 1:
-                yield Anomaly("duplicate-seq", conversation.id, at, f"seq {seq} is in the log {times} times")
-        holes = set(range(1, conversation.last_seq + 1)) ^ seqs.keys()
-        if holes:
-            yield Anomaly(
-                "seq-hole", conversation.id, at,
-                f"the log of 1 to {conversation.last_seq} has no or a wrong seq {sorted(holes)[:10]}",
-            )  # fmt: skip
+    for truth in facts.truths:
+        at = min(truth.until, facts.history.settled)
+        for conversation in truth.conversations.values():
+            yield from _log(conversation, at)
+
+
+def _log(conversation: Conversation, at: float) -> Iterator[Anomaly]:
+    seqs = Counter(entry.seq for entry in conversation.log)
+    for seq, times in seqs.items():
+        if times > 1:
+            yield Anomaly("duplicate-seq", conversation.id, at, f"seq {seq} is in the log {times} times")
+    holes = set(range(1, conversation.last_seq + 1)) ^ seqs.keys()
+    if holes:
+        yield Anomaly(
+            "seq-hole", conversation.id, at,
+            f"the log of 1 to {conversation.last_seq} has no or a wrong seq {sorted(holes)[:10]}",
+        )  # fmt: skip
 
 
 # Order.
 
 
 def real_time(facts: Facts) -> Iterator[Anomaly]:
-    """What was answered before another was asked for has the lower seq."""
-    by_place: dict[int, list[tuple[float, int, int, str]]] = defaultdict(list)
-    rows = {row.client_id: row for row in facts.rows.values() if row.client_id is not None}
+    """What was answered before another was asked for has the lower seq, in the same history."""
+    for truth in facts.truths:
+        for conversation, events in _events(facts, truth).items():
+            yield from _out_of_order(conversation, events)
+
+
+def _events(facts: Facts, truth: Truth) -> dict[int, list[tuple[float, int, int, str]]]:
+    """By conversation: (when, whether it is a beginning, seq, body)"""
+    found: dict[int, list[tuple[float, int, int, str]]] = defaultdict(list)
+    rows = {row.client_id: row for row in truth.rows.values() if row.client_id is not None}
     for op in facts.operations:
+        acks = [ack for ack in op.acks if facts.home(op, ack) in (None, truth) or truth.holds(op, ack)]
         if op.kind is Kind.POST and op.body in rows:
             seq = rows[op.body].seq
-        elif op.kind in (Kind.EDIT, Kind.DELETE) and op.acks:
-            seq = op.acks[0].seq
+        elif op.kind in (Kind.EDIT, Kind.DELETE) and acks:
+            seq = acks[0].seq
         else:
             continue
-        events = by_place[op.conversation]
-        events.append((op.began, 1, seq, op.body))
-        if op.acknowledged is not None:
-            events.append((op.acknowledged, 0, seq, op.body))
-    for conversation, events in by_place.items():
-        highest, whose = 0, ""
-        for at, begins, seq, body in sorted(events, key=lambda event: (event[0], -event[1])):
-            if begins and seq < highest:
-                yield Anomaly(
-                    "realtime-order", conversation, at,
-                    f"{body!r} was asked for after {whose!r} had been answered as seq {highest}, and is {seq}",
-                )  # fmt: skip
-            elif not begins and seq > highest:
-                highest, whose = seq, body
+        found[op.conversation].append((op.began, 1, seq, op.body))
+        if acks:
+            found[op.conversation].append((min(ack.ended for ack in acks), 0, seq, op.body))
+    return found
 
 
-# What one client was given.
-
-
-class Reader:
-    """One client, followed over all that it was given: where that leaves it, and what was wrong on the way."""
-
-    def __init__(self, facts: Facts, client: Client) -> None:
-        self._facts, self.client = facts, client
-        self._cursors: dict[int, int] = {}
-        self.anomalies = list(self._follow())
-
-    def reached(self, place: int) -> int:
-        """What it was given, whatever it takes itself to have."""
-        return min(self._cursors.get(place, 0), self.client.cursors[place])
-
-    def _follow(self) -> Iterator[Anomaly]:
-        for record in self.client.records:
-            match record:
-                case Heard():
-                    yield from self._heard(record)
-                case Answered():
-                    yield from self._answered(record)
-                case Unsubscribed():
-                    self._cursors.pop(record.conversation, None)
-
-    def _heard(self, record: Heard) -> Iterator[Anomaly]:
-        place, seq = record.conversation, record.seen.seq
-        cursor = self._cursors.get(place)
-        if cursor is None:
-            yield self._anomaly("skip", record, f"was given seq {seq} before any answer")
-        elif seq == cursor:
-            yield self._anomaly("duplicate-receive", record, f"was given seq {seq} twice")
-        elif seq < cursor:
-            yield self._anomaly("nonmonotonic-receive", record, f"was given seq {seq} after {cursor}")
-        elif seq > cursor + 1:
-            yield self._anomaly("skip", record, f"was given seq {seq} after {cursor}")
-        self._cursors[place] = max(seq, cursor or 0)
-
-    def _answered(self, record: Answered) -> Iterator[Anomaly]:
-        place, cursor = record.conversation, self._cursors.get(record.conversation)
-        after = record.after if record.asked else cursor
-        if record.asked and after is not None and after > (cursor or 0):
-            yield self._anomaly("skip", record, f"has {after} and was given {cursor}")
-        elif record.recovered and after is not None:
-            got = [seen.seq for seen in record.changes]
-            if got != list(range(after + 1, record.seq + 1)):
-                yield self._anomaly(
-                    "skip",
-                    record,
-                    f"asked for what comes after {after}, was told {record.seq} and given {got[:20]}",
-                )
-        elif not record.recovered and after is not None and self._needless(record, after):
-            yield self._anomaly(
-                "needless-reset", record, f"was at {after} of {record.seq} and told to start over"
-            )
-        self._cursors[place] = record.seq
-
-    def _needless(self, record: Answered, after: int) -> bool:
-        if not 0 <= after <= record.seq or record.seq - after > REPLAY_CHANGES:
-            return False
-        if self._missed_bytes(record) > REPLAY_BYTES:
-            return False
-        # What came in the same moment came in the same `ready`.
-        together = (r for r in self.client.records if isinstance(r, Answered) and r.at == record.at)
-        return sum(map(self._missed_bytes, together)) < READY_BYTES
-
-    def _missed_bytes(self, record: Answered) -> int:
-        if record.after is None:
-            return 0
-        missed = range(record.after + 1, record.seq + 1)
-        ids = [self._facts.log.get((record.conversation, seq), ("", 0))[1] for seq in missed]
-        longest = (max((len(body or "") for body in self._facts.bodies[id]), default=0) for id in ids)
-        return sum(longest) + CHANGE_BYTES * len(ids)
-
-    def _anomaly(self, name: str, record: Heard | Answered, what: str) -> Anomaly:
-        return Anomaly(name, record.conversation, record.at, f"{self.client.name} {what}")
+def _out_of_order(conversation: int, events: list[tuple[float, int, int, str]]) -> Iterator[Anomaly]:
+    highest, whose = 0, ""
+    for at, begins, seq, body in sorted(events, key=lambda event: (event[0], -event[1])):
+        if begins and seq < highest:
+            yield Anomaly(
+                "realtime-order", conversation, at,
+                f"{body!r} was asked for after {whose!r} had been answered as seq {highest}, and is {seq}",
+            )  # fmt: skip
+        elif not begins and seq > highest:
+            highest, whose = seq, body
 
 
 # What all were given.
@@ -377,28 +268,26 @@ def _given(client: Client) -> Iterator[tuple[float, int, Seen, bool]]:
 
 
 def deliveries(facts: Facts) -> Iterator[Anomaly]:
-    judged: set[tuple[int, int, int, str, str | None, bool]] = set()
+    judged: set[tuple[object, ...]] = set()
     for client in facts.history.clients:
         for at, place, seen, logged in _given(client):
-            key = (place, seen.seq, seen.id, seen.event, seen.body, logged)
+            key = (place, seen.seq, seen.id, seen.event, seen.body, seen.client_id, seen.mark, logged)
             if key not in judged:
                 judged.add(key)
-                yield from _delivery(facts, client, at, place, seen, logged)
+                if not facts.holding(place, seen, logged=logged):
+                    yield _wrong(facts.final, client, at, place, seen, logged)
 
 
-def _delivery(
-    facts: Facts, client: Client, at: float, place: int, seen: Seen, logged: bool
-) -> Iterator[Anomaly]:
+def _wrong(truth: Truth, client: Client, at: float, place: int, seen: Seen, logged: bool) -> Anomaly:
+    """Why no history has it, as the last one shows it."""
     what = f"{client.name} was given seq {seen.seq} as {seen.event} of id {seen.id}, {seen.body!r}"
-    row: Stored | None = facts.rows.get(seen.id)
-    truth = facts.log.get((place, seen.seq))
-    if row is None or facts.place[seen.id] != place or (logged and truth is None):
-        yield Anomaly("delivered-not-durable", place, at, f"{what}; the database has no such thing")
-        return
-    if (logged and truth != (seen.event, seen.id)) or (not logged and row.seq != seen.seq):
-        yield Anomaly("inconsistent-seq", place, at, f"{what}; the log has {truth}")
-    if seen.body not in facts.bodies[seen.id]:
-        yield Anomaly("inconsistent-seq", place, at, f"{what}; it never said that")
+    entry = truth.log.get((place, seen.seq))
+    if truth.place.get(seen.id) != place or (logged and entry is None):
+        return Anomaly("delivered-not-durable", place, at, f"{what}; the database has no such thing")
+    if logged and entry == (seen.event, seen.id) and seen.body not in truth.bodies[seen.id]:
+        return Anomaly("inconsistent-seq", place, at, f"{what}; it never said that")
+    where = f"{truth.change(place, seen.seq)}, and the message is {truth.rows[seen.id]}"
+    return Anomaly("inconsistent-seq", place, at, f"{what}, mark {seen.mark}; the log has {where}")
 
 
 # Who may not hear it.
@@ -412,7 +301,7 @@ def leaks(facts: Facts) -> Iterator[Anomaly]:
                 yield Anomaly("leak", place, at, f"{client.name}, an outsider, was given seq {seen.seq}")
                 continue
             for gone, back in absences.get((place, client.user), ()):
-                row = facts.rows.get(seen.id)
+                row = facts.row(place, seen)
                 op = facts.posts.get((row.client_id if row else None) or "")
                 if gone + GRACE < at < back and op is not None and op.began > gone + GRACE:
                     late = f"asked for {op.began - gone:.2f} s after its removal"
@@ -426,7 +315,9 @@ def leaks(facts: Facts) -> Iterator[Anomaly]:
 
 
 def _absences(facts: Facts) -> dict[tuple[int, int], list[tuple[float, float]]]:
-    """By (conversation, user): from a removal that was answered to the next that could undo it."""
+    """By (conversation, user): from a removal that was answered to the next that could undo it, or until the
+    database went back and may have forgotten it.
+    """
     found: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     changes: dict[tuple[int, int], list[Attempt]] = defaultdict(list)
     for attempt in facts.history.attempts:
@@ -439,6 +330,7 @@ def _absences(facts: Facts) -> dict[tuple[int, int], list[tuple[float, float]]]:
                 break  # it may happen at any time from now on
             if attempt.kind is Kind.REMOVE and attempt.outcome is Outcome.OK:
                 later = [other.invoked for other in attempts[number:] if other.kind is Kind.ADD]
+                later += [past.at for past in facts.history.past if attempt.invoked <= past.until]
                 found[key].append((attempt.ended, min(later, default=float("inf"))))
     return found
 
@@ -447,16 +339,21 @@ def _absences(facts: Facts) -> dict[tuple[int, int], list[tuple[float, float]]]:
 
 
 def convergence(facts: Facts, readers: Sequence[Reader]) -> Iterator[Anomaly]:
-    outside = _outside(facts)
+    outside, at = _outside(facts), facts.history.settled
     for reader in readers:
         client = reader.client
+        if client.outsider:
+            continue
         for place in client.cursors:
-            conversation = facts.conversations.get(place)
-            head = conversation.last_seq if conversation else 0
-            reached = reader.reached(place)
-            if not client.outsider and (place, client.user) not in outside and reached < head:
+            if (place, client.user) in outside:
+                continue
+            head, reached = facts.final.head(place), reader.reached(place)
+            if reached < head:
                 what = f"{client.name} has {reached} of {head} when all is quiet"
-                yield Anomaly("unseen", place, facts.history.settled, what)
+                yield Anomaly("unseen", place, at, what)
+            elif not reader.current(place):
+                what = f"{client.name} has {reached} of a history that is gone, when all is quiet"
+                yield Anomaly("unseen", place, at, what)
 
 
 def _outside(facts: Facts) -> set[tuple[int, int]]:
@@ -465,6 +362,9 @@ def _outside(facts: Facts) -> set[tuple[int, int]]:
     for attempt in sorted(facts.history.attempts, key=lambda attempt: attempt.invoked):
         if attempt.kind in (Kind.ADD, Kind.REMOVE):
             last[attempt.conversation, attempt.user] = attempt
+    forgotten = max((past.until for past in facts.history.past), default=0.0)
     return {
-        key for key, attempt in last.items() if attempt.kind is Kind.REMOVE or attempt.outcome is not Outcome.OK
+        key
+        for key, attempt in last.items()
+        if attempt.kind is Kind.REMOVE or attempt.outcome is not Outcome.OK or attempt.invoked <= forgotten
     }

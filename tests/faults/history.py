@@ -47,6 +47,7 @@ class Attempt(Struct, array_like=True):
     seq: int = 0  # that was answered
     duplicate: bool = False
     code: str = ""  # of the refusal, or what broke
+    of: str = ""  # the `client_id` of the message that an edit or a delete aims at: its id may be given twice
 
 
 class Seen(Struct, array_like=True):
@@ -56,10 +57,15 @@ class Seen(Struct, array_like=True):
     id: int
     event: str
     body: str | None  # its content
+    client_id: str | None = None  # names the message in all histories, which an id does not
+    mark: str | None = None  # of the change, as the server gave it
 
 
 class Answered(Struct, array_like=True, tag=True):
-    """`subscribed`, or the room's part of `ready`. `after` is what was asked for: the cursor of the client."""
+    """`subscribed`, or the room's part of `ready`. `after` is what was asked for: the cursor of the client.
+
+    `mark` is the one of the change with the number `seq`.
+    """
 
     at: float
     conversation: int
@@ -68,6 +74,7 @@ class Answered(Struct, array_like=True, tag=True):
     seq: int
     changes: list[Seen]
     asked: bool = True  # False: the server sent it by itself, to make the client start over
+    mark: str | None = None
 
 
 class Heard(Struct, array_like=True, tag=True):
@@ -106,7 +113,8 @@ class Client(Struct):
     """One client over all its connections, in the order in which things came to it.
 
     `outsider`: may never hear anything. `cursors` are what it held at the end, by conversation: rooms that it
-    was in then. `frozen` are the spans in which it was stopped by the test, as (from, to).
+    was in then. `frozen` are the spans in which it was stopped by the test, as (from, to). `proves`: it tells
+    the server which history its cursors are of; one that sends a mere number cannot be told from another.
     """
 
     name: str
@@ -115,6 +123,7 @@ class Client(Struct):
     records: list[Record]
     cursors: dict[int, int]
     frozen: list[tuple[float, float]]
+    proves: bool = True
 
 
 class Logged(Struct, array_like=True):
@@ -123,6 +132,7 @@ class Logged(Struct, array_like=True):
     seq: int
     kind: str
     id: int
+    mark: str | None = None
 
 
 class Stored(Struct, array_like=True):
@@ -144,13 +154,30 @@ class Conversation(Struct):
     messages: list[Stored]
 
 
+class Past(Struct):
+    """A history that is no more: the database went back to an older copy, or to a standby that lagged.
+
+    `held` is what the database held when it was left, `copy` what the next history began with. From `at` on,
+    what was done before may be gone; a request that was made after `until` was answered from the next history.
+    """
+
+    at: float
+    until: float
+    held: list[Conversation]
+    copy: list[Conversation]
+
+
 class History(Struct):
-    """A whole run. `settled`: when the load had ended and every client had had its time to catch up."""
+    """A whole run. `settled`: when the load had ended and every client had had its time to catch up.
+
+    `final` is what the database holds in the end, `past` what it held whenever it went back, oldest first.
+    """
 
     attempts: list[Attempt]
     clients: list[Client]
     final: list[Conversation]
     settled: float
+    past: list[Past] = []
 
 
 def save(path: Path, what: Struct | list[Client]) -> None:

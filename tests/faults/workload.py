@@ -213,14 +213,17 @@ class Poster:
 
     async def _edit(self, own: Attempt) -> None:
         text = f"{own.body} edited {next(self._numbers)}"
-        attempt = Attempt(Kind.EDIT, own.conversation, self._user, text, 0, 0, Outcome.INFO, own.id)
+        attempt = self._aimed(Kind.EDIT, own, text)
         path = f"/api/ws/messages/{own.id}"
         await self._workload.attempt(self._backend, attempt, "PATCH", path, {"content": text})
 
     async def _delete(self, own: Attempt) -> None:
         name = f"{own.body} deleted"
-        attempt = Attempt(Kind.DELETE, own.conversation, self._user, name, 0, 0, Outcome.INFO, own.id)
+        attempt = self._aimed(Kind.DELETE, own, name)
         await self._workload.attempt(self._backend, attempt, "DELETE", f"/api/ws/messages/{own.id}")
+
+    def _aimed(self, kind: Kind, own: Attempt, name: str) -> Attempt:
+        return Attempt(kind, own.conversation, self._user, name, 0, 0, Outcome.INFO, own.id, of=own.body)
 
 
 class Torrent:
