@@ -34,8 +34,9 @@ class Ear:
     def push(self, frames: bytes) -> None:
         self.heard += frames
 
-    def offer(self, frames: bytes) -> None:
+    def offer(self, frames: bytes) -> bool:
         self.heard += frames
+        return True
 
     def resync(self, subscription: Subscription) -> None:
         subscription.hold()
@@ -308,8 +309,8 @@ async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatc
 
 async def test_an_ephemeral_event_is_offered_a_message_is_pushed(repairs: Repairs) -> None:
     class Shedding(Ear):
-        def offer(self, frames: bytes) -> None:
-            pass  # it reads too slowly
+        def offer(self, frames: bytes) -> bool:
+            return False  # it reads too slowly
 
     slow = Shedding()
     enter(repairs, slow, 2, version=0)

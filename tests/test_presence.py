@@ -8,7 +8,7 @@ import trio.testing
 
 from chatd.chat.presence import ROOMS, TELL_ALL, USERS, Presence, Transition
 from chatd.model import Present, Signal
-from tests.client import login
+from tests.client import connect, login
 from tests.conftest import Daemons, Deployment
 
 ADA, BOB, CYD = 21, 22, 23
@@ -95,6 +95,26 @@ async def test_a_crowded_room_counts_and_does_not_tell(daemons: Daemons) -> None
         async with login(daemon, BOB):
             await ada.silence()
             assert (await ada.request("subscribe", conversation_id=1, presence=True))["online_count"] == 2
+
+
+async def test_a_banned_user_is_never_online(deployment: Deployment, conversation: int) -> None:
+    deployment.add(conversation, ADA, BOB)
+    there = deployment.there
+    ban = {"until": "2100-01-01T00:00:00Z"}
+    assert (await trio.to_thread.run_sync(there.request, "PUT", f"/api/ws/users/{BOB}/ban", ban)).status == 200
+    try:
+        async with login(deployment.here, ADA) as ada:
+            await ada.request("subscribe", conversation_id=conversation, presence=True)
+            async with connect(there.ws_url) as bob:
+                await bob.next()
+                await bob.send("auth", token=there.token_for(BOB), rooms={})
+                await bob.closed()
+            async with login(there, CYD):  # told after whatever was told of him
+                await trio.to_thread.run_sync(deployment.add, conversation, CYD)
+                assert (await ada.expect("presence"))["user_id"] == CYD
+            assert not [one for one in ada.received if one["event"] == "presence" and one["user_id"] == BOB]
+    finally:
+        await trio.to_thread.run_sync(there.request, "DELETE", f"/api/ws/users/{BOB}/ban")
 
 
 # The state machine, on a clock of its own.

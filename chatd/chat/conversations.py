@@ -65,7 +65,8 @@ class Conversations:
         place = await self._read(people.place, conversation_id, self.members_detail)
         return place, sorted(self._presence.who(conversation_id, place.member_ids))
 
-    async def member_ids(self, conversation_id: int, most: int) -> list[int]:
+    async def member_ids(self, conversation_id: int, most: int) -> tuple[int, list[int]]:
+        """The members_version, and at most so many members as of it. Raises Unavailable."""
         return await self._read(people.member_ids, conversation_id, most)
 
     async def inbox(self, identity: Identity) -> list[int]:

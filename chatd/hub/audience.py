@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import trio
 from msgspec import Struct
 
 from chatd.chat.conversations import Conversations
@@ -19,14 +20,21 @@ from chatd.protocol import event, text_frame
 from chatd.store.people import PEOPLE
 
 READ_TRIES = 3  # of a room whose members change while they are read
+YIELD_EVERY = 200  # subscriptions between checkpoints
 
 
 class Audience(Struct):
-    """The members of a room, at most `PEOPLE`. `version` counts what has changed since it was made."""
+    """The members of a room, at most `PEOPLE`, as of the room's members_version `version`; None: not read yet.
+
+    It lives as long as one of its `watchers`, the subscriptions that asked for it and may be in the room.
+    """
 
     members: set[int]
-    loaded: bool = False
-    version: int = 0
+    watchers: dict[Subscription, None]
+    version: int | None = None
+    heard: int = 0  # the highest version that was told of while the members were read
+    ahead: bool = False  # the database was behind `version` when it was last looked at
+    doubtful: bool = False  # the watchers were not told of a change
 
 
 class Audiences:
@@ -47,23 +55,36 @@ class Audiences:
         self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has them
         rooms.watcher = self
         presence.watchers.append(self._changed)
-        fanout.sweep.members_missed = self._missed
+        fanout.sweep.members_seen = self._seen
 
-    # For a subscription that asks.
+    # For a subscription that asks, and may be in the room.
 
-    async def load(self, conversation_id: int) -> None:
-        """Know the members from now on. Raises Unavailable."""
-        for _ in range(READ_TRIES):
-            if audience := self._audiences.get(conversation_id):
-                if audience.loaded:
-                    return
-            else:
-                audience = self._audiences[conversation_id] = Audience(set())
-            before = audience.version
-            ids = await self._conversations.member_ids(conversation_id, PEOPLE)
-            if audience.version == before:
-                self._fill(conversation_id, audience, ids)
+    async def watch(self, subscription: Subscription) -> None:
+        """Know the members, until the last watcher has left. Raises Unavailable."""
+        conversation_id = subscription.conversation_id
+        audience = self._audiences.get(conversation_id)
+        if audience is None:
+            audience = self._audiences[conversation_id] = Audience(set(), {})
+        audience.watchers[subscription] = None
+        for tries_left in reversed(range(READ_TRIES)):
+            if audience.version is not None:
                 return
+            audience.heard = 0
+            version, ids = await self._conversations.member_ids(conversation_id, PEOPLE)
+            if self._audiences.get(conversation_id) is not audience:
+                return  # the last watcher has left meanwhile
+            # Where they change too fast to be read, the next sweep sees that the versions differ.
+            if audience.version is None and (version >= audience.heard or not tries_left):
+                self._fill(conversation_id, audience, version, ids)
+
+    def unwatch(self, subscription: Subscription) -> None:
+        conversation_id = subscription.conversation_id
+        audience = self._audiences.get(conversation_id)
+        if audience is not None and subscription in audience.watchers:
+            del audience.watchers[subscription]
+            if not audience.watchers:
+                self._empty(conversation_id, audience)
+                del self._audiences[conversation_id]
 
     def online(self, conversation_id: int) -> dict[str, Any]:
         """`online`: who is; in a crowded room `online_count`: how many."""
@@ -78,10 +99,8 @@ class Audiences:
         detail = self._conversations.members_detail
         return bool(detail) and here > detail
 
-    def _fill(self, conversation_id: int, audience: Audience, ids: list[int]) -> None:
-        if self._audiences.get(conversation_id) is not audience:
-            return  # the last who asked has left meanwhile
-        audience.loaded = True
+    def _fill(self, conversation_id: int, audience: Audience, version: int, ids: list[int]) -> None:
+        audience.version, audience.ahead, audience.doubtful = version, False, False
         for user_id in ids:
             self._add(conversation_id, audience, user_id)
 
@@ -96,33 +115,56 @@ class Audiences:
             if not rooms:
                 del self._rooms_of[user_id]
 
-    def _forget(self, conversation_id: int) -> None:
-        if audience := self._audiences.pop(conversation_id, None):
-            for user_id in list(audience.members):
-                self._remove(conversation_id, audience, user_id)
+    def _empty(self, conversation_id: int, audience: Audience) -> None:
+        for user_id in list(audience.members):
+            self._remove(conversation_id, audience, user_id)
 
     # What changes.
 
     def member(self, change: MemberChange) -> None:
+        """Where one was missed before this one, `version` stays behind: the sweep sees that."""
         audience = self._audiences.get(change.conversation_id)
         if audience is None:
             return
-        audience.version += 1
-        if change.state is State.ACTIVE:
-            self._add(change.conversation_id, audience, change.user_id)
-            if self._presence.has(USERS, change.user_id):
-                version = self._presence.version(USERS, change.user_id)
-                self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version, ours=False))
-        else:
+        if audience.version is None:
+            audience.heard = max(audience.heard, change.version)
+            return
+        if change.version <= audience.version:
+            return
+        if change.version == audience.version + 1:
+            audience.version = change.version
+        if change.state is not State.ACTIVE:
             self._remove(change.conversation_id, audience, change.user_id)
+            return
+        self._add(change.conversation_id, audience, change.user_id)
+        if self._presence.has(USERS, change.user_id):
+            version = self._presence.version(USERS, change.user_id)
+            self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version, ours=False))
 
-    def _missed(self, room: Room) -> None:
-        """Members have changed and nobody has told us: who asked is answered anew."""
-        if room.conversation_id in self._audiences:
-            self._forget(room.conversation_id)
-            for subscription in list(room.subscriptions):
-                if subscription.presence:
-                    restart(subscription)
+    async def _seen(self, room: Room, version: int) -> None:
+        """The sweep has read the room's members_version: whoever has a wrong picture is answered anew."""
+        audience = self._audiences.get(room.conversation_id)
+        if audience is None:
+            return
+        if self._is_wrong(audience, version):
+            audience.version = None
+            self._empty(room.conversation_id, audience)
+            wrong = list(audience.watchers)
+        else:
+            wrong = [subscription for subscription in audience.watchers if subscription.presence_missed]
+        for count, subscription in enumerate(wrong, 1):
+            subscription.presence_missed = False
+            restart(subscription)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+
+    @staticmethod
+    def _is_wrong(audience: Audience, version: int) -> bool:
+        """A version that is older than ours was read a moment ago, or the database has gone back in time."""
+        was_ahead, audience.ahead = audience.ahead, audience.version is not None and version < audience.version
+        if audience.version is None or audience.doubtful:
+            return True
+        return version > audience.version or (was_ahead and audience.ahead)
 
     def _changed(self, change: Transition) -> None:
         if change.place == USERS:
@@ -143,7 +185,9 @@ class Audiences:
             online=change.present,
             version=change.version,
         )
-        self._fanout.announce(Announcement(conversation_id, text_frame(payload), ephemeral=True, watchers=True))
+        frame = text_frame(payload)
+        if not self._fanout.announce(Announcement(conversation_id, frame, ephemeral=True, watchers=True)):
+            self._audiences[conversation_id].doubtful = True
 
     # Implements `rooms.Watcher`.
 
@@ -154,7 +198,6 @@ class Audiences:
     def closed(self, room: Room) -> None:
         if self._counts_rooms:
             self._presence.leave(ROOMS, room.conversation_id)
-        self._forget(room.conversation_id)
 
     def visit(self, subscription: Subscription, *, member: bool) -> None:
         """A snapshot was answered: now it is known whether the user is a member."""
@@ -162,6 +205,7 @@ class Audiences:
             self._count_visit(subscription, visiting=not member)
 
     def left(self, subscription: Subscription) -> None:
+        self.unwatch(subscription)
         if subscription.visiting:
             self._count_visit(subscription, visiting=False)
 

@@ -136,15 +136,19 @@ class Fanout:
         )
         self.announce(one)
 
-    def announce(self, item: Announcement) -> None:
-        if self.rooms.get(item.conversation_id) is None or self._queued + len(item.frame) > QUEUE_BYTES:
-            return  # not stored anywhere: there is nothing to repair it from
+    def announce(self, item: Announcement) -> bool:
+        """False where too much waits: it is not stored anywhere, so there is nothing to repair it from."""
+        if self.rooms.get(item.conversation_id) is None:
+            return True
+        if self._queued + len(item.frame) > QUEUE_BYTES:
+            return False
         self._queued += len(item.frame)
         last = self._queue[-1] if self._queue else None
         if isinstance(last, Announcement) and last.way == item.way:
             last.frame += item.frame
         else:
             self._put(item)
+        return True
 
     def foreign(self, conversation_id: int, name: str, payload: bytes) -> None:
         is_message = name == "message"
@@ -272,7 +276,9 @@ class Fanout:
             ):
                 return
             if item.ephemeral:
-                subscription.offer(item.frame, lasting=item.lasting)
+                told = subscription.offer(item.frame, lasting=item.lasting)
+                if item.watchers and not told:
+                    subscription.presence_missed = True  # the sweep has it answered anew
             else:
                 subscription.announce(item.frame)
 

@@ -90,12 +90,16 @@ class Outbox(trio.abc.Stream):
         if not self.ended:
             self._put(frames)
 
-    def offer(self, frames: bytes) -> None:
-        """Push what may be left out: past half of the limit it is, so that messages keep their place."""
+    def offer(self, frames: bytes) -> bool:
+        """Push what may be left out: past half of the limit it is, so that messages keep their place.
+
+        False where it was left out.
+        """
         if self.congested:
             metrics.SHED.inc()
-        else:
-            self.push(frames)
+            return False
+        self.push(frames)
+        return True
 
     def _put(self, frames: bytes) -> None:
         if self.cut:

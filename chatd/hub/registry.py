@@ -73,6 +73,7 @@ class Guest(Protocol):
 
     user_id: int
     identity: Identity | None
+    present: bool  # others see that the user is online
 
     def close(self, code: Close, reason: str) -> None: ...
 
@@ -194,8 +195,13 @@ class Registry:
         user.guests.add(guest)
         metrics.CONNECTING.dec()
         metrics.READY.inc()
-        self._presence.arrive(USERS, guest.user_id)
         return True
+
+    def appear(self, guest: Guest) -> None:
+        """Others see now that the user is online: the database has said that the login counts."""
+        if not guest.present:
+            guest.present = True
+            self._presence.arrive(USERS, guest.user_id)
 
     def forget(self, guest: Guest) -> None:
         user = self._users[guest.user_id]
@@ -203,7 +209,9 @@ class Registry:
         self.present -= not user.guests
         metrics.READY.dec()
         metrics.CONNECTING.inc()  # until `give_back`
-        self._presence.leave(USERS, guest.user_id)
+        if guest.present:
+            guest.present = False
+            self._presence.leave(USERS, guest.user_id)
         if not user.guests and not (user.sends and user.sends.used(trio.current_time())):
             del self._users[guest.user_id]
 

@@ -31,8 +31,8 @@ class Listener(Protocol):
     flat: bool
 
     def push(self, frames: bytes) -> None: ...
-    def offer(self, frames: bytes) -> None:
-        """Push what may be left out."""
+    def offer(self, frames: bytes) -> bool:
+        """Push what may be left out. False where it is."""
 
     def resync(self, subscription: Subscription) -> None:
         """Read the room anew for this subscription and answer unasked."""
@@ -66,6 +66,7 @@ class Subscription:
         "joined",
         "listener",
         "presence",
+        "presence_missed",
         "room",
         "torn",
         "visiting",
@@ -78,6 +79,7 @@ class Subscription:
         self.joined = True
         self.entered = False  # a snapshot was answered: the client knows that it is in
         self.presence = False  # it wants to know who comes online and goes
+        self.presence_missed = False  # … and was not told of somebody, for it reads too slowly
         self.visiting = False  # it is in without being a member, and counted as such
         self.hold()
 
@@ -131,15 +133,16 @@ class Subscription:
         else:
             self.listener.push(frame)
 
-    def offer(self, frame: bytes, *, lasting: bool = False) -> None:
+    def offer(self, frame: bytes, *, lasting: bool = False) -> bool:
         """Something that is worth little later: who reads too slowly does without, and who is not live yet,
-        unless it is `lasting`."""
+        unless it is `lasting`. False for the first of these: who is not live yet is about to be answered."""
         if not self.joined:
-            return
+            return True
         if self._buffer is None:
-            self.listener.offer(frame)
-        elif lasting:
+            return self.listener.offer(frame)
+        if lasting:
             self._keep(frame, len(frame))
+        return True
 
     def _advance(self, piece: Piece) -> bytes:
         if piece.last <= self.cursor:

@@ -37,8 +37,8 @@ class Line(Protocol):
         """Raises ConnectionClosed of the library: the session does not look at it."""
 
     def push(self, frames: bytes) -> None: ...
-    def offer(self, frames: bytes) -> None:
-        """Push what may be left out, for a peer that reads too slowly."""
+    def offer(self, frames: bytes) -> bool:
+        """Push what may be left out, for a peer that reads too slowly. False where it is."""
 
     def unhurried(self) -> AbstractAsyncContextManager[None]:
         """A block for a long answer: one at a time, and not before the peer has read most of what it has."""

@@ -52,7 +52,7 @@ class Session:
 
     __slots__ = (
         *("_address", "_chat", "_config", "_handshake", "_line", "_receipts", "_requests", "_rooms"),
-        *("_services", "_typing", "flat", "identity", "user_id"),
+        *("_services", "_typing", "flat", "identity", "present", "user_id"),
     )
 
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
@@ -60,6 +60,7 @@ class Session:
         self._handshake: Handshake | None = handshake  # until it has been looked at
         self._config, self._chat = services.settings.now, services.chat
         self.flat = handshake.flat
+        self.present = False  # others see that the user is online
         self._rooms = Subscriptions(services, line, flat=self.flat)
         self._requests = Requests()
         self._receipts: Receipts | None = None
@@ -193,6 +194,7 @@ class Session:
             identity = await self._verify(query["token"])
             await self._chat.logins.check(identity)
             if self._become(identity, None):
+                self._services.registry.appear(self)
                 await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
         except (Unauthorized, Unavailable, RateLimited) as error:
             self._refuse_login(error, None, first=True)
@@ -223,6 +225,7 @@ class Session:
             await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
         else:
             await self._rooms.enter_all(rooms, command.epoch, command.ref, **ready)
+        self._services.registry.appear(self)  # not before: a banned user is never online
 
     async def _verify(self, token: str) -> Identity:
         if wait := self._services.registry.login_wait(self._address):

@@ -99,6 +99,8 @@ class Subscriptions:
         subscription = self._rooms.join(conversation_id, self, entitled=entitled)
         if presence is not None:
             subscription.presence = presence
+            if not presence:
+                self._services.audiences.unwatch(subscription)
         return subscription
 
     def has_entered(self, conversation_id: int) -> bool:
@@ -112,8 +114,6 @@ class Subscriptions:
         """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it."""
         async with self._line.unhurried():
             try:
-                if subscription.presence:
-                    await self._services.audiences.load(subscription.conversation_id)
                 snapshot = await self._snapshot(subscription, after, epoch)
             except ChatError as error:
                 self._not_entered(subscription, error)
@@ -166,6 +166,8 @@ class Subscriptions:
             snapshot = await self._conversations.enter(
                 self.identity, subscription.conversation_id, after, epoch
             )
+            if subscription.presence and subscription.joined:  # not before: only now the rights are known
+                await self._services.audiences.watch(subscription)
             if not subscription.joined:
                 raise NotFound("this subscription was ended meanwhile", field="conversation_id")
             if subscription.fits(snapshot.seq):
@@ -197,8 +199,6 @@ class Subscriptions:
 
     async def _read_anew(self, subscription: Subscription) -> None:
         async with self._line.unhurried():
-            if subscription.presence:
-                await self._services.audiences.load(subscription.conversation_id)
             snapshot = await self._snapshot(subscription, subscription.cursor, None)
             self._count(snapshot, subscription.cursor, None)
             self._tell(event("subscribed", **self._answer(subscription, snapshot)))

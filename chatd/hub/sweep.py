@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 class Sweep:
     """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome.
-    `members_missed` is told of a room whose members have changed unnoticed.
+    `members_seen` is told of each room and the members_version that the database has for it.
     """
 
     def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
@@ -34,7 +34,7 @@ class Sweep:
         self._now = trio.Event()
         self.often = False
         self.also: Callable[[], Awaitable[None]] | None = None
-        self.members_missed: Callable[[Room], None] = lambda room: None
+        self.members_seen: Callable[[Room, int], Awaitable[None]] = _nobody_asks
 
     def soon(self) -> None:
         self._now.set()
@@ -64,9 +64,13 @@ class Sweep:
     async def _compare(self, room: Room, found: reads.Heads) -> None:
         if found.members_version != room.members_version:
             await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
-            self.members_missed(room)
+        await self.members_seen(room, found.members_version)
         if room.head is not None and found.seq > room.head:
             self._behind(room)
+
+
+async def _nobody_asks(room: Room, version: int) -> None:
+    pass
 
 
 async def check_rights(read: Reader, room: Room) -> None:

@@ -43,9 +43,12 @@ class Unread(Struct, frozen=True):
     unread: int
 
 
-def member_ids(connection: Connection, conversation_id: int, most: int) -> list[int]:
+def member_ids(connection: Connection, conversation_id: int, most: int) -> tuple[int, list[int]]:
+    """The members_version, and at most so many members as of it."""
+    head = heads(connection, [conversation_id]).get(conversation_id)
     asked = {"conversation_id": conversation_id, "most": most}
-    return [row.user_id for row in connection.execute(queries.MEMBERS, asked)]
+    ids = [row.user_id for row in connection.execute(queries.MEMBERS, asked)]
+    return head.members_version if head else 0, ids
 
 
 def place(connection: Connection, conversation_id: int, detail: int) -> Place:
