@@ -164,13 +164,19 @@ class Cluster:
 
     # The database, read past chatd: what it holds is the truth.
 
-    def heads(self) -> dict[int, int]:
-        return dict(self._rows("SELECT id, last_seq FROM chat_conversations"))
+    def heads(self) -> dict[int, tuple[int, str | None]]:
+        """By conversation: the last seq, and its mark."""
+        rows = self._rows(
+            "SELECT id, last_seq, NULL FROM chat_conversations LEFT JOIN chat_changes AS m"
+            " ON m.conversation_id = id AND m.seq = last_seq"
+        )
+        return {id: (head, mark) for id, head, mark in rows}
 
     def final(self) -> list[Conversation]:
-        found = {id: Conversation(id, head, [], []) for id, head in self.heads().items()}
+        found = {id: Conversation(id, head, [], []) for id, (head, _) in self.heads().items()}
         for conversation, *row in self._rows(
-            "SELECT conversation_id, seq, kind, message_id FROM chat_changes ORDER BY conversation_id, seq"
+            "SELECT conversation_id, seq, kind, message_id, NULL FROM chat_changes"
+            " ORDER BY conversation_id, seq"
         ):
             found[conversation].log.append(Logged(*row))
         for conversation, deleted, *row in self._rows(

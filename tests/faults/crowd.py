@@ -7,13 +7,8 @@ with a line on stdout. A client does what the protocol asks of one, but for shor
 from __future__ import annotations
 
 import itertools
-import random
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import IO
 
 import msgspec
@@ -22,44 +17,9 @@ from msgspec import Struct
 
 from chatd.auth.tokens import Tokens
 from tests.faults import history
-from tests.faults.history import (
-    Answered,
-    Attempt,
-    Connected,
-    Disconnected,
-    Heard,
-    Kind,
-    Outcome,
-    Seen,
-    Unsubscribed,
-)
-from tests.faults.line import Change, Closed, Frame, Line, RoomAnswer
-
-TOKEN_SECONDS = 7 * 24 * 3600  # longer than any clock is stepped
-HELLO_SECONDS = 5.0
-REPLY_SECONDS = 8.0  # a `send` without an answer is unknown then
-# Shorter than the protocol's 0.5 s · 2^n up to 20 s: a run shall not be over before its clients are back.
-BACKOFF_FIRST, BACKOFF_MOST = 0.2, 2.0
-BACKOFF_CLEARED = 10.0  # seconds past `ready`
-ASK_AGAIN = 0.5  # seconds until a room that was refused is asked for again
-RESTLESS = (0.5, 3.0)  # seconds that a restless client stays connected
-SEND_EVERY = (0.5, 1.5)  # seconds between two messages of a client that sends
-
-
-class Spec(Struct):
-    """Who there is. Users are told apart by number: `room * 1000 + n` is a member of that room."""
-
-    ports: list[int]
-    secret: str
-    name: str
-    source: str  # the address they connect from
-    rooms: int
-    numbers: list[int]  # of the members of each room that are in this process
-    others: int  # the first number of those who are no room's member
-    wanderers: int  # clients that are in all rooms at once
-    outsiders: int  # clients that try to be where they may not
-    silence: float  # seconds without a byte until a connection is given up
-    seed: int
+from tests.faults.history import PADDING, Attempt, Seen
+from tests.faults.line import Change, Frame
+from tests.faults.member import Member, Outsider, Spec
 
 
 class Do(Struct):
@@ -69,12 +29,17 @@ class Do(Struct):
     path: str = ""
 
 
-class Report(Struct):
-    """By conversation: the lowest cursor among the clients that want to be in it, -1 for one that is not; and
-    whose it is.
-    """
+class Held(Struct, frozen=True):
+    """What a client has of a room: its cursor, -1 where it is not in it, and the mark of that change."""
 
-    lowest: dict[int, tuple[int, str]]
+    cursor: int
+    mark: str | None
+
+
+class Report(Struct):
+    """By conversation: what clients have that want to be in it, each once, and somebody who has just that."""
+
+    held: dict[int, list[tuple[Held, str]]]
 
 
 class Result(Struct):
@@ -90,6 +55,7 @@ class Crowd:
         self.tokens = Tokens(spec.secret)
         self.attempts: list[Attempt] = []
         self.sending = trio.Event()
+        self._seen: dict[tuple[object, ...], Seen] = {}
         self.members = [
             Member(self, room * 1000 + number, [room], restless=number % 10 == 0, sends=number == 1)
             for room in range(1, spec.rooms + 1)
@@ -111,249 +77,23 @@ class Crowd:
     def quiet(self) -> None:
         self.sending = trio.Event()
 
+    def seen(self, room: int, change: Change | Frame) -> Seen:
+        """The same object for all who were given the same."""
+        body = change.content and change.content.rstrip(PADDING)
+        seen = Seen(change.seq, change.id, change.event, body, change.client_id, change.mark)
+        key = (room, seen.seq, seen.id, seen.event, seen.body, seen.client_id, seen.mark)
+        return self._seen.setdefault(key, seen)
+
     def report(self) -> Report:
-        lowest: dict[int, tuple[int, str]] = {}
+        held: dict[int, dict[Held, str]] = {}
         for member in self.members:
             for room in member.rooms:
-                mine = (member.cursors.get(room, -1), member.state)
-                lowest[room] = min(lowest.get(room, mine), mine)
-        return Report(lowest)
+                mine = Held(member.cursors.get(room, -1), member.marks.get(room))
+                held.setdefault(room, {}).setdefault(mine, member.state)
+        return Report({room: list(found.items()) for room, found in held.items()})
 
     def result(self) -> Result:
         return Result([one.client() for one in [*self.members, *self.outsiders]], self.attempts)
-
-
-class Member:
-    """A client of the rooms that its token opens. `cursors` are kept over all its connections."""
-
-    outsider = False
-
-    def __init__(
-        self, crowd: Crowd, user: int, rooms: list[int], *, restless: bool = False, sends: bool = False
-    ) -> None:
-        self._crowd, self.user, self.rooms = crowd, user, rooms
-        self._restless, self._sends = restless, sends
-        self._dice = random.Random(crowd.spec.seed * 1_000_003 + user)
-        self.cursors: dict[int, int] = {}
-        self.records: list[history.Record] = []
-        self._epoch: str | None = None
-        self._refs = itertools.count(1)
-        self._waiting: dict[int, Callable[[Frame], None]] = {}
-        self._asking: dict[
-            int, int | None
-        ] = {}  # rooms that an answer is due for, and the cursor in the question
-        self._unanswered: str | None = None
-        self._bodies = itertools.count(1)
-
-    @property
-    def name(self) -> str:
-        return f"{self._crowd.spec.name}:{self.user}"
-
-    @property
-    def state(self) -> str:
-        """For a person who wonders why it has not caught up."""
-        if not self.records:
-            return f"{self.name}, never connected"
-        last = self.records[-1]
-        return f"{self.name}, {type(last).__name__.lower()} {monotonic() - last.at:.1f} s ago"
-
-    def client(self) -> history.Client:
-        return history.Client(self.name, self.user, self.outsider, self.records, self.cursors, [])
-
-    def token(self) -> str:
-        return self._crowd.tokens.issue(self.user, TOKEN_SECONDS, self.rooms)
-
-    async def run(self) -> None:
-        tries = 0
-        await trio.sleep(self._dice.uniform(0, 1))  # not all in the same moment
-        while True:
-            started = monotonic()
-            tries += 1
-            code = 0
-            try:
-                await self._connection()
-                tries = 0  # it left by itself
-            except* Closed as group:
-                code = _closed_with(group)
-            except* OSError:
-                pass  # nobody listens
-            if self.records and not isinstance(self.records[-1], Disconnected):
-                self.records.append(Disconnected(monotonic(), code))
-            if monotonic() - started > BACKOFF_CLEARED:
-                tries = 0
-            await trio.sleep(self._dice.uniform(0, min(BACKOFF_MOST, BACKOFF_FIRST * 2**tries)))
-
-    async def _connection(self) -> None:
-        line = await Line.open(self._dice.choice(self._crowd.spec.ports), self._crowd.spec.source)
-        try:
-            with trio.move_on_after(self._dice.uniform(*RESTLESS)) as stay, self._asked_anew():
-                if not self._restless:
-                    stay.deadline = float("inf")
-                async with trio.open_nursery() as nursery:
-                    await self._greet(line)
-                    if self._sends:
-                        nursery.start_soon(self._send_for_ever, line)
-                    await self._listen(line, nursery)
-        finally:
-            line.close()
-
-    @contextmanager
-    def _asked_anew(self) -> Iterator[None]:
-        """What a former connection waited for, this one does not."""
-        self._waiting.clear()
-        self._asking.clear()
-        yield
-
-    async def _greet(self, line: Line) -> None:
-        with _patience(HELLO_SECONDS):
-            await line.receive()  # hello, which is all there can be
-        self.records.append(Connected(monotonic()))
-        await self._ask(line)
-
-    async def _ask(self, line: Line) -> None:
-        self._asking = {room: self.cursors.get(room) for room in self.rooms}
-        rooms = {str(room): after for room, after in self._asking.items()}
-        await line.send("auth", ref=0, token=self.token(), rooms=rooms, epoch=self._epoch)
-
-    async def _listen(self, line: Line, nursery: trio.Nursery) -> None:
-        while True:
-            with _patience(self._crowd.spec.silence):
-                frames = await line.receive()
-            now = monotonic()
-            for frame in frames:
-                if (answer := self._take(frame, now)) is not None:
-                    # Never from here: a server that does not read would keep us from hearing it.
-                    nursery.start_soon(answer, line)
-
-    def _take(self, frame: Frame, now: float) -> Callable[[Line], Awaitable[None]] | None:
-        """Synchronous: the cursor is moved before anything else happens. Returns what is to be sent."""
-        if frame.event.startswith("message"):
-            return self._hear(frame, now)
-        if frame.event == "ready":
-            self._epoch = frame.epoch
-            for answer in frame.rooms.values():
-                self._answered(answer, now, asked=True)
-        elif frame.event == "subscribed":
-            self._answered(frame, now, asked=frame.ref is not None)
-        elif frame.event == "unsubscribed":
-            return self._refused(frame.conversation_id, frame.code, now)
-        elif frame.event == "ping":
-            return partial(_send, "pong")
-        elif frame.ref is not None and frame.ref in self._waiting:
-            self._waiting.pop(frame.ref)(frame)
-        elif frame.event == "error" and frame.ref is not None and frame.ref < 0:  # a `subscribe` of ours
-            return self._refused(-frame.ref, frame.code, now)
-        return None
-
-    def _hear(self, frame: Frame, now: float) -> Callable[[Line], Awaitable[None]] | None:
-        room = frame.conversation_id
-        self.records.append(Heard(now, room, Seen(frame.seq, frame.id, frame.event, frame.content)))
-        cursor = self.cursors.get(room, 0)
-        if frame.seq == cursor + 1:
-            self.cursors[room] = frame.seq
-        elif frame.seq > cursor + 1 and room not in self._asking:
-            return partial(self._subscribe, room)
-        return None
-
-    def _answered(self, answer: RoomAnswer | Frame, now: float, *, asked: bool) -> None:
-        room = answer.conversation_id
-        after = self._asking.pop(room, None) if asked else self.cursors.get(room)
-        changes = [_seen(change) for change in answer.changes]
-        self.records.append(Answered(now, room, after, answer.recovered, answer.seq, changes, asked))
-        self.cursors[room] = answer.seq
-
-    def _refused(self, room: int, code: str, now: float) -> Callable[[Line], Awaitable[None]]:
-        self._asking.pop(room, None)
-        if code != "unavailable":  # then it is as if nothing had been asked
-            self.records.append(Unsubscribed(now, room, code))
-            self.cursors.pop(room, None)
-        return partial(self._subscribe_again, room)
-
-    async def _subscribe_again(self, room: int, line: Line) -> None:
-        await trio.sleep(ASK_AGAIN)
-        await self._subscribe(room, line)
-
-    async def _subscribe(self, room: int, line: Line) -> None:
-        if room not in self._asking:
-            after = self._asking[room] = self.cursors.get(room)
-            await line.send("subscribe", ref=-room, conversation_id=room, after=after, epoch=self._epoch)
-
-    # Sending.
-
-    async def _send_for_ever(self, line: Line) -> None:
-        while True:
-            await self._crowd.sending.wait()
-            if self._unanswered is None:
-                self._unanswered = f"ws {self.user} {next(self._bodies)}"
-            if await self._send_one(line, self._unanswered) is not Outcome.INFO:
-                self._unanswered = None  # else it is tried again, with the same client_id
-            await trio.sleep(self._dice.uniform(*SEND_EVERY))
-
-    async def _send_one(self, line: Line, body: str) -> Outcome:
-        ref, room = next(self._refs), self.rooms[0]
-        replied = trio.Event()
-        reply = Frame("error", code="no answer", retryable=True)
-
-        def take(frame: Frame) -> None:
-            nonlocal reply
-            reply = frame
-            replied.set()
-
-        self._waiting[ref] = take
-        invoked = monotonic()
-        try:
-            await line.send("send", ref=ref, conversation_id=room, content=body, client_id=body)
-            with trio.move_on_after(REPLY_SECONDS):
-                await replied.wait()
-        finally:
-            outcome = _outcome(reply)
-            self._crowd.attempts.append(
-                Attempt(
-                    Kind.POST, room, self.user, body, invoked, monotonic(), outcome,
-                    reply.id, reply.seq, reply.duplicate, reply.code,
-                )
-            )  # fmt: skip
-        return outcome
-
-
-class Outsider(Member):
-    """Has a good token, which opens nothing; asks for the rooms all the same."""
-
-    outsider = True
-
-    def token(self) -> str:
-        return self._crowd.tokens.issue(self.user, TOKEN_SECONDS, [])
-
-
-def _outcome(reply: Frame) -> Outcome:
-    if reply.event == "ok":
-        return Outcome.OK
-    # Its room was taken from it for a while: it has not happened, and the next one is another message.
-    return Outcome.INFO if reply.retryable else Outcome.FAIL
-
-
-def _seen(change: Change) -> Seen:
-    return Seen(change.seq, change.id, change.event, change.content)
-
-
-async def _send(event: str, line: Line) -> None:
-    await line.send(event)
-
-
-@contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    """Raises Closed when it is over: the peer is gone, and did not say so."""
-    with trio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise Closed(0)
-
-
-def _closed_with(group: BaseExceptionGroup[Closed]) -> int:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error.code if isinstance(error, Closed) else 0
 
 
 # The process.

@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+PADDING = "."  # what makes a long message long: it stands behind a body and is not part of it
+
 
 class Outcome(StrEnum):
     """As Jepsen has it: a request that was not answered is neither done nor failed, it is *unknown*."""
@@ -180,12 +182,8 @@ class History(Struct):
     past: list[Past] = []
 
 
-def save(path: Path, what: Struct | list[Client]) -> None:
+def save(path: Path, what: Struct) -> None:
     path.write_bytes(msgspec.msgpack.encode(what))
-
-
-def load_clients(path: Path) -> list[Client]:
-    return msgspec.msgpack.decode(path.read_bytes(), type=list[Client])
 
 
 def load(path: Path) -> History:

@@ -5,6 +5,8 @@ It trusts its server's framing, and leaves everything that frames mean to `crowd
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import trio
 from msgspec import Struct
@@ -27,6 +29,8 @@ class Change(Struct):
     id: int = 0
     seq: int = 0
     content: str | None = None
+    client_id: str | None = None
+    mark: str | None = None
 
 
 class RoomAnswer(Struct):
@@ -34,7 +38,8 @@ class RoomAnswer(Struct):
     seq: int
     recovered: bool
     epoch: str
-    changes: list[Change]
+    changes: list[Change] = []
+    mark: str | None = None
 
 
 class Frame(Struct):
@@ -46,6 +51,8 @@ class Frame(Struct):
     id: int = 0
     seq: int = 0
     content: str | None = None
+    client_id: str | None = None
+    mark: str | None = None
     code: str = ""
     recovered: bool = True
     epoch: str = ""
@@ -70,7 +77,9 @@ _decode = msgspec.json.Decoder(Frame).decode
 
 
 class Line:
-    """An open WebSocket. Whatever breaks it is raised as Closed."""
+    """An open WebSocket. Whatever breaks it is raised as Closed, `silence` seconds without a byte among it."""
+
+    silence = math.inf
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -155,8 +164,9 @@ class Line:
 
     async def _read(self) -> None:
         try:
-            data = await self._stream.receive_some(RECEIVE_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            with trio.fail_after(self.silence):
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             raise Closed(0) from None
         if not data:
             raise Closed(0)

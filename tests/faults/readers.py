@@ -132,7 +132,8 @@ class Reader:
         missed = range(record.after + 1, record.seq + 1)
         ids = [truth.log.get((record.conversation, seq), ("", 0))[1] for seq in missed]
         longest = (max((len(body or "") for body in truth.bodies.get(id, ())), default=0) for id in ids)
-        return sum(longest) + CHANGE_BYTES * len(ids)
+        stored = (len((truth.rows[id].content if id in truth.rows else None) or "") for id in ids)
+        return sum(map(max, longest, stored)) + CHANGE_BYTES * len(ids)
 
     def _anomaly(self, name: str, record: Heard | Answered, what: str) -> Anomaly:
         return Anomaly(name, record.conversation, record.at, f"{self.client.name} {what}")

@@ -22,15 +22,19 @@ from msgspec import Struct
 
 from tests.faults import crowd, nemesis
 from tests.faults.checker import Verdict, check
-from tests.faults.cluster import PING_INTERVAL, PING_TIMEOUT, SECRET, Cluster, Node
-from tests.faults.history import History, Kind, Outcome, save
-from tests.faults.nemesis import HALF_OPEN_SOURCE, Field, blocking
-from tests.faults.workload import Backend, Workload
+from tests.faults.cluster import SECRET, Cluster, Node
+from tests.faults.history import History, Kind, Outcome, Past, save
+from tests.faults.links import Links
+from tests.faults.member import Spec
+from tests.faults.nemesis.clients import HALF_OPEN_SOURCE, SILENCE
+from tests.faults.nemesis.field import Field, blocking
+from tests.faults.workload import FLAPPED, Backend, Workload
 
 FINISH_SECONDS = 25.0  # for what was begun when the load ends: a write is answered in 15
 LOOK_EVERY = 0.5  # seconds between two looks at memory and metrics
-SILENCE = PING_INTERVAL + PING_TIMEOUT + 4.0  # seconds
 POSTERS = 4
+WANDERERS = 10  # of each half of the clients
+BEHIND_SHOWN = 20  # lines about who has not caught up
 OTHERS = 900_000  # users from here on are no room's members
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,7 +87,7 @@ class Result(Struct):
 class Process:
     """A crowd, as the runner holds it."""
 
-    def __init__(self, spec: crowd.Spec, log: IO[bytes]) -> None:
+    def __init__(self, spec: Spec, log: IO[bytes]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.crowd"],
             cwd=REPOSITORY,
@@ -126,22 +130,26 @@ class Run:
         self._plan, self._directory, self._tell = plan, directory, tell
         self._dice = random.Random(plan.seed)
         self._phases: list[Phase] = []
+        self._troubles: list[str] = []
+        self._past: list[Past] = []
 
     async def run(self) -> Result:
         plan = self._plan
         with ExitStack() as stack:
             cluster = await blocking(stack.enter_context, Cluster(plan.kind, self._directory, plan.bug))
-            crowds = await blocking(stack.enter_context, self._crowds(cluster))
             workload = Workload(cluster.api_ports, plan.rooms, POSTERS, plan.seed, plan.rate)
+            links = Links(cluster.ports)
             async with trio.open_nursery() as nursery:
+                await nursery.start(links.run)
+                crowds = await blocking(stack.enter_context, self._crowds(cluster, links))
                 nursery.start_soon(self._look, cluster.nodes)
                 await self._settle(cluster, crowds)  # everybody is there
                 for name in plan.phases:
-                    await self._phase(name, cluster, crowds, workload)
+                    await self._phase(name, cluster, crowds, workload, links)
+                settled = monotonic()
+                history = await self._history(cluster, crowds, workload, settled)
                 nursery.cancel_scope.cancel()
-            settled = monotonic()
-            history = await self._history(cluster, crowds, workload, settled)
-            troubles = [trouble for node in cluster.nodes for trouble in node.troubles()]
+            troubles = self._troubles + [trouble for node in cluster.nodes for trouble in node.troubles()]
         self._tell("checking …")
         verdict = await blocking(check, history)
         if not (verdict.valid and not troubles):
@@ -149,30 +157,43 @@ class Run:
         return self._result(verdict, history, troubles)
 
     @contextmanager
-    def _crowds(self, cluster: Cluster) -> Iterator[list[Process]]:
-        plan = self._plan
+    def _crowds(self, cluster: Cluster, links: Links) -> Iterator[list[Process]]:
+        """Two halves of the clients, and some more behind `links`."""
+        most = self._plan.clients_per_room
+        specs = [
+            self._spec(1, cluster, cluster.ports, "127.0.0.1", list(range(1, most + 1, 2)), WANDERERS),
+            self._spec(2, cluster, cluster.ports, HALF_OPEN_SOURCE, list(range(2, most + 1, 2)), WANDERERS),
+            self._spec(3, cluster, links.ports, "127.0.0.1", [behind_a_link(most)], 0),
+        ]
         with ExitStack() as stack:
             log = stack.enter_context((self._directory / "crowds.log").open("wb"))
             found = []
-            for number, source in enumerate(("127.0.0.1", HALF_OPEN_SOURCE)):
-                spec = crowd.Spec(
-                    ports=cluster.ports,
-                    secret=SECRET,
-                    name=f"crowd {number + 1}",
-                    source=source,
-                    rooms=plan.rooms,
-                    numbers=list(range(1 + number, plan.clients_per_room + 1, 2)),
-                    others=OTHERS + 1000 * number,
-                    wanderers=10,
-                    outsiders=2,
-                    silence=SILENCE,
-                    seed=plan.seed,
-                )
+            for spec in specs:
                 found.append(Process(spec, log))
                 stack.callback(found[-1].close)
             yield found
 
-    async def _phase(self, name: str, cluster: Cluster, crowds: list[Process], workload: Workload) -> None:
+    def _spec(
+        self, number: int, cluster: Cluster, ports: list[int], source: str, members: list[int], wanderers: int
+    ) -> Spec:
+        return Spec(
+            ports=ports,
+            secret=SECRET,
+            name=f"crowd {number}",
+            source=source,
+            rooms=self._plan.rooms,
+            numbers=members,
+            others=OTHERS + 1000 * number,
+            wanderers=wanderers,
+            outsiders=2,
+            silence=SILENCE,
+            seed=self._plan.seed,
+            epoch_proves=cluster.postgres is not None,
+        )
+
+    async def _phase(
+        self, name: str, cluster: Cluster, crowds: list[Process], workload: Workload, links: Links
+    ) -> None:
         phase = Phase(name, monotonic())
         before = self._counted(cluster.nodes)
         for node in cluster.nodes:
@@ -182,7 +203,10 @@ class Run:
             await blocking(one.do, "load")
         async with trio.open_nursery() as nursery:
             await nursery.start(workload.run, FINISH_SECONDS)
-            field = Field(cluster, crowds[1].pid, self._plan.seconds, self._dice, phase.notes)
+            field = Field(
+                cluster, workload, links, crowds[1].pid, self._plan.seconds, self._dice,
+                phase.notes, self._troubles, self._past,
+            )  # fmt: skip
             await nemesis.strike(name, field)
             phase.healed = monotonic()
             for node in cluster.nodes:
@@ -208,13 +232,18 @@ class Run:
         started = monotonic()
         while monotonic() - started < self._plan.patience:
             heads = await blocking(cluster.heads)
-            lowest = [item for one in crowds for item in (await blocking(one.report)).lowest.items()]
-            behind = [item for item in lowest if item[1][0] != heads.get(item[0], 0)]
+            behind = []
+            for one in crowds:
+                for room, all_held in (await blocking(one.report)).held.items():
+                    head, mark = heads.get(room, (0, None))
+                    for held, whose in all_held:
+                        if held.cursor != head or (held.mark != mark and None not in (held.mark, mark)):
+                            behind.append(f"room {room}: {whose} has {held}, the database {head}, {mark}")
             if not behind:
                 return monotonic() - started
             await trio.sleep(0.05)
-        for room, (cursor, whose) in behind:
-            self._tell(f"  room {room}: {cursor} of {heads.get(room, 0)} has {whose}")
+        for line in behind[:BEHIND_SHOWN]:
+            self._tell(f"  {line}")
         return None
 
     async def _look(self, nodes: Sequence[Node]) -> None:
@@ -242,13 +271,18 @@ class Run:
         ]
         attempts = workload.attempts + [a for result in results for a in result.attempts]
         clients = [client for result in results for client in result.clients]
-        return History(attempts, clients, await blocking(cluster.final), settled)
+        return History(attempts, clients, await blocking(cluster.final), settled, self._past)
 
     def _result(self, verdict: Verdict, history: History, troubles: list[str]) -> Result:
         for anomaly in verdict.anomalies:
             phase = next((p for p in self._phases if anomaly.at <= p.ended), self._phases[-1])
             phase.anomalies[anomaly.name] = phase.anomalies.get(anomaly.name, 0) + 1
         return Result(self._plan, self._phases, verdict, troubles, verdict.received)
+
+
+def behind_a_link(most: int) -> int:
+    """The number of a room's member that comes through `links`: one who is neither restless nor removed."""
+    return next(number for number in range(max(most, *FLAPPED) + 1, 2**31) if number % 10)
 
 
 def _sum_up(phase: Phase, workload: Workload, first: int) -> None:

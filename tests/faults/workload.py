@@ -8,19 +8,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
 import msgspec
 import trio
 
-from tests.faults.history import Attempt, Kind, Outcome
+from tests.faults.history import PADDING, Attempt, Kind, Outcome
 
 TOKEN = "a-token-for-faults"
 PATIENCE = 5.0  # seconds for an answer; then it is unknown, and the same is asked again
 AGAIN = (0.02, 0.2)  # seconds until it is
 THINK = (0.0, 0.05)  # seconds between two operations of a poster
+LOOK = 0.02  # seconds between two looks at something that ends by itself
 STEP = 0.05  # seconds between two batches of the torrent
 REMEMBERED = 50  # own messages that a poster may edit or delete
 EDIT_SHARE, DELETE_SHARE = 1 / 15, 1 / 40
@@ -97,8 +99,11 @@ class Workload:
             Poster(self, 800_001 + number, random.Random(seed + number)) for number in range(posters)
         ]
         self._torrent = Torrent(self, 810_001, rate) if rate else None
+        self._filler = Torrent(self, 820_001, 0)
         self._quiet = trio.Event()
         self._doubtful: set[tuple[int, int]] = set()  # (room, number) of removals that may happen yet
+        self.only_posts = False
+        self.changing = 0  # edits and deletions that wait for their answer
 
     async def run(self, seconds_to_finish: float, *, task_status: trio.TaskStatus[None]) -> None:
         """One phase of load, until `stop`; what is unanswered so many seconds later stays unknown."""
@@ -122,6 +127,30 @@ class Workload:
     @property
     def quiet(self) -> bool:
         return self._quiet.is_set()
+
+    @asynccontextmanager
+    async def going_back(self) -> AsyncIterator[None]:
+        """The database goes back in time in here, and the backend knows that it does.
+
+        Nobody edits, for an id may be given to another message then; what was posted before is forgotten, and
+        the members are put right.
+        """
+        self.only_posts = True
+        while self.changing:
+            await trio.sleep(LOOK)
+        try:
+            yield
+        finally:
+            for poster in self._posters:
+                poster.forget()
+            self._doubtful |= {(room, number) for room in range(1, self._rooms + 1) for number in FLAPPED}
+            self.only_posts = False
+
+    async def fill(self, messages: int, size: int) -> None:
+        """Post so many messages of so many characters to each room, and see them acknowledged."""
+        async with trio.open_nursery() as nursery:
+            for room in range(1, self._rooms + 1):
+                nursery.start_soon(self._filler.fill, room, messages, size)
 
     async def _flap(self, number: int) -> None:
         """Remove a member and add it back, another one each time; never leave one outside."""
@@ -189,7 +218,7 @@ class Poster:
 
     async def run(self) -> None:
         while not self._workload.quiet:
-            luck = self._dice.random()
+            luck = 1.0 if self._workload.only_posts else self._dice.random()
             if self._own and luck < EDIT_SHARE:
                 await self._edit(self._dice.choice(self._own))
             elif self._own and luck < EDIT_SHARE + DELETE_SHARE:
@@ -197,6 +226,10 @@ class Poster:
             else:
                 await self._post()
             await trio.sleep(self._dice.uniform(*THINK))
+
+    def forget(self) -> None:
+        """What it has posted may be gone, and its ids another's."""
+        self._own.clear()
 
     async def _post(self) -> None:
         room = self._dice.randint(1, self._workload._rooms)
@@ -214,20 +247,28 @@ class Poster:
     async def _edit(self, own: Attempt) -> None:
         text = f"{own.body} edited {next(self._numbers)}"
         attempt = self._aimed(Kind.EDIT, own, text)
-        path = f"/api/ws/messages/{own.id}"
-        await self._workload.attempt(self._backend, attempt, "PATCH", path, {"content": text})
+        await self._change(attempt, "PATCH", {"content": text})
 
     async def _delete(self, own: Attempt) -> None:
         name = f"{own.body} deleted"
         attempt = self._aimed(Kind.DELETE, own, name)
-        await self._workload.attempt(self._backend, attempt, "DELETE", f"/api/ws/messages/{own.id}")
+        await self._change(attempt, "DELETE")
+
+    async def _change(self, attempt: Attempt, method: str, body: Any = None) -> None:
+        self._workload.changing += 1
+        try:
+            await self._workload.attempt(self._backend, attempt, method, f"/api/ws/messages/{attempt.id}", body)
+        finally:
+            self._workload.changing -= 1
 
     def _aimed(self, kind: Kind, own: Attempt, name: str) -> Attempt:
         return Attempt(kind, own.conversation, self._user, name, 0, 0, Outcome.INFO, own.id, of=own.body)
 
 
 class Torrent:
-    """Posts batches at a fixed rate, each message to a room at random; what is unknown is posted again."""
+    """Posts batches: at a fixed rate, each message to a room at random, or many to one room. What is unknown is
+    posted again.
+    """
 
     def __init__(self, workload: Workload, user: int, rate: int) -> None:
         self._workload, self._user = workload, user
@@ -242,13 +283,17 @@ class Torrent:
                 due = max(due + STEP, trio.current_time() - 1)  # after an outage it does not make up for it
                 await trio.sleep_until(due)
 
+    async def fill(self, room: int, messages: int, size: int) -> None:
+        await self._post([self._message(room, size) for _ in range(messages)])
+
     def _batch(self) -> list[dict[str, Any]]:
-        texts = [f"batch {self._user} {next(self._numbers)}" for _ in range(self._size)]
-        rooms = [self._workload._dice.randint(1, self._workload._rooms) for _ in texts]
-        return [
-            {"conversation_id": room, "sender_id": self._user, "content": text, "client_id": text}
-            for room, text in zip(rooms, texts, strict=True)
-        ]
+        dice, rooms = self._workload._dice, self._workload._rooms
+        return [self._message(dice.randint(1, rooms)) for _ in range(self._size)]
+
+    def _message(self, room: int, size: int = 0) -> dict[str, Any]:
+        text = f"batch {self._user} {next(self._numbers)}"
+        content = text.ljust(size, PADDING)
+        return {"conversation_id": room, "sender_id": self._user, "content": content, "client_id": text}
 
     async def _post(self, batch: list[dict[str, Any]]) -> None:
         backend = Backend()
@@ -272,7 +317,7 @@ class Torrent:
     @staticmethod
     def _attempt(one: dict[str, Any], result: dict[str, Any], invoked: float) -> Attempt:
         outcome = Outcome.OK if "id" in result else Outcome.INFO
-        place, text = one["conversation_id"], one["content"]
+        place, text = one["conversation_id"], one["client_id"]
         attempt = Attempt(Kind.POST, place, one["sender_id"], text, invoked, monotonic(), outcome)
         attempt.id, attempt.seq = result.get("id", 0), result.get("seq", 0)
         attempt.duplicate, attempt.code = result.get("duplicate", False), result.get("code", "")
