@@ -235,10 +235,10 @@ class PostgresServer(Service):
     def start(self) -> None:
         first = self._data is None
         if first:
-            self._data = self._initdb()
+            self._data = self._make_data()
         super().start()
         if first:
-            self._execute("CREATE DATABASE chatd")
+            self._fill()
 
     def answers(self) -> bool:
         try:
@@ -274,20 +274,42 @@ class PostgresServer(Service):
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
             connection.execute(statement.encode())
 
-    def _initdb(self) -> Path:
-        home = Path(
-            tempfile.mkdtemp(prefix="chatd-postgres-", dir="/tmp" if os.geteuid() == 0 else self.directory)
-        )
+    @property
+    def data(self) -> Path:
+        """Where its files are, once it was started."""
+        assert self._data is not None
+        return self._data
+
+    def give_to_postgres(self, path: Path) -> None:
+        """Let the user it runs as own this file."""
         if os.geteuid() == 0:
-            shutil.chown(home, "postgres", "postgres")
+            shutil.chown(path, "postgres", "postgres")
+
+    def _make_data(self) -> Path:
+        home = self._make_home()
         data = home / "data"
         initdb = [str(self._binary.with_name("initdb")), "--pgdata", str(data), "--username", "chatd"]
         initdb += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync"]
-        with self.log.open("ab") as log:
-            code = _launcher.submit(_spawn, self._as_user(initdb), home, log).result().wait()
-        if code:
-            raise ServiceError(f"initdb failed.\n{self._log_tail()}")
+        self._run_tool(initdb, home)
         return data
+
+    def _fill(self) -> None:
+        """Once, after the first start."""
+        self._execute("CREATE DATABASE chatd")
+
+    def _make_home(self) -> Path:
+        home = Path(
+            tempfile.mkdtemp(prefix="chatd-postgres-", dir="/tmp" if os.geteuid() == 0 else self.directory)
+        )
+        self.give_to_postgres(home)
+        return home
+
+    def _run_tool(self, command: list[str], directory: Path) -> None:
+        """One of PostgreSQL's programs that ends by itself."""
+        with self.log.open("ab") as log:
+            code = _launcher.submit(_spawn, self._as_user(command), directory, log).result().wait()
+        if code:
+            raise ServiceError(f"{Path(command[0]).name} failed.\n{self._log_tail()}")
 
     @staticmethod
     def _as_user(command: list[str]) -> list[str]:
