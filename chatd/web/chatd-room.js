@@ -1,5 +1,6 @@
 /**
- * One conversation of chatd.js: its cursor, how far everybody has read, who types and who is online.
+ * chatd-room.js: a Room is one conversation of chatd.js: its cursor, how far everybody has read, who types and who is online.
+ * Subscriptions, further down, are the rooms on one Link.
  *
  * Events (`detail` in brackets): message, updated, deleted [the message as it is now]; reset [{messages, has_more}: discard
  * what you hold and show these]; subscribed [the server's answer]; unsubscribed [{code, message}: this Room is over];
@@ -7,14 +8,21 @@
  * this conversation, such as your backend's own events].
  */
 
+import { backoff, ChatError, idOf, SECOND } from "./chatd-link.js";
+
 export const CHANGES = { message: "message", "message.updated": "updated", "message.deleted": "deleted" };
 export const emit = (target, type, detail) => target.dispatchEvent(new CustomEvent(type, { detail }));
 
 const TYPING_EVERY = 2_500; // ms between two notices that go out: the server tells of one in two seconds
 const RECEIPTS_EVERY = 400; // ms that receipts are gathered
+const LONGEST_PAUSE = 20 * SECOND; // until a room that is refused for the moment is asked for again
+
+// What a room on a link waits for; null when it is up to date.
+const READY = "ready", REPLY = "reply", PAUSE = "pause", LEFT = "left";
 
 export class Room extends EventTarget {
-  asking = null; // the Link on which a `subscribe` waits for its answer
+  mark; // what the server gave with the change at `cursor`: it proves that the cursor is of the server's history
+  epoch; // of the data that `cursor` is from
   receipts = new Map(); // by user: {read, delivered}, message ids
   typists = new Map(); // by user: the timer that ends it
   online = new Set(); // users; only with `presence`
@@ -26,10 +34,12 @@ export class Room extends EventTarget {
   #toSay = { read: 0, delivered: 0 };
   #timer = null;
 
-  constructor(id, { after = null, presence = false, post = () => false, me = () => null } = {}) {
+  constructor(id, { after = null, mark = null, epoch, presence = false, post = () => false, me = () => null } = {}) {
     super();
     this.id = id;
     this.cursor = after;
+    this.mark = mark;
+    this.epoch = epoch;
     this.presence = presence;
     this.#post = post;
     this.#me = me;
@@ -38,16 +48,16 @@ export class Room extends EventTarget {
   /** Say that the user is typing, as often as you like; `false` when the text was sent or is gone. */
   typing(active = true) {
     const now = Date.now();
-    if (active && now - this.#typedAt < TYPING_EVERY) return;
+    if (active && Math.abs(now - this.#typedAt) < TYPING_EVERY) return;
     if (!active && !this.#typedAt) return;
     this.#typedAt = active ? now : 0;
     this.#post({ event: "typing", active });
   }
 
   /** Everything up to this message id has been seen by the user. That it has arrived is said by itself. */
-  read(id) { this.#say("read", id); }
+  read(messageId) { this.#say("read", idOf(messageId)); }
 
-  // For Chat
+  // For Chat and Subscriptions
 
   /** Takes a live change; false says that changes before it are missing. */
   change(frame) {
@@ -56,17 +66,28 @@ export class Room extends EventTarget {
     return true;
   }
 
-  /** Takes the answer to a subscription: what was missed, or a fresh start. */
-  synced(answer) {
-    this.asking = null;
+  /** Whether nothing is missing between what this room has and an answer that was not asked for. */
+  continues({ recovered, changes, seq }) {
+    return !recovered || this.cursor === null || (changes[0]?.seq ?? seq + 1) <= this.cursor + 1;
+  }
+
+  /**
+   * Takes the answer to a subscription: what was missed, or a fresh start. When `live()` says no any more, a listener has left
+   * the room or closed the connection, and the rest is not delivered; it is still to be had with the cursor.
+   */
+  synced(answer, live = () => true) {
+    this.epoch = answer.epoch;
+    if (!answer.recovered) this.#startOver(answer);
     for (const { user_id, read, delivered } of answer.receipts ?? []) this.#reached(user_id, { read, delivered });
     if (answer.online) this.#present(answer.online);
-    if (answer.recovered) for (const change of answer.changes) this.#deliver(change);
-    // While two links are up, the old one may have brought more than the new one's answer knows.
-    this.cursor = answer.recovered ? Math.max(this.cursor, answer.seq) : answer.seq;
+    if (answer.recovered) {
+      for (const change of answer.changes) if (live()) this.#deliver(change);
+      if (live()) this.#advance(answer); // if one has left, the cursor is where the delivery ended
+    }
     if (!answer.recovered) emit(this, "reset", { messages: answer.changes, has_more: answer.has_more });
+    if (!live()) return;
     emit(this, "subscribed", answer);
-    this.#saySoon(); // what could not be said while the connection was away
+    if (live()) this.#saySoon(); // what could not be said while the connection was away
   }
 
   /** Takes any other frame. */
@@ -77,13 +98,43 @@ export class Room extends EventTarget {
     emit(this, ["receipt", "typing", "presence"].includes(frame.event) ? frame.event : "event", frame);
   }
 
+  /** These messages are here, however they came: their authors may know. */
+  arrived(messages) {
+    for (const { id = 0, user_id } of messages) if (user_id !== this.#me()) this.#say("delivered", id);
+  }
+
+  /** Nothing more is said or told by itself: the room was left, or the connection closed. */
+  hush() {
+    clearTimeout(this.#timer);
+    this.#timer = null;
+    for (const timer of this.typists.values()) clearTimeout(timer);
+    this.typists.clear();
+    this.#typedAt = 0;
+  }
+
   /** First the cursor, then the listeners: whatever they do, a change is never delivered again. */
   #deliver(frame) {
     if (frame.seq <= this.cursor) return;
-    if (frame.seq !== undefined) this.cursor = frame.seq; // what a backend published by itself has none
-    if (frame.event === "message" && frame.user_id !== this.#me()) this.#say("delivered", frame.id ?? 0);
+    if (frame.seq !== undefined) this.#advance(frame); // what a backend published by itself has none
+    if (frame.event === "message") this.arrived([frame]);
     if (frame.event === "message") this.#types(frame.user_id, false);
     emit(this, CHANGES[frame.event], frame);
+  }
+
+  /** Never back: while two links are up, the old one may have brought more than the new one's answer knows. */
+  #advance({ seq, mark = null }) {
+    if (seq < this.cursor) return;
+    this.mark = mark ?? (seq === this.cursor ? this.mark : null);
+    this.cursor = seq;
+  }
+
+  /** Nothing of what was known counts: perhaps it is of a history that has gone, with message ids that are given again. */
+  #startOver({ seq, mark = null, changes }) {
+    Object.assign(this, { cursor: seq, mark, receipts: new Map() });
+    this.#said = { read: 0, delivered: 0 };
+    this.#toSay = { read: 0, delivered: 0 };
+    for (const user of this.typists.keys()) this.#types(user, false);
+    this.arrived(changes);
   }
 
   // Receipts
@@ -134,3 +185,140 @@ export class Room extends EventTarget {
     return true;
   }
 }
+
+/**
+ * The rooms on one Link: what was asked for each, and what its answer is waited for.
+ *
+ * While an answer is on its way, changes of that room are left alone: the answer brings them, or they follow it. A room that
+ * is left and joined again is asked for only when the server has confirmed that it was left, so nothing that belongs
+ * to the old subscription is taken for the new one's.
+ */
+export class Subscriptions {
+  #all = new Map(); // by conversation: {room, waits, presence, tries}
+  #link;
+  #joined;
+  #refresh;
+  #over;
+
+  /**
+   * `joined(id)` is the Room that the application is in now; `refresh()` brings the server a new token; `over(room, error)`
+   * is called for a room that the server refuses or has ended.
+   */
+  constructor(link, { joined, refresh, over }) {
+    this.#link = link;
+    this.#joined = joined;
+    this.#refresh = refresh;
+    this.#over = over;
+  }
+
+  /**
+   * The `rooms` of an `auth` with these data, as many as the server allows and as fit into so many bytes. Those with a cursor
+   * from other data are asked for later, one by one. `marks`: the server knows them.
+   */
+  named(rooms, epoch, space, marks) {
+    const named = {};
+    this.#all.clear();
+    for (const room of rooms) {
+      const cursor = marks && room.mark ? { after: room.cursor, mark: room.mark } : room.cursor;
+      space -= JSON.stringify({ [room.id]: cursor }).length;
+      if (space < 0 || this.#all.size >= this.#most) break;
+      if (room.cursor !== null && room.epoch !== epoch) continue;
+      named[room.id] = cursor;
+      this.#all.set(room.id, { room, waits: READY, presence: false, tries: 0 });
+    }
+    return named;
+  }
+
+  /** Takes `ready.rooms`. What is named neither there nor in an `unsubscribed` follows in frames of its own. */
+  welcome(answers, epoch) {
+    for (const [id, one] of [...this.#all]) {
+      if (this.#link.over) return;
+      if (!this.#isJoined(one)) this.leave(id);
+      else if (answers[id]) this.#answered(one, { epoch, ...answers[id] });
+    }
+  }
+
+  /** Asks for the room, or for who is online in it; does nothing where that is under way. */
+  want(room) {
+    if (this.#link.over || !this.#link.readyAt) return;
+    let one = this.#all.get(room.id);
+    if (one?.waits || (one && one.presence >= room.presence)) return;
+    if (!one && this.#count >= this.#most) return this.#link.after(0, () => this.#over(room, tooMany(this.#most)));
+    if (!one) this.#all.set(room.id, (one = { room, waits: null, presence: false, tries: 0 }));
+    this.#ask(one);
+  }
+
+  leave(id) {
+    const one = this.#all.get(id);
+    if (!one || one.waits === LEFT || !this.#link.readyAt) return;
+    one.waits = LEFT;
+    const left = () => {
+      this.#all.delete(id);
+      const room = this.#joined(id);
+      if (room) this.want(room);
+    };
+    this.#link.request({ event: "unsubscribe", conversation_id: id }).then(left, (error) => {
+      if (error.code !== "disconnected") this.#link.after(SECOND, () => ((one.waits = null), this.leave(id)));
+    });
+  }
+
+  /** Takes a frame about a conversation; `about` is what it replies to. */
+  take(frame, about) {
+    const one = this.#all.get(frame.conversation_id);
+    if (!one || one.waits === LEFT || !this.#isJoined(one)) return;
+    if (frame.event === "subscribed") this.#subscribed(one, frame, about === one);
+    else if (frame.event === "unsubscribed") one.waits === REPLY || this.#refused(one, frame);
+    else if (Object.hasOwn(CHANGES, frame.event)) this.#changed(one, frame);
+    else if (frame.ref === undefined) one.room.hear(frame);
+  }
+
+  #changed(one, frame) {
+    if (one.waits && frame.seq !== undefined) return;
+    if (!one.room.change(frame)) this.#ask(one);
+  }
+
+  #subscribed(one, frame, isReply) {
+    if (isReply || one.waits === READY || one.room.continues(frame)) this.#answered(one, frame, isReply || one.waits === READY);
+    else if (!one.waits) this.#ask(one);
+  }
+
+  /** A part of an answer that is not the reply itself leaves the room waiting. */
+  #answered(one, frame, complete = true) {
+    if (complete) Object.assign(one, { waits: null, tries: 0 });
+    one.room.synced(frame, () => !this.#link.over && this.#isJoined(one));
+    if (!one.waits && this.#isJoined(one)) this.want(one.room); // `auth` does not ask for presence
+  }
+
+  #ask(one) {
+    const { room } = one;
+    one.waits = REPLY;
+    one.presence = room.presence;
+    const cursor = { after: room.cursor ?? undefined, mark: room.mark ?? undefined, epoch: room.epoch };
+    const frame = { event: "subscribe", conversation_id: room.id, ...cursor, presence: room.presence || undefined };
+    this.#link.request(frame, one).catch((error) => this.#refused(one, error)); // `take` sees the answer
+  }
+
+  #refused(one, { code, message, retryable, retryAfter, retry_after }) {
+    if (code === "disconnected" || this.#link.over || this.#all.get(one.room.id) !== one || one.waits === LEFT) return;
+    if (!this.#isJoined(one)) return this.leave(one.room.id);
+    const error = new ChatError({ code, message, retryable, retry_after: retryAfter ?? retry_after });
+    if (error.retryable || code === "token_expired") return this.#pause(one, error);
+    this.#all.delete(one.room.id);
+    this.#over(one.room, error);
+  }
+
+  async #pause(one, { code, retryAfter = 0 }) {
+    one.waits = PAUSE;
+    if (code === "token_expired") await this.#refresh().catch(() => {});
+    const wait = retryAfter * SECOND + backoff((one.tries += 1), LONGEST_PAUSE);
+    this.#link.after(wait, () => this.#isJoined(one) && one.waits === PAUSE && this.#ask(one));
+  }
+
+  #isJoined(one) { return this.#joined(one.room.id) === one.room; }
+
+  get #count() { return [...this.#all.values()].filter(({ waits }) => waits !== LEFT).length; }
+
+  get #most() { return this.#link.limits.rooms ?? Infinity; }
+}
+
+const tooMany = (most) => new ChatError({ code: "limit_exceeded", message: `at most ${most} rooms on a connection` });

@@ -7,34 +7,30 @@
  *     chat.connect();
  *     await chat.send(1, "Hello");
  *
- * Chat decides when to connect and keeps what is unanswered, Room is one conversation with its cursor, Link is one
- * WebSocket. The application's code runs in event listeners and in `token` alone: what a listener throws is
- * reported as an uncaught error by the browser and reaches nothing in here.
+ * Chat decides when to connect, Room is one conversation with its cursor, Link is one WebSocket, Subscriptions are the rooms
+ * on one link, and the Outbox has what is unanswered. The application's code runs in event listeners and in `token`
+ * alone: what a listener throws is reported as an uncaught error by the browser and reaches nothing in here. A listener
+ * may call anything: after each event that is emitted here, the link may have ended and the room may have been left.
  */
 
-import { ChatError, Link, LOST, RETRYABLE, SECOND } from "./chatd-link.js";
-import { CHANGES, emit, Room } from "./chatd-room.js";
+import { backoff, ChatError, idOf, Link, LOST, NO_PONG, Outbox, random, SECOND, sizeOf, Token } from "./chatd-link.js";
+import { emit, Room, Subscriptions } from "./chatd-room.js";
 
 export { ChatError, Room };
 
-const FIRST_WAIT = 0.5 * SECOND;
 const LONGEST_WAIT = 20 * SECOND;
 const OVERLOAD_WAIT = 5 * SECOND;
+const ONLINE_WAIT = 0.5 * SECOND; // everybody behind a router that is back hears `online` in the same moment
 const STEADY = 10 * SECOND; // a connection that lived so long past `ready` was a good one: the backoff starts over
 const RESTART_WINDOW = 5 * SECOND; // unless the server's `hello` named another
-const TIMER_MAX = 2 ** 31 - 1; // setTimeout fires at once beyond it
-const REFUSALS_MAX = 10; // a request that the server keeps failing must not block those behind it for ever
+const PATIENCE_MAX = 8;
 
 // Close codes
 const GOING_AWAY = new Set([1001, 1012]);
 const OVERLOADED = new Set([1013, 4006]);
-const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005;
-const isFinal = (code) => code >= 4500 && code <= 4999;
-
-const random = (limit) => Math.random() * limit;
-const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
-/** Random from nought: the clients of a server that fell over must not all come back in step. */
-const backoff = (tries, longest = LONGEST_WAIT) => random(Math.min(longest, FIRST_WAIT * 2 ** tries));
+const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005, PROTOCOL_ERROR = 4501, NO_AUTH = 4502;
+/** `auth` goes out as soon as the server has said hello. Where it came too late, the way was slow or the machine slept. */
+const isFinal = (code) => code >= 4500 && code <= 4999 && code !== NO_AUTH;
 
 /** 128 random bits. crypto.randomUUID() exists only on https and localhost. */
 export const newClientId = () =>
@@ -53,81 +49,113 @@ export class Chat extends EventTarget {
   epoch;
   limits = null;
   #url;
-  #askToken;
+  #token;
   #longestWait;
-  #token = null;
-  #tokenEnds = Infinity;
+  #givenEpoch;
   #rooms = new Map();
   #link = null; // null while there is none and none is being made
   #next = null; // the one that is to follow it, when the server asked us to move
   #timer;
+  #notBefore = 0; // when an overloaded server wants us at the earliest
   #tries = 0;
+  #patience = 1; // with silence: grows while connections die of it before they were of any use
   #window = RESTART_WINDOW;
-  #outbox = []; // unanswered changes, oldest first
-  #draining = false;
+  #ears = null; // an AbortController: listeners on the page
+  #outbox = new Outbox({ link: () => this.#ready, refresh: (link) => this.#token.refresh(link) });
 
   /**
-   * `epoch` only together with cursors kept from an earlier page: `join(id, {after})`. `longestWait` (ms) bounds the random
-   * wait before a new try; a short one is for tests and for servers with few clients.
+   * `epoch` only together with cursors kept from an earlier page: `join(id, {after, mark})`. `longestWait` (ms) bounds the
+   * random wait before a new try; a short one is for tests and for servers with few clients.
    */
   constructor({ url, token, epoch, longestWait = LONGEST_WAIT }) {
     super();
     this.#url = url;
-    this.#askToken = token;
+    this.#token = new Token(token);
     this.#longestWait = longestWait;
-    this.epoch = epoch;
+    this.epoch = this.#givenEpoch = epoch;
   }
 
   /** Connects, or tries now instead of at the end of the wait. Does nothing while connecting or online. */
   connect() {
     if (this.#link) return;
     clearTimeout(this.#timer);
+    this.#listen();
     this.#dial();
   }
 
   /** Disconnects. What is unsent stays and goes out after the next connect(). */
   close() {
     clearTimeout(this.#timer);
+    this.#ears?.abort();
+    this.#ears = null;
     const links = [this.#link, this.#next];
     this.#link = this.#next = null;
     for (const link of links) link?.end();
+    for (const room of this.#rooms.values()) room.hush();
     this.#become("closed");
   }
 
-  /** The Room of a conversation, subscribed now or as soon as there is a connection; `presence`: tell who is online. */
-  join(conversationId, { after = null, presence = false } = {}) {
-    const known = this.#rooms.get(conversationId);
-    if (known) return known;
-    const post = (frame) => this.#ready?.post({ ...frame, conversation_id: conversationId }) ?? false;
-    const room = new Room(conversationId, { after, presence, post, me: () => this.userId });
-    this.#rooms.set(conversationId, room);
-    this.#subscribe(room);
+  /**
+   * The Room of a conversation, subscribed now or as soon as there is a connection; `presence`: tell who is online. A room that
+   * was joined already stays as it is, but for `presence`, which can be had later.
+   */
+  join(conversationId, { after = null, mark = null, epoch = this.#givenEpoch ?? this.epoch, presence = false } = {}) {
+    const id = idOf(conversationId);
+    let room = this.#rooms.get(id);
+    if (!room) {
+      const post = (frame) => this.#rooms.get(id) === room && !!this.#ready?.post({ ...frame, conversation_id: id });
+      room = new Room(id, { after, mark, epoch, post, me: () => this.userId });
+      this.#rooms.set(id, room);
+    }
+    room.presence ||= presence;
+    this.#link?.rooms.want(room);
     return room;
   }
 
   leave(conversationId) {
-    if (this.#rooms.delete(conversationId)) this.#ready?.post({ event: "unsubscribe", conversation_id: conversationId });
+    const id = idOf(conversationId), room = this.#rooms.get(id);
+    if (!room) return;
+    this.#rooms.delete(id);
+    room.hush();
+    this.#link?.rooms.leave(id);
   }
 
   /**
    * Resolves to {id, seq, created_at, client_id} when the server has stored the message. While the connection is away it
    * waits; it is repeated with the same `client_id`, which the server stores once.
    */
-  send(conversationId, content, { client_id = newClientId(), type, meta, reply_to } = {}) {
-    return this.#change({ event: "send", conversation_id: conversationId, content, client_id, type, meta, reply_to });
+  async send(conversationId, content, { client_id = newClientId(), type, meta, reply_to } = {}) {
+    return this.#change("send", conversationId, { content, client_id, type, meta, reply_to });
   }
 
-  edit(conversationId, id, content) { return this.#change({ event: "edit", conversation_id: conversationId, id, content }); }
-  delete(conversationId, id) { return this.#change({ event: "delete", conversation_id: conversationId, id }); }
-
-  react(conversationId, id, emoji, on = true) {
-    return this.#change({ event: "react", conversation_id: conversationId, id, emoji, on });
-  }
+  async edit(conversationId, id, content) { return this.#change("edit", conversationId, { id: idOf(id), content }); }
+  async delete(conversationId, id) { return this.#change("delete", conversationId, { id: idOf(id) }); }
+  async react(conversationId, id, emoji, on = true) { return this.#change("react", conversationId, { id: idOf(id), emoji, on }); }
 
   /** A page {messages, has_more} in ascending id: the newest, or those before or after a message id. Fails while offline. */
   async history(conversationId, { before, after, limit } = {}) {
-    if (!this.#ready) throw new ChatError({ code: "disconnected" });
-    return this.#ready.request({ event: "history", conversation_id: conversationId, before, after, limit });
+    const id = idOf(conversationId);
+    const page = await this.#read({ event: "history", conversation_id: id, before, after, limit });
+    this.#rooms.get(id)?.arrived(page.messages);
+    return page;
+  }
+
+  #change(event, conversationId, fields) { return this.#outbox.put({ event, conversation_id: idOf(conversationId), ...fields }); }
+
+  /** Asks again where the connection was exchanged for another meanwhile, or the token has to be. */
+  async #read(frame) {
+    for (let refreshed = false; ; ) {
+      const link = this.#ready;
+      if (!link) throw new ChatError({ code: "disconnected" });
+      try {
+        return await link.request(frame);
+      } catch (error) {
+        if (error.code === "disconnected" && this.#ready && this.#ready !== link) continue;
+        if (error.code !== "token_expired" || refreshed) throw error;
+        await this.#token.refresh(link);
+        refreshed = true;
+      }
+    }
   }
 
   // Connecting
@@ -140,31 +168,41 @@ export class Chat extends EventTarget {
     emit(this, "state", { state, ...detail });
   }
 
-  async #dial() {
-    const link = this.#link = new Link({
-      received: (frame) => this.#receive(link, frame),
+  #makeLink() {
+    const link = new Link({
+      received: (frame, about) => this.#receive(link, frame, about),
       ended: (code, reason) => this.#lost(link, code, reason),
+      patience: this.#patience,
     });
+    link.rooms = new Subscriptions(link, {
+      joined: (id) => this.#rooms.get(id),
+      refresh: () => this.#token.refresh(link),
+      over: (room, error) => this.#over(room, error),
+    });
+    return link;
+  }
+
+  #dial() {
+    const link = this.#link = this.#makeLink();
     this.#become("connecting");
+    this.#open(link);
+  }
+
+  async #open(link) {
     try {
-      if (Date.now() >= this.#tokenEnds) this.#token = null;
-      if (this.#token === null) this.#keepToken(await this.#askToken());
-      if (link === this.#link) link.open(this.#url);
+      await this.#token.get();
+      link.open(this.#url);
     } catch (error) {
-      link.end(LOST, error.message);
+      link.end(LOST, String(error?.message ?? error));
     }
   }
 
   /** The server will go away: be somewhere else before it does. Where that fails, its goodbye comes all the same. */
   #moveSoon(old, [soonest, latest]) {
-    setTimeout(() => {
+    old.after(soonest + random(latest - soonest), () => {
       if (old !== this.#link || this.#next) return;
-      const next = this.#next = new Link({
-        received: (frame) => this.#receive(next, frame),
-        ended: (code, reason) => (next === this.#next ? (this.#next = null) : this.#lost(next, code, reason)),
-      });
-      next.open(this.#url);
-    }, soonest + random(latest - soonest));
+      this.#open((this.#next = this.#makeLink()));
+    });
   }
 
   #move(link) {
@@ -174,16 +212,31 @@ export class Chat extends EventTarget {
     old.end(); // what it did not answer is asked again, with the same client_id
   }
 
-  #authenticate(link, hello) {
-    this.limits = hello.limits;
+  #greeted(link, hello) {
+    this.limits = link.limits;
     this.#window = hello.reconnect?.window ?? RESTART_WINDOW;
-    link.asked = new Set(this.#rooms.keys());
-    const rooms = Object.fromEntries(Array.from(this.#rooms.values(), (room) => [room.id, room.cursor]));
-    link.request({ event: "auth", token: this.#token, rooms, epoch: this.epoch }).catch((error) => {
-      // Waiting on would end in "no auth in time", which is final. The other refusals are followed by a close of their own.
-      if (error.code === "token_expired") link.end(TOKEN_EXPIRED, error.message);
-      else if (error.retryable) link.end(AUTH_UNAVAILABLE, error.message);
+    this.#authenticate(link);
+  }
+
+  /** `marks` is false for a server that is older than they are. */
+  #authenticate(link, marks = true) {
+    const token = this.#token.current;
+    if (token === null) return link.end(TOKEN_EXPIRED, "the token has expired");
+    const frame = { event: "auth", token, epoch: this.epoch };
+    const space = (link.limits.frame ?? Infinity) - sizeOf(JSON.stringify(frame)) - 100; // for `rooms` and `ref`
+    frame.rooms = link.rooms.named(this.#rooms.values(), this.epoch, space, marks);
+    link.request(frame).catch((error) => {
+      const marked = Object.values(frame.rooms).some((cursor) => cursor?.mark);
+      if (error.code === "bad_request" && marked) this.#authenticate(link, false);
+      else this.#turnedAway(link, error);
     });
+  }
+
+  /** To wait on would end in "no auth in time". The other refusals are followed by a close of their own. */
+  #turnedAway(link, { code, message, retryable }) {
+    if (code === "token_expired") link.end(TOKEN_EXPIRED, message);
+    else if (retryable) link.end(AUTH_UNAVAILABLE, message);
+    else if (code === "bad_request" || code === "too_large") link.end(PROTOCOL_ERROR, message);
   }
 
   #welcome(link, ready) {
@@ -191,30 +244,25 @@ export class Chat extends EventTarget {
     if (link === this.#next) this.#move(link);
     this.epoch = ready.epoch;
     this.userId = ready.user_id;
+    this.#token.lasts(link, ready.expires_in);
     this.#become("online");
-    for (const room of [...this.#rooms.values()]) {
-      const answer = ready.rooms[room.id];
-      if (answer) room.synced(answer);
-      if (answer && room.presence) this.#subscribe(room); // `auth` does not ask for it
-      else if (answer) continue;
-      else if (!link.asked.has(room.id)) this.#subscribe(room); // joined since `auth` left
-    }
-    for (const id of link.asked) if (!this.#rooms.has(id)) link.post({ event: "unsubscribe", conversation_id: id });
-    this.#renew(link, ready.expires_in);
-    this.#drain();
+    link.rooms.welcome(ready.rooms, ready.epoch);
+    for (const room of [...this.#rooms.values()]) link.rooms.want(room); // those that `auth` did not name
+    this.#outbox.flush();
   }
 
   #lost(link, code, reason) {
+    if (link === this.#next) this.#next = null;
     if (link !== this.#link) return;
     this.#link = this.#next;
     this.#next = null;
     if (this.#link) return this.#become("connecting"); // it is on its way already
-    if (code === TOKEN_EXPIRED || isFinal(code)) this.#token = null;
+    if (code === TOKEN_EXPIRED || isFinal(code)) this.#token.forget();
     if (isFinal(code)) return this.#become("stopped", { code, reason });
-    if (link.readyAt && Date.now() - link.readyAt >= STEADY) this.#tries = 0;
-    const wait = this.#wait(code);
-    this.#timer = setTimeout(() => this.#dial(), wait);
-    this.#become("offline", { code, reason, retryAt: Date.now() + wait });
+    if (link.readyAt && Date.now() - link.readyAt >= STEADY) this.#tries = 0, (this.#patience = 1);
+    else if (code === NO_PONG) this.#patience = Math.min(2 * this.#patience, PATIENCE_MAX);
+    this.#notBefore = OVERLOADED.has(code) ? Date.now() + OVERLOAD_WAIT : 0;
+    this.#retryIn(this.#wait(code), { code, reason });
   }
 
   #wait(code) {
@@ -222,101 +270,48 @@ export class Chat extends EventTarget {
     return backoff(this.#tries++, this.#longestWait) + (OVERLOADED.has(code) ? OVERLOAD_WAIT : 0);
   }
 
-  // The token
-
-  #keepToken(token, seconds = Infinity) {
-    this.#token = token;
-    this.#tokenEnds = Date.now() + seconds * SECOND;
+  #retryIn(wait, detail) {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#dial(), wait);
+    this.#become("offline", { ...detail, retryAt: Date.now() + wait });
   }
 
-  /** For as long as the link lives. Where it fails, it is tried again in what is left of the old token's time. */
-  async #renew(link, seconds) {
-    if (seconds !== undefined) this.#keepToken(this.#token, seconds);
-    while (seconds > 1) { // else it is too late: the server closes with 4001, and the next try asks for a token
-      await sleep(Math.min(seconds * SECOND * (0.7 + random(0.2)), TIMER_MAX));
-      if (link !== this.#link) return;
-      await this.#refresh(link).catch(() => {});
-      seconds = (this.#tokenEnds - Date.now()) / SECOND;
-    }
+  // The page
+
+  #listen() {
+    if (this.#ears) return;
+    const { signal } = (this.#ears = new AbortController());
+    globalThis.addEventListener?.("online", () => this.#networkIsBack(), { signal });
+    globalThis.addEventListener?.("pageshow", ({ persisted }) => persisted && this.#thaw(), { signal });
+    globalThis.document?.addEventListener("resume", () => this.#thaw(), { signal });
   }
 
-  async #refresh(link) {
-    const token = await this.#askToken();
-    this.#keepToken(token, (await link.request({ event: "refresh", token })).expires_in);
+  #networkIsBack() {
+    if (this.#link) this.#link.probe();
+    else if (this.state === "offline") this.#retryIn(Math.max(random(ONLINE_WAIT), this.#notBefore - Date.now()));
+  }
+
+  /** Browsers throw away what comes for a page while it is frozen, replies too. The cursors say what that was. */
+  #thaw() {
+    if (!this.#ready) return;
+    this.#ready.end(LOST, "the page was frozen");
+    this.connect();
   }
 
   // Receiving
 
-  #receive(link, frame) {
-    const room = this.#rooms.get(frame.conversation_id);
-    if (frame.event === "hello") this.#authenticate(link, frame);
+  #receive(link, frame, about) {
+    if (frame.event === "hello") this.#greeted(link, frame);
     else if (frame.event === "ready") this.#welcome(link, frame);
     else if (frame.event === "reconnect") this.#moveSoon(link, frame.delay);
-    else if (frame.event === "error" && frame.ref === undefined) emit(this, "error", frame);
-    else if (!room) return; // a reply, or of a room that was left meanwhile
-    else if (frame.event === "subscribed") room.synced(frame);
-    else if (frame.event === "unsubscribed") this.#refused(room, frame);
-    else if (frame.event in CHANGES) room.change(frame) || this.#subscribe(room);
-    else room.hear(frame);
+    else if (frame.event === "error") frame.ref === undefined && emit(this, "error", frame);
+    else link.rooms.take(frame, about);
   }
 
-  #subscribe(room) {
-    const link = this.#ready;
-    if (!link || room.asking === link) return;
-    room.asking = link;
-    const after = room.cursor ?? undefined;
-    const presence = room.presence || undefined;
-    link.request({ event: "subscribe", conversation_id: room.id, after, epoch: this.epoch, presence }).catch((error) => {
-      if (room.asking === link) room.asking = null;
-      if (error.code !== "disconnected") this.#refused(room, error); // the next `auth` asks for it anyway
-    });
-  }
-
-  #refused(room, { code, message, retryAfter = 1 }) {
+  #over(room, { code, message }) {
     if (this.#rooms.get(room.id) !== room) return;
-    if (RETRYABLE.has(code)) {
-      setTimeout(() => this.#rooms.get(room.id) === room && this.#subscribe(room), (retryAfter + random(1)) * SECOND);
-    } else {
-      this.#rooms.delete(room.id);
-      emit(room, "unsubscribed", { code, message });
-    }
-  }
-
-  // Sending
-
-  #change(frame) {
-    return new Promise((resolve, reject) => {
-      this.#outbox.push({ frame, resolve, reject, refusals: 0 });
-      this.#drain();
-    });
-  }
-
-  /** One at a time: were several on the way, one refused by the rate limit would be overtaken by the next. */
-  async #drain() {
-    if (this.#draining) return;
-    this.#draining = true;
-    while (this.#ready && this.#outbox.length) {
-      if (await this.#deliver(this.#outbox[0])) this.#outbox.shift();
-    }
-    this.#draining = false;
-  }
-
-  /** True when the entry is settled, false when it has to be sent again. */
-  async #deliver(entry) {
-    try {
-      entry.resolve(await this.#ready.request(entry.frame));
-      return true;
-    } catch (error) {
-      if (error.code === "disconnected") return false;
-      const expired = error.code === "token_expired";
-      entry.refusals += 1;
-      if (entry.refusals === REFUSALS_MAX || !(error.retryable || expired)) {
-        entry.reject(error);
-        return true;
-      }
-      if (expired && this.#ready) await this.#refresh(this.#ready).catch(() => {});
-      await sleep(error.retryAfter ? error.retryAfter * SECOND : backoff(entry.refusals));
-      return false;
-    }
+    this.#rooms.delete(room.id);
+    room.hush();
+    emit(room, "unsubscribed", { code, message });
   }
 }
