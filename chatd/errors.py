@@ -14,6 +14,7 @@
     ├── TooLarge          too_large        413   `field` says which, if it was one
     ├── RateLimited       rate_limited     429   `retry_after`
     ├── UnknownEvent      unknown_event    –
+    ├── Superseded        superseded       –     another node reads chat.ingest now; nobody outside sees it
     ├── Internal          internal         500   `incident` finds it in the log
     └── Unavailable       unavailable      503   `retry_after`
 
@@ -128,6 +129,12 @@ class RateLimited(ChatError):
 
 class UnknownEvent(ChatError):
     code, status = "unknown_event", 422
+
+
+class Superseded(ChatError):
+    """The fencing token is not the newest: nothing was written."""
+
+    code, status, sentence = "superseded", 503, "another node has taken over"
 
 
 class Internal(ChatError):

@@ -2,6 +2,10 @@
 
 A batch is committed before the next is read, and taken out of the stream after. What is not certain to be
 committed is tried again under the same `client_id`, so that it makes no second row.
+
+One node reads at a time, by a lease in Redis. A lease alone does not keep the order: a reader that was paused
+does not know that its own has ended, and would commit late what it holds. So a reader that begins puts a
+fencing token into the database, and each of its commits checks it in the same transaction.
 """
 
 from __future__ import annotations
@@ -9,16 +13,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any, TypeVar
 
 import structlog
 import trio
+from msgspec.structs import replace
 
 from chatd import metrics
 from chatd.bus.intake import Entry, Intake, Refusal
 from chatd.chat.messages import Messages
 from chatd.chat.posts import POST_BYTES, NewMessage, create, decode
-from chatd.errors import BadRequest, ChatError, TooLarge, Unavailable
+from chatd.errors import BadRequest, ChatError, Superseded, TooLarge, Unavailable
 from chatd.store.commands import Create
 
 IDLE = 1.0  # seconds between looks whether another node has stopped reading
@@ -36,6 +42,9 @@ class Ingest:
         self._limiter = trio.CapacityLimiter(1)
         self._said_at = -QUIET
         self._failing = False
+        self._term = 0  # of the intake, in which `_fence` was put into the database
+        self._fence: str | None = None
+        self._fences = count(1)
         self.finished = trio.Event()
 
     async def run(
@@ -61,11 +70,23 @@ class Ingest:
         self.finished.set()
 
     async def _go_on(self, stop: trio.Event) -> None:
-        entries = await self._in_thread(self._intake.read)
-        if entries is None:
+        if not self._intake.holding and not await self._in_thread(self._intake.hold):
             await _rest(IDLE, stop)
-        elif entries:
+            return
+        if self._fence is None or self._term != self._intake.term:
+            await self._begin()
+        entries = await self._in_thread(self._intake.read)
+        if entries:
             await self._take_in(entries)
+
+    async def _begin(self) -> None:
+        """From here on nobody else's entries are committed. Raises Unavailable."""
+        self._fence = None
+        term, fence = self._intake.term, f"{self._intake.node}:{next(self._fences)}"
+        await self._messages.fence(fence)
+        # After that: what was read before, somebody else may have committed meanwhile, and what follows it.
+        self._intake.start_over()
+        self._fence, self._term = fence, term
 
     async def _take_in(self, entries: Sequence[Entry]) -> None:
         checked = await self._check_all(entries)
@@ -87,9 +108,9 @@ class Ingest:
 
     async def _check_all(self, entries: Sequence[Entry]) -> list[Create | ChatError]:
         checked: list[Create | ChatError] = []
-        for count, entry in enumerate(entries, 1):
+        for number, entry in enumerate(entries, 1):
             checked.append(self._check(entry))
-            if count % YIELD_EVERY == 0:
+            if number % YIELD_EVERY == 0:
                 await trio.lowlevel.checkpoint()
         return checked
 
@@ -104,24 +125,29 @@ class Ingest:
             self._messages.check(command)
         except ChatError as refusal:
             return refusal
-        return command
+        return replace(command, fence=self._fence)
 
     async def _commit(self, commands: Sequence[Create]) -> list[Any] | None:
         """The outcome of each. Those that may or may not have been committed are tried until that is known.
 
         None when another node has begun to read meanwhile: it has these entries too.
         """
+        term = self._term
         outcomes: list[Any] = [None] * len(commands)
         left = list(range(len(commands)))
         delay = RETRY_FIRST
         while left:
             for index, outcome in zip(left, await self._try([commands[i] for i in left]), strict=True):
                 outcomes[index] = outcome
+            if any(isinstance(outcome, Superseded) for outcome in outcomes):
+                log.warning("ingest_superseded", entries=len(commands))
+                self._fence = None
+                return None
             left = [index for index in left if isinstance(outcomes[index], Unavailable)]
             if left:
                 await trio.sleep(delay * random.uniform(0.5, 1))
                 delay = min(2 * delay, RETRY_MOST)
-                if not await self._in_thread(self._intake.hold):
+                if not await self._in_thread(self._intake.hold) or self._intake.term != term:
                     return None
         return outcomes
 

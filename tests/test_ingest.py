@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import sqlite3
 import time
@@ -10,12 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
+import trio
 
+from chatd.bus import intake
+from chatd.config import Redis
+from chatd.store import reads, statements
+from chatd.store.commands import Fence
 from tests.client import login
 from tests.daemon import Daemon
 from tests.services import RedisServer
+from tests.test_store import bench, post
 
 PATIENCE = 20.0  # seconds
 STREAM, DEAD, LEASE = "chat.ingest", "chat.ingest.dead", "chat.ingest.reader"
@@ -250,3 +258,137 @@ def test_it_can_be_left_off(feed: Feed) -> None:
     time.sleep(0.7)  # longer than a read waits
     assert feed.redis.xinfo_groups(STREAM) == []
     assert feed.contents() == ["posted"]
+
+
+# A reader that is paused for longer than its lease lasts, and goes on after another has taken over.
+
+
+class Meddling(redis.Redis):
+    """Before each of its commands another reader, of a version that knows no lease, reads one entry."""
+
+    def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        reply = super().execute_command(*arguments, **options)
+        super().execute_command("XREADGROUP", "GROUP", "chatd", "paused", "COUNT", 1, "STREAMS", STREAM, ">")
+        return reply
+
+
+def test_what_a_paused_reader_reads_at_any_moment_of_a_takeover_is_not_lost(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary = redis.Redis.from_url(own_redis.url, protocol=2)
+    added = {ordinary.xadd(STREAM, {"m": str(number)}).decode() for number in range(20)}
+    ordinary.xgroup_create(STREAM, "chatd", id="0")
+    ordinary.xreadgroup("chatd", "paused", {STREAM: ">"}, count=3)
+    monkeypatch.setattr(intake, "client_of", lambda config: Meddling.from_url(config.url, protocol=2))
+    taking_over = intake.Intake(Redis(url=own_redis.url), "taking-over")
+    assert taking_over.hold()
+    read = {entry.id for entry in taking_over.read() or ()}
+    pending = {entry["message_id"].decode() for entry in ordinary.xpending_range(STREAM, "chatd", "-", "+", 99)}
+    unread = {id.decode() for id, _ in ordinary.xrange(STREAM, f"({max(read | pending)}")}
+    assert read
+    assert read | pending | unread == added
+    taking_over.close()
+    ordinary.close()
+
+
+@pytest.fixture
+def readers(own_redis: RedisServer) -> Iterator[tuple[intake.Intake, intake.Intake, Any]]:
+    """Two that read by turns, and a client that looks."""
+    first, second = (intake.Intake(Redis(url=own_redis.url), name) for name in ("first", "second"))
+    looking = redis.Redis.from_url(own_redis.url, protocol=2)
+    yield first, second, looking
+    for one in (first, second, looking):
+        one.close()
+
+
+def test_nothing_is_read_or_settled_without_the_lease(
+    readers: tuple[intake.Intake, intake.Intake, Any],
+) -> None:
+    first, second, looking = readers
+    assert first.hold()
+    looking.xadd(STREAM, {"m": "1"})
+    (one,) = first.read() or ()
+    looking.delete(LEASE)  # the first was paused until it ended
+    assert second.hold()
+    looking.xadd(STREAM, {"m": "2"})
+    assert first.read() is None
+    assert not first.holding
+    first.settle([], [intake.Refusal(one, "bad_request", "No.", None)])
+    assert (looking.xlen(DEAD), looking.xlen(STREAM)) == (0, 2)
+    assert [entry.payload for entry in second.read() or ()] == [b"1"]
+    assert [entry.payload for entry in second.read() or ()] == [b"2"]
+
+
+def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
+    readers: tuple[intake.Intake, intake.Intake, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "DEAD_KEPT", 1024 * 1024)
+    reader, _, looking = readers
+    assert reader.hold()
+    for number in range(40):
+        looking.xadd(STREAM, {"m": f"{number} " + "x" * 200_000})
+        refused = [intake.Refusal(entry, "bad_request", "No.", "m") for entry in reader.read() or ()]
+        reader.settle([], refused)
+    assert looking.memory_usage(DEAD, samples=0) < 1024 * 1024
+    kept = [fields[b"m"].split()[0] for _, fields in looking.xrange(DEAD)]
+    assert len(kept) >= 2
+    assert kept == [str(number).encode() for number in range(40 - len(kept), 40)], "the newest, in order"
+    assert looking.xlen(STREAM) == 0
+
+
+async def test_a_commit_of_a_reader_that_was_followed_is_refused(database_url: str) -> None:
+    async with bench(database_url) as b:
+        assert await b.do(post("before"), Fence(token="a"))
+        (mine, ordinary) = await b.do(post("of a", client_id="k", fence="a"), post("of nobody"))
+        assert (mine.seq, ordinary.seq) == (2, 3)
+        await b.do(Fence(token="b"))
+        late = await b.do(
+            post("late", fence="a"), post("in time", fence="b"), post("of a", client_id="k", fence="a")
+        )
+        assert [late[0], late[2]] == ["superseded", "superseded"]
+        assert late[1].seq == 4
+        page = await b.store.read(reads.history, 1, None, None, 9)
+        assert [one.content for one in page.messages] == ["before", "of a", "of nobody", "in time"]
+
+
+async def test_a_new_reader_waits_for_a_commit_in_progress(postgres_url: str) -> None:
+    """So nothing of the old one is committed once the new one has begun."""
+    async with bench(postgres_url) as b:
+        await b.do(Fence(token="a"))
+        with b.store._writing.connect() as other:
+            assert other.scalar(statements.FENCE) == "a"
+            began = b.writer.submit([Fence(token="b")])
+            with trio.fail_after(10):
+                while not b.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    await trio.sleep(0.01)
+        await began.outcome()
+
+
+def test_a_reader_paused_past_its_lease_keeps_the_order(feed: Feed, postgres_url: str) -> None:
+    """Stopped in mid-stream, followed by the other, and going on: each message once, in the order of XADD.
+
+    On PostgreSQL, for a process that stands still in the middle of a commit holds SQLite's lock.
+    """
+    nodes = [feed.node(database__url=postgres_url) for _ in range(2)]
+    added = 0
+    for _ in range(2):
+        feed.until(lambda: feed.redis.exists(LEASE) == 1)
+        reader = next(one for one in nodes if one.log.count('"held": true') > one.log.count('"held": false'))
+        stopping = random.randrange(2, 15)
+        for count in range(20):
+            feed.add_all([str(number) for number in range(added, added + 100)])
+            added += 100
+            if count == stopping:
+                reader.signal(signal.SIGSTOP)
+        feed.until_empty()
+        feed.add_all([str(number) for number in range(added, added + 500)])
+        reader.signal(signal.SIGCONT)
+        added += 500
+        feed.until_empty()
+    with psycopg.connect(postgres_url) as connection:
+        query = (
+            "SELECT m.content FROM chat_changes c JOIN chat_messages m ON m.id = c.message_id ORDER BY c.seq"
+        )
+        stored = [content for (content,) in connection.execute(query)]
+    assert stored == [str(number) for number in range(added)]
+    assert feed.redis.exists(DEAD) == 0

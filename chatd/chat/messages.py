@@ -13,7 +13,7 @@ from chatd.errors import BadRequest, ChatError
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.settings import Settings
 from chatd.store import reads
-from chatd.store.commands import Changed, Create, Created, Delete, Edit, React
+from chatd.store.commands import Changed, Create, Created, Delete, Edit, Fence, React
 from chatd.store.reader import Reader
 from chatd.store.reads import Page
 from chatd.store.writer import Submission, Then, Writer
@@ -54,6 +54,10 @@ class Messages:
         accepted = [command for command in commands if isinstance(command, Create)]
         outcomes = iter(await self._writer.submit(accepted).outcomes() if accepted else [])
         return [command if isinstance(command, ChatError) else next(outcomes) for command in commands]  # type: ignore[misc]
+
+    async def fence(self, token: str) -> None:
+        """From here on commands that carry another token are refused with Superseded. Raises Unavailable."""
+        await self._writer.submit([Fence(token=token)]).outcome()
 
     async def edit(self, message_id: int, content: str | UnsetType, meta: Any) -> Changed:
         outcome = await self.submit(Edit(message_id=message_id, content=content, meta=meta)).outcome()

@@ -30,6 +30,7 @@ class Create(Struct, frozen=True, kw_only=True):
     reply_to: int | None = None
     rights: Rights = Rights.TRUSTED
     asked: bytes | None = None  # the request's hash, where something else is stored than was asked for
+    fence: str | None = None  # refused with Superseded unless the newest `Fence` has this token
 
     def request_hash(self) -> bytes:
         """What makes a second request with the same `client_id` a retry, not a conflict."""
@@ -97,6 +98,12 @@ class Notify(Struct, frozen=True, kw_only=True):
     body: bytes
 
 
+class Fence(Struct, frozen=True, kw_only=True):
+    """A reader of `chat.ingest` begins: what others have read before is not committed after this."""
+
+    token: str
+
+
 class SetMember(Struct, frozen=True, kw_only=True):
     """Add or remove a member. What is UNSET stays as it is."""
 
@@ -107,7 +114,7 @@ class SetMember(Struct, frozen=True, kw_only=True):
     muted_until: str | UnsetType | None = UNSET
 
 
-AnyCommand = Create | Edit | Delete | React | MoveCursor | SetMember | SetUser | Notify
+AnyCommand = Create | Edit | Delete | React | MoveCursor | SetMember | SetUser | Notify | Fence
 
 
 class Created(Struct, frozen=True):
@@ -144,4 +151,8 @@ class Notified(Struct, frozen=True):
     pass
 
 
-Result = Created | Changed | MemberSet | CursorMoved | UserSet | Notified
+class FenceSet(Struct, frozen=True):
+    pass
+
+
+Result = Created | Changed | MemberSet | CursorMoved | UserSet | Notified | FenceSet

@@ -234,3 +234,7 @@ def _set_fact(into: Any) -> Any:
 
 
 SET_FACT = {name: _set_fact(into(facts)) for name, into in _insert_of.items()}
+
+# Who reads `chat.ingest`: see `fences`.
+INGEST_FENCE = "ingest_fence"
+FENCE = select(facts.c.value).where(facts.c.key == INGEST_FENCE).with_for_update(read=True)

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
 from chatd import calls
-from chatd.errors import BadRequest, ChatError, Conflict, Forbidden, NotFound
+from chatd.errors import BadRequest, ChatError, Forbidden, NotFound
 from chatd.model import Change, Group, Kind, now
 from chatd.protocol import change_payload
 from chatd.store import statements
@@ -25,6 +25,8 @@ from chatd.store.commands import (
     CursorMoved,
     Delete,
     Edit,
+    Fence,
+    FenceSet,
     MemberSet,
     MoveCursor,
     Notified,
@@ -36,9 +38,10 @@ from chatd.store.commands import (
     SetUser,
 )
 from chatd.store.cursors import Cursors
-from chatd.store.keys import as_parameter
+from chatd.store.fences import Fences
 from chatd.store.members import Members
 from chatd.store.reactions import Reactions
+from chatd.store.retries import Retries
 from chatd.store.rows import message
 from chatd.store.users import Users
 
@@ -69,11 +72,12 @@ class Transaction:
         self._places: dict[int, int] = {}  # message id → its conversation
         self._conversations: dict[int, Row] = {}
         self._touched: set[int] = set()
-        self._earlier: dict[tuple[int, int, str], Row] = {}
         self._messages: dict[int, Row] = {}
         self._created: list[Row] = []
         self._changed: dict[int, Row] = {}
         self._steps: list[Step] = []
+        self._fences = Fences(connection)
+        self._retries = Retries(connection)
         self._members = Members(connection, self._now)
         self._users = Users(connection)
         self._cursors = Cursors(connection, self._now)
@@ -102,12 +106,13 @@ class Transaction:
     # Reading, in the order of the locks.
 
     def _read(self, commands: Sequence[AnyCommand]) -> None:
+        self._fences.read(commands)
         aimed = [command for command in commands if isinstance(command, Edit | Delete | React)]
         replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
         self._places = self._find_places([*(command.message_id for command in aimed), *replies])
         self._lock_conversations(commands)
         self._members.read({pair for command in commands for pair in self._member_pairs(command)})
-        self._read_earlier([c for c in commands if isinstance(c, Create) and c.client_id is not None])
+        self._retries.read([c for c in commands if isinstance(c, Create) and c.client_id is not None])
         self._read_messages({command.message_id for command in aimed})
         self._reactions.read([c for c in commands if isinstance(c, React)])
         self._cursors.read([c for c in commands if isinstance(c, MoveCursor)])
@@ -122,7 +127,7 @@ class Transaction:
     def _conversation_of(self, command: AnyCommand) -> int | None:
         if isinstance(command, Edit | Delete | React):
             return self._places.get(command.message_id)
-        return None if isinstance(command, SetUser | Notify) else command.conversation_id
+        return None if isinstance(command, SetUser | Notify | Fence) else command.conversation_id
 
     def _lock_conversations(self, commands: Sequence[AnyCommand]) -> None:
         """All of them, in id order; those that a command may make are made first, in the same order."""
@@ -156,16 +161,9 @@ class Transaction:
 
     def _member_pairs(self, command: AnyCommand) -> list[tuple[int, int]]:
         conversation = self._conversation_of(command)
-        if conversation is None or isinstance(command, Notify) or command.user_id is None:
+        if conversation is None or isinstance(command, Notify | Fence) or command.user_id is None:
             return []
         return [(conversation, command.user_id)]
-
-    def _read_earlier(self, commands: Sequence[Create]) -> None:
-        keys = {(c.conversation_id, c.user_id, c.client_id) for c in commands}
-        if keys:
-            names = ("chat_conversation_id", "user_id", "client_id")
-            query = statements.EARLIER_MESSAGES[self._dialect]
-            self._earlier = self._rows(query, as_parameter(keys), *names)
 
     def _read_messages(self, ids: set[int]) -> None:
         if ids:
@@ -197,15 +195,15 @@ class Transaction:
                 case Notify():
                     self._notifications.append(command)
                     return Notified()
+                case Fence():
+                    return FenceSet()
         except ChatError as refusal:
             return refusal
 
     def _create(self, command: Create) -> Step:
+        self._fences.check(command)
         self._check_rights(command.conversation_id, command.user_id, command.rights)
-        key = (command.conversation_id, command.user_id, command.client_id or "")
-        if earlier := self._earlier.get(key):
-            if earlier["request_hash"] != command.request_hash():
-                raise Conflict(field="client_id")
+        if earlier := self._retries.find(command):
             return Step(Kind.CREATED, earlier["seq"], earlier, duplicate=True)
         member = (command.conversation_id, command.user_id)
         self._members.check_mute(member, command.rights)
@@ -217,8 +215,7 @@ class Transaction:
         self._created.append(row)
         if self._hooked and command.rights is not Rights.TRUSTED:
             self._for_webhook.append(row)
-        if command.client_id is not None:
-            self._earlier[key] = row
+        self._retries.remember(command, row)
         return self._number(Kind.CREATED, row)
 
     def _new_row(self, command: Create) -> Row:

@@ -21,7 +21,7 @@ from chatd.errors import ChatError, Internal, Unavailable
 from chatd.logs import Recurring
 from chatd.model import Group, now
 from chatd.store import statements
-from chatd.store.commands import AnyCommand, Create, Delete, Edit, Notify, Result, SetUser
+from chatd.store.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
@@ -47,8 +47,8 @@ def _place(command: AnyCommand) -> Any:
     """What its lock depends on; a backend may change a message without saying in which conversation it is."""
     if isinstance(command, Edit | Delete) and command.conversation_id is None:
         return "message", command.message_id
-    if isinstance(command, Notify):
-        return "webhook"
+    if isinstance(command, Notify | Fence):
+        return type(command).__name__
     return ("user", command.user_id) if isinstance(command, SetUser) else command.conversation_id
 
 

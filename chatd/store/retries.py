@@ -1,0 +1,48 @@
+"""Messages that a command may be a retry of, by their `client_id`, within one transaction.
+
+Used by `transaction` alone. Each answer sees what the commands before it in the group did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from chatd.errors import Conflict
+from chatd.store import statements
+from chatd.store.commands import Create
+from chatd.store.keys import as_parameter
+
+Key = tuple[int, int, str]  # conversation_id, user_id, client_id
+Row = dict[str, Any]
+
+
+class Retries:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._earlier: dict[Key, Row] = {}
+
+    def read(self, commands: Sequence[Create]) -> None:
+        """`commands` are those with a `client_id`."""
+        if commands:
+            keys = as_parameter({_key(command) for command in commands})
+            query = statements.EARLIER_MESSAGES[self._connection.dialect.name]
+            for row in self._connection.execute(query, keys).mappings():
+                self._earlier[row["chat_conversation_id"], row["user_id"], row["client_id"]] = dict(row)
+
+    def find(self, command: Create) -> Row | None:
+        """The message that it made the first time. Raises Conflict where that was another one."""
+        earlier = self._earlier.get(_key(command))
+        if earlier is not None and earlier["request_hash"] != command.request_hash():
+            raise Conflict(field="client_id")
+        return earlier
+
+    def remember(self, command: Create, row: Row) -> None:
+        if command.client_id is not None:
+            self._earlier[_key(command)] = row
+
+
+def _key(command: Create) -> Key:
+    return command.conversation_id, command.user_id, command.client_id or ""
