@@ -263,32 +263,72 @@ def test_it_can_be_left_off(feed: Feed) -> None:
 # A reader that is paused for longer than its lease lasts, and goes on after another has taken over.
 
 
-class Meddling(redis.Redis):
-    """Before each of its commands another reader, of a version that knows no lease, reads one entry."""
+class Interrupted(redis.Redis):
+    """Something else happens before a certain one of its commands."""
+
+    left = 0
+    action: Callable[[], None]
 
     def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        reply = super().execute_command(*arguments, **options)
-        super().execute_command("XREADGROUP", "GROUP", "chatd", "paused", "COUNT", 1, "STREAMS", STREAM, ">")
-        return reply
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return super().execute_command(*arguments, **options)
 
 
-def test_what_a_paused_reader_reads_at_any_moment_of_a_takeover_is_not_lost(
-    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+def interrupted(reader: intake.Intake, url: str, number: int, action: Callable[[], None]) -> None:
+    """From now on the reader's client is one to which that happens."""
+    reader.close()
+    reader._client = client = Interrupted.from_url(url, protocol=2)
+    client.left, client.action = number, action
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_what_a_paused_reader_gets_in_the_middle_of_a_takeover_is_not_lost(
+    readers: tuple[intake.Intake, intake.Intake, Any], own_redis: RedisServer, number: int
 ) -> None:
-    ordinary = redis.Redis.from_url(own_redis.url, protocol=2)
-    added = {ordinary.xadd(STREAM, {"m": str(number)}).decode() for number in range(20)}
-    ordinary.xgroup_create(STREAM, "chatd", id="0")
-    ordinary.xreadgroup("chatd", "paused", {STREAM: ">"}, count=3)
-    monkeypatch.setattr(intake, "client_of", lambda config: Meddling.from_url(config.url, protocol=2))
-    taking_over = intake.Intake(Redis(url=own_redis.url), "taking-over")
-    assert taking_over.hold()
-    read = {entry.id for entry in taking_over.read() or ()}
-    pending = {entry["message_id"].decode() for entry in ordinary.xpending_range(STREAM, "chatd", "-", "+", 99)}
-    unread = {id.decode() for id, _ in ordinary.xrange(STREAM, f"({max(read | pending)}")}
-    assert read
-    assert read | pending | unread == added
-    taking_over.close()
-    ordinary.close()
+    """It looks as if it had nothing, and in that moment it is given something."""
+    first, second, looking = readers
+    assert first.hold()
+    looking.xadd(STREAM, {"m": "0"})
+    first.settle(first.read() or (), [])
+    looking.delete(LEASE)
+    late: list[str] = []
+
+    def read_late() -> None:
+        late.append(looking.xadd(STREAM, {"m": "1"}).decode())
+        looking.xreadgroup("chatd", "first", {STREAM: ">"})
+
+    interrupted(second, own_redis.url, number, read_late)
+    assert second.hold()
+    read = [entry.id for entry in second.read() or ()]
+    pending = [entry["message_id"].decode() for entry in looking.xpending_range(STREAM, "chatd", "-", "+", 9)]
+    assert set(late) <= {*read, *pending}
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_reader_that_was_followed_in_the_middle_of_a_read_gets_nothing_new(
+    readers: tuple[intake.Intake, intake.Intake, Any], own_redis: RedisServer, number: int
+) -> None:
+    first, second, looking = readers
+    assert first.hold()
+    assert first.read() == []
+    added: list[str] = []
+    read: list[str] = []
+
+    def follow() -> None:
+        looking.delete(LEASE)
+        assert second.hold()
+        read.extend(entry.id for entry in second.read() or ())
+        added.append(looking.xadd(STREAM, {"m": "later"}).decode())
+
+    added.append(looking.xadd(STREAM, {"m": "first"}).decode())
+    interrupted(first, own_redis.url, number, follow)
+    first.read()
+    if len(added) == 1:
+        follow()
+    read += [entry.id for entry in second.read() or ()]
+    assert read == added
 
 
 @pytest.fixture
