@@ -52,7 +52,7 @@ class Verdict(Struct):
     resumed: int = 0
     started_over: int = 0
     removed: int = 0  # members
-    gone: int = 0  # acknowledged, and lost with the database when it went back
+    gone: list[float] = []  # when each was acknowledged that was lost with the database as it went back
 
     @property
     def counts(self) -> Counter[str]:
@@ -80,7 +80,7 @@ def check(history: History) -> Verdict:
         failed=outcomes[Outcome.FAIL],
         removed=sum(a.kind is Kind.REMOVE and a.outcome is Outcome.OK for a in history.attempts),
     )
-    verdict.gone = sum(_gone(facts, op, ack) for op in facts.operations for ack in op.acks)
+    verdict.gone = [ack.ended for op in facts.operations for ack in op.acks if _gone(facts, op, ack)]
     for client in history.clients:
         _count(client, verdict)
     return verdict

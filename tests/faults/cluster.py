@@ -8,6 +8,7 @@ two          two chatd on one PostgreSQL and one Redis
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import psycopg
 
 from tests.daemon import Daemon
-from tests.faults.history import Conversation, Logged, Stored
+from tests.faults.contents import Rows, connect_sqlite, of_postgres, of_sqlite
 from tests.faults.workload import TOKEN
 from tests.services import PostgresServer, RedisServer, ServiceError
 
@@ -162,50 +163,41 @@ class Cluster:
     def api_ports(self) -> list[int]:
         return [node.api_port for node in self.nodes]
 
-    # The database, read past chatd: what it holds is the truth.
+    @property
+    def rows(self) -> Rows:
+        return of_postgres(self.postgres.url) if self.postgres is not None else of_sqlite(self.file)
 
-    def heads(self) -> dict[int, tuple[int, str | None]]:
-        """By conversation: the last seq, and its mark."""
-        rows = self._rows(
-            "SELECT id, last_seq, NULL FROM chat_conversations LEFT JOIN chat_changes AS m"
-            " ON m.conversation_id = id AND m.seq = last_seq"
-        )
-        return {id: (head, mark) for id, head, mark in rows}
-
-    def final(self) -> list[Conversation]:
-        found = {id: Conversation(id, head, [], []) for id, (head, _) in self.heads().items()}
-        for conversation, *row in self._rows(
-            "SELECT conversation_id, seq, kind, message_id, NULL FROM chat_changes"
-            " ORDER BY conversation_id, seq"
-        ):
-            found[conversation].log.append(Logged(*row))
-        for conversation, deleted, *row in self._rows(
-            "SELECT chat_conversation_id, deleted_at, id, user_id, seq, client_id, content FROM chat_messages"
-            " ORDER BY id"
-        ):
-            stored = Stored(*row)
-            assert (stored.content is None) == (deleted is not None)
-            found[conversation].messages.append(stored)
-        return list(found.values())
+    @property
+    def file(self) -> Path:
+        """SQLite's."""
+        return self.disk / "chatd.db"
 
     def sound(self) -> bool:
         """SQLite's own check of its file; PostgreSQL has none that would be worth its time."""
-        return self.kind == "two" or self._rows("PRAGMA integrity_check") == [("ok",)]
+        return self.kind == "two" or self.rows("PRAGMA integrity_check") == [("ok",)]
 
     def execute(self, statement: str) -> None:
         assert self.postgres is not None
         with psycopg.connect(self.postgres.url, autocommit=True, connect_timeout=2) as connection:
             connection.execute(statement.encode())
 
-    def _rows(self, query: str) -> list[Any]:
-        if self.postgres is not None:
-            with psycopg.connect(self.postgres.url, connect_timeout=5) as connection:
-                return connection.execute(query.encode()).fetchall()
-        with closing(self.connect_sqlite()) as connection:
-            return connection.execute(query).fetchall()
-
     def connect_sqlite(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.disk / "chatd.db", timeout=10, isolation_level=None)
+        return connect_sqlite(self.file)
+
+    def copy_sqlite(self, target: Path) -> None:
+        """As a backup does it, while chatd writes."""
+        with closing(self.connect_sqlite()) as live, closing(connect_sqlite(target)) as copy:
+            live.backup(copy)
+
+    def put_back(self, copy: Path, aside: Path) -> None:
+        """A copy takes the place of SQLite's file, whether chatd runs or not; what was there goes aside."""
+        fresh = self.disk / "fresh.db"
+        shutil.copy(copy, fresh)
+        for suffix in ("-wal", "-shm"):  # first: they shall not be taken for those of the copy
+            with suppress(FileNotFoundError):
+                Path(f"{self.file}{suffix}").rename(f"{aside}{suffix}")
+        aside.hardlink_to(self.file)
+        fresh.replace(self.file)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from msgspec import Struct
 from tests.faults import crowd, nemesis
 from tests.faults.checker import Verdict, check
 from tests.faults.cluster import SECRET, Cluster, Node
+from tests.faults.contents import contents, heads
 from tests.faults.history import History, Kind, Outcome, Past, save
 from tests.faults.links import Links
 from tests.faults.member import Spec
@@ -69,6 +70,7 @@ class Phase(Struct):
     peak: int = 0
     notes: list[str] = []
     anomalies: dict[str, int] = {}
+    gone: int = 0
 
 
 class Result(Struct):
@@ -231,11 +233,11 @@ class Run:
         """Seconds until every client has the head of each of its rooms; None if that takes too long."""
         started = monotonic()
         while monotonic() - started < self._plan.patience:
-            heads = await blocking(cluster.heads)
+            found = await blocking(heads, cluster.rows)
             behind = []
             for one in crowds:
                 for room, all_held in (await blocking(one.report)).held.items():
-                    head, mark = heads.get(room, (0, None))
+                    head, mark = found.get(room, (0, None))
                     for held, whose in all_held:
                         if held.cursor != head or (held.mark != mark and None not in (held.mark, mark)):
                             behind.append(f"room {room}: {whose} has {held}, the database {head}, {mark}")
@@ -271,13 +273,18 @@ class Run:
         ]
         attempts = workload.attempts + [a for result in results for a in result.attempts]
         clients = [client for result in results for client in result.clients]
-        return History(attempts, clients, await blocking(cluster.final), settled, self._past)
+        return History(attempts, clients, await blocking(contents, cluster.rows), settled, self._past)
 
     def _result(self, verdict: Verdict, history: History, troubles: list[str]) -> Result:
+        for at in verdict.gone:
+            self._phase_at(at).gone += 1
         for anomaly in verdict.anomalies:
-            phase = next((p for p in self._phases if anomaly.at <= p.ended), self._phases[-1])
+            phase = self._phase_at(anomaly.at)
             phase.anomalies[anomaly.name] = phase.anomalies.get(anomaly.name, 0) + 1
         return Result(self._plan, self._phases, verdict, troubles, verdict.received)
+
+    def _phase_at(self, at: float) -> Phase:
+        return next((phase for phase in self._phases if at <= phase.ended), self._phases[-1])
 
 
 def behind_a_link(most: int) -> int:

@@ -22,6 +22,7 @@ from tests.faults.nemesis.redis import (
     redis_kill,
     redis_pause,
 )
+from tests.faults.nemesis.rollback import rollback, rollback_live
 from tests.faults.nemesis.sqlite import disk_full, lock
 
 ONE = frozenset(["sqlite"])
@@ -43,6 +44,8 @@ FAULTS: dict[str, tuple[Fault, frozenset[str]]] = {
     "half-open": (half_open, ONE | TWO),
     "dark": (dark, ONE | TWO),
     "lock": (lock, ONE),
+    "rollback": (rollback, ONE),
+    "rollback-live": (rollback_live, ONE),
     "disk-full": (disk_full, SMALL),
     "redis-kill": (redis_kill, TWO),
     "redis-empty": (redis_empty, TWO),
