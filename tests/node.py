@@ -6,4 +6,5 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _playwright = find_spec("playwright")
-NODE = str(Path(_playwright.origin).parent / "driver" / "node") if _playwright and _playwright.origin else "node"
+_origin = _playwright.origin if _playwright else None
+NODE = str(Path(_origin).parent / "driver" / "node") if _origin else "node"
