@@ -19,11 +19,11 @@ _HEAD = (
     f"{'moved':>6}{'other':>6}{'gone':>6}{'repaired':>9}{'afresh':>7}{'away':>8}{'p50':>8}{'p99':>8}{'settled':>9}{'peak':>8}"
 )
 _LEGEND = (
-    "moved: clients that were given another history and not told; gone: acknowledged writes that were lost with",
-    "a database that went back; repaired: holes read from the database; afresh: subscriptions told to start over;",
-    "away: longest time without an acknowledgement while four posters were posting; p50, p99: of acknowledged",
-    "posts; settled: from the end of the load until every client had everything; peak: memory of the larger",
-    "chatd.",
+    "moved: clients that were given another history and not told; gone: acknowledged writes that were lost",
+    "with a database that went back; repaired: holes read from the database; afresh: subscriptions told to",
+    "start over; away: longest time without an acknowledgement while four posters were posting; p50, p99: of",
+    "acknowledged posts; settled: from the end of the load until every client had everything; peak: memory of",
+    "the larger chatd.",
 )
 
 
