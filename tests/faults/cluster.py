@@ -3,6 +3,8 @@
 sqlite       one chatd on SQLite, on the disk
 small-disk   the same, on a tmpfs of some megabytes
 two          two chatd on one PostgreSQL and one Redis
+three        three of them
+standby      two of them on a PostgreSQL that has a standby, whose URL names both, and one Redis
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import psycopg
 from tests.daemon import Daemon
 from tests.faults.contents import Rows, connect_sqlite, of_postgres, of_sqlite
 from tests.faults.workload import TOKEN
+from tests.replication import ReplicatedServer, Replication
 from tests.services import PostgresServer, RedisServer, ServiceError
 
 SECRET = "a secret of the fault tests alone, long enough"
@@ -32,7 +35,8 @@ SMALL_DISK = 48  # MB
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 FAKETIME_FILE = "clock"
 
-KINDS = ("sqlite", "small-disk", "two")
+KINDS = ("sqlite", "small-disk", "two", "three", "standby")
+NODES = {"two": 2, "three": 3, "standby": 2}  # else it is one, on SQLite
 
 
 class Node(Daemon):
@@ -120,19 +124,21 @@ class Cluster:
         self.kind, self._directory, self._bug = kind, directory, bug
         self._stack = ExitStack()
         self.redis: RedisServer | None = None
-        self.postgres: PostgresServer | None = None
+        self.postgres: PostgresServer | None = None  # the primary, where there are two of them
+        self.replication: Replication | None = None
+        self._standbys: list[ReplicatedServer] = []  # that took the place of one that died
         self.nodes: list[Node] = []
         self.disk = directory  # where SQLite's file is
 
     def __enter__(self) -> Cluster:
         with ExitStack() as stack:
             settings = self._services(stack)
-            for name in ("node", "other node")[: 2 if self.kind == "two" else 1]:
-                place = self._directory / name.replace(" ", "-")
+            for number in range(1, NODES.get(self.kind, 1) + 1):
+                place = self._directory / f"node-{number}"
                 place.mkdir()
-                self.nodes.append(Node(place, name, self._bug, **settings))
+                self.nodes.append(Node(place, f"node {number}", self._bug, **settings))
                 stack.callback(self.nodes[-1].close)
-            if self.kind == "two":
+            if self.postgres is not None:
                 migrated = self.nodes[0].command("migrate")
                 if migrated.returncode:
                     raise ServiceError(migrated.stderr)
@@ -145,15 +151,35 @@ class Cluster:
         self._stack.close()
 
     def _services(self, stack: ExitStack) -> dict[str, Any]:
-        if self.kind == "two":
-            self.postgres = stack.enter_context(PostgresServer(self._directory / "postgres"))
+        if self.kind in NODES:
+            url = self._start_postgres(stack)
             self.redis = stack.enter_context(RedisServer(self._directory / "redis"))
-            return {"database__url": self.postgres.url, "redis__url": self.redis.url}
+            return {"database__url": url, "redis__url": self.redis.url}
         self.disk = self._directory / "disk"
         self.disk.mkdir()
         if self.kind == "small-disk":
             stack.enter_context(_mounted(self.disk))
         return {"database__url": f"sqlite:///{self.disk}/chatd.db"}
+
+    def _start_postgres(self, stack: ExitStack) -> str:
+        if self.kind != "standby":
+            self.postgres = stack.enter_context(PostgresServer(self._directory / "postgres"))
+            return self.postgres.url
+        self.replication = stack.enter_context(Replication(self._directory / "postgres"))
+        self.postgres = self.replication.primary
+        stack.callback(self._close_standbys)
+        return f"postgresql://chatd@/chatd?host=127.0.0.1:{self.replication.primary.port}&host=127.0.0.1:{self.replication.standby.port}&target_session_attrs=read-write"
+
+    def _close_standbys(self) -> None:
+        for server in self._standbys:
+            server.close()
+
+    def new_standby(self, primary: PostgresServer, port: int) -> ReplicatedServer:
+        """Not started yet; it is closed with the cluster."""
+        directory = self._directory / "postgres" / f"standby-{len(self._standbys) + 1}"
+        self._standbys.append(ReplicatedServer(directory, primary=primary))
+        self._standbys[-1].port = port
+        return self._standbys[-1]
 
     @property
     def ports(self) -> list[int]:
@@ -174,7 +200,7 @@ class Cluster:
 
     def sound(self) -> bool:
         """SQLite's own check of its file; PostgreSQL has none that would be worth its time."""
-        return self.kind == "two" or self.rows("PRAGMA integrity_check") == [("ok",)]
+        return self.postgres is not None or self.rows("PRAGMA integrity_check") == [("ok",)]
 
     def execute(self, statement: str) -> None:
         assert self.postgres is not None

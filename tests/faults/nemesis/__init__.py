@@ -12,6 +12,7 @@ import trio
 
 from tests.faults.nemesis.clients import dark, half_open, slow_clients, slow_link
 from tests.faults.nemesis.daemon import backup, calm, clock, descriptors, freeze, kill, reload, restart
+from tests.faults.nemesis.failover import pg_failover, pg_failover_lagging
 from tests.faults.nemesis.field import Fault, Field
 from tests.faults.nemesis.postgres import postgres_crash, postgres_cut, postgres_freeze
 from tests.faults.nemesis.redis import (
@@ -28,15 +29,17 @@ from tests.faults.nemesis.sqlite import disk_full, lock
 ONE = frozenset(["sqlite"])
 SMALL = frozenset(["small-disk"])
 TWO = frozenset(["two"])
+THREE = frozenset(["three"])
+STANDBY = frozenset(["standby"])
 
 # The first of each cluster's is the calm: what the others are measured against.
 FAULTS: dict[str, tuple[Fault, frozenset[str]]] = {
-    "calm": (calm, ONE | SMALL | TWO),
+    "calm": (calm, ONE | SMALL | TWO | THREE | STANDBY),
     "reload": (reload, ONE),
     "backup": (backup, ONE),
-    "kill": (kill, ONE | TWO),
-    "restart": (restart, ONE | TWO),
-    "freeze": (freeze, ONE | TWO),
+    "kill": (kill, ONE | TWO | THREE),
+    "restart": (restart, ONE | TWO | THREE),
+    "freeze": (freeze, ONE | TWO | THREE),
     "descriptors": (descriptors, ONE | TWO),
     "clock": (clock, ONE | TWO),
     "slow-clients": (slow_clients, ONE | TWO),
@@ -56,6 +59,8 @@ FAULTS: dict[str, tuple[Fault, frozenset[str]]] = {
     "postgres-crash": (postgres_crash, TWO),
     "postgres-cut": (postgres_cut, TWO),
     "postgres-freeze": (postgres_freeze, TWO),
+    "pg-failover": (pg_failover, STANDBY),
+    "pg-failover-lagging": (pg_failover_lagging, STANDBY),
 }
 
 # Two that would have to hold the same process cannot strike at once.
