@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import pytest
@@ -25,7 +27,7 @@ from chatd.store import schema
 from chatd.store.commands import Create, Notify
 from chatd.store.database import migrate, open_store
 from chatd.store.webhooks import Failed, Waiting
-from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, REST_MOST
+from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, REST_MOST, RETRY_MOST
 from chatd.webhooks import Webhooks as Deliveries
 from tests.backend import Asked, Backend, serving
 from tests.client import login
@@ -176,27 +178,66 @@ async def test_an_odd_answer_harms_nothing(daemons: Daemons, backend: Backend) -
 
 
 class Table:
-    """Stands in for the store's: everything is due again at once."""
+    """Stands in for the store's: what failed is due again when it says so."""
 
-    def __init__(self, count: int) -> None:
-        self.rows = [Waiting(id, "user.online", b"{}", 0) for id in range(count)]
-        self.claims: list[int] = []
+    def __init__(self, count: int = 0) -> None:
+        self.rows: list[Waiting] = []
         self.untried = 0
+        self._ids = itertools.count()
+        self._due: dict[int, float] = {}
+        self._out: dict[int, Waiting] = {}
+        self.add(*[b"{}"] * count)
 
-    async def claim(self, most: int, lease: float) -> list[Waiting]:
-        self.claims.append(most)
-        taken, self.rows = self.rows[:most], self.rows[most:]
+    def add(self, *bodies: bytes) -> None:
+        self.rows += [Waiting(next(self._ids), "message.created", body, 0) for body in bodies]
+
+    async def claim(self, most: int, lease: float, *, again: bool) -> list[Waiting]:
+        return self._take(self._ready(again)[:most])
+
+    async def claim_some(self, lease: float, *, again: bool) -> list[Waiting]:
+        ready = self._ready(again)
+        return self._take(ready[:1] + ready[1:][-1:])
+
+    def _ready(self, again: bool) -> list[Waiting]:
+        now = trio.current_time()
+        return [one for one in self.rows if bool(one.attempts) is again and self._due.get(one.id, 0) <= now]
+
+    def _take(self, taken: list[Waiting]) -> list[Waiting]:
+        self.rows = [one for one in self.rows if one not in taken]
+        self._out |= {one.id: one for one in taken}
         return taken
 
     async def settle(self, done: list[int], failed: list[Failed], untried: list[int]) -> None:
         self.untried += len(untried)
-        self.rows += [Waiting(id, "user.online", b"{}", 0) for id in (*untried, *(one.id for one in failed))]
+        for id in done:
+            del self._out[id]
+        self.rows += [self._out.pop(id) for id in untried]
+        for one in failed:
+            before = self._out.pop(one.id)
+            if one.again_in is not None:
+                self._due[one.id] = trio.current_time() + one.again_in
+                self.rows.append(Waiting(before.id, before.event, before.body, before.attempts + 1))
 
     async def counts(self) -> tuple[int, int]:
-        return len(self.rows), 0
+        return len(self.rows) + len(self._out), 0
 
 
-async def test_a_backend_that_is_away_for_days_is_asked_seldom(
+@asynccontextmanager
+async def delivering(table: Table, fetch: Any, **settings: Any) -> AsyncIterator[Deliveries]:
+    webhooks = Deliveries(
+        Webhooks(url="http://127.0.0.1/", secret=SECRET, **settings),
+        table,  # type: ignore[arg-type]
+        fetch,
+    )
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(webhooks.run, stop)
+        yield webhooks
+        stop.set()
+        await webhooks.finished.wait()
+
+
+async def test_a_backend_that_is_away_for_hours_is_asked_seldom(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     table, calls, away = Table(100), 0, True
@@ -208,50 +249,92 @@ async def test_a_backend_that_is_away_for_days_is_asked_seldom(
             raise Unavailable("nobody is there")
         return Answer(200, b"")
 
-    settings = Webhooks(url="http://127.0.0.1/", secret=SECRET, kept=50)
-    webhooks = Deliveries(settings, table, fetch)  # type: ignore[arg-type]
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(webhooks.run, stop)
+    async with delivering(table, fetch, kept=50, attempts=10**6) as webhooks:
         await trio.sleep(0.1)
         assert calls <= AT_ONCE + FAILURES
         assert table.untried >= CLAIM - calls, "they keep their attempts"
         assert webhooks.full
-        await trio.sleep(2 * 24 * 3600)
-        assert 2 * 24 * 3600 / REST_MOST < calls < 2.5 * 2 * 24 * 3600 / REST_MOST
-        assert set(table.claims[1:]) == {1}
+        await trio.sleep(5 * 3600)
+        lanes, some = 2, 2
+        assert calls < 2.5 * lanes * some * 5 * 3600 / REST_MOST
         away = False
-        await trio.sleep(REST_MOST + COUNT)
+        await trio.sleep(RETRY_MOST * 1.25 + REST_MOST + COUNT)
         assert table.rows == []
         assert not webhooks.full
-        stop.set()
-        await webhooks.finished.wait()
 
 
 async def test_one_event_that_fails_delays_no_other(autojump_clock: trio.testing.MockClock) -> None:
     """However often it has failed while there was nothing else: what is new goes out at once."""
-    table, taken = Table(0), []
+    table, taken = Table(), []
 
     async def fetch(*_: Any, content: bytes, **__: Any) -> Answer:
         taken.append(trio.current_time())
         return Answer(500 if content == b"bad" else 200, b"")
 
-    settings = Webhooks(url="http://127.0.0.1/", secret=SECRET)
-    webhooks = Deliveries(settings, table, fetch)  # type: ignore[arg-type]
-    async with trio.open_nursery() as nursery:
-        await nursery.start(webhooks.run, trio.Event())
+    async with delivering(table, fetch) as webhooks:
         for _ in range(2 * FAILURES):
-            table.rows = [Waiting(1, "message.created", b"bad", 0)]
+            table.add(b"bad")
             webhooks.wake()
             await trio.sleep(2 * REST_MOST)
             table.rows.clear()
         await trio.sleep(REST_MOST)
-        table.rows = [Waiting(2, "message.created", b"good", 0)]
+        table.add(b"good")
         began = trio.current_time()
         webhooks.wake()
         await trio.sleep(1)
         assert taken[-1] == began
-        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("status", [500, 404, 503, 0])
+async def test_thirty_events_that_fail_hold_up_no_good_one(
+    autojump_clock: trio.testing.MockClock, status: int
+) -> None:
+    """Neither those behind them nor those that come while they are tried again."""
+    table, taken = Table(), {}
+
+    async def fetch(*_: Any, content: bytes, within: float, **__: Any) -> Answer:
+        if content == b"bad" and not status:
+            await trio.sleep(within)
+            raise Unavailable("it does not answer")
+        if content != b"bad":
+            taken[content] = trio.current_time()
+        return Answer(status if content == b"bad" else 200, b"")
+
+    table.add(*[b"bad"] * 30, *(b"good %d" % number for number in range(50)))
+    patience = 3.0 if status else 30.0  # calls that are not answered take their time
+    async with delivering(table, fetch) as webhooks:
+        await trio.sleep(patience)
+        assert len(taken) == 50
+        for number in range(50, 150):
+            table.add(b"good %d" % number)
+            began = trio.current_time()
+            webhooks.wake()
+            await trio.sleep(2)
+            assert taken[b"good %d" % number] - began < 0.1
+
+
+async def test_what_is_new_reaches_a_backend_that_refuses_all_else(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It answers, so it is not down: new events are tried also while hundreds of others are refused."""
+    table, taken, calls = Table(), [], 0
+
+    async def fetch(*_: Any, content: bytes, **__: Any) -> Answer:
+        nonlocal calls
+        calls += 1
+        if content == b"good":
+            taken.append(trio.current_time())
+        return Answer(500 if content == b"bad" else 200, b"")
+
+    table.add(*[b"bad"] * 500)
+    async with delivering(table, fetch) as webhooks:
+        await trio.sleep(10)
+        assert calls < 60, "and yet it is left in peace"
+        began = trio.current_time()
+        table.add(b"good")
+        webhooks.wake()
+        await trio.sleep(5)
+        assert taken[0] - began < 1.5
 
 
 async def test_two_nodes_deliver_each_event_once(
@@ -331,25 +414,31 @@ def test_the_table_is_claimed_once(database_url: str) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(writer.run)
             await writer.submit([Notify(event="user.online", body=b"%d" % n) for n in range(5)]).outcomes()
-            first = await store.webhooks.claim(3, lease=0.5)
-            rest = await store.webhooks.claim(10, lease=0.5)
+            table = store.webhooks
+            first = await table.claim(3, lease=0.5, again=False)
+            rest = await table.claim(10, lease=0.5, again=False)
             assert [int(one.body) for one in first + rest] == [0, 1, 2, 3, 4]
-            assert await store.webhooks.claim(10, lease=1) == []
-            await store.webhooks.settle([one.id for one in first], [])
+            assert await table.claim(10, lease=1, again=False) == []
+            await table.settle([one.id for one in first], [])
             await trio.sleep(0.6)  # those that were not settled are due again
-            again = await store.webhooks.claim(10, lease=60)
-            assert [int(one.body) for one in again] == [3, 4]
-            assert await store.webhooks.counts() == (2, 0)
-            failed = Failed(again[0].id, "HTTP 500", again_in=0)
-            await store.webhooks.settle([], [failed], untried=[again[1].id])
-            found = {int(one.body): one.attempts for one in await store.webhooks.claim(10, lease=60)}
-            assert found == {3: 1, 4: 0}
-            await store.webhooks.settle([], [Failed(again[0].id, "HTTP 410", again_in=None)])
-            assert await store.webhooks.claim(10, lease=60) == []
-            assert await store.webhooks.counts() == (1, 1)
-            old = update(schema.webhooks).values(due_at="2020-01-01T00:00:00.000000Z")
+            left = await table.claim(10, lease=60, again=False)
+            assert [int(one.body) for one in left] == [3, 4]
+            assert await table.counts() == (2, 0)
+            failed = Failed(left[0].id, "HTTP 500", again_in=0)
+            await table.settle([], [failed], untried=[left[1].id])
+            await writer.submit([Notify(event="user.online", body=b"5")]).outcomes()
+            assert [int(one.body) for one in await table.claim_some(lease=0, again=False)] == [4, 5]
+            new = await table.claim(10, lease=60, again=False)
+            assert [(int(one.body), one.attempts) for one in new] == [(4, 0), (5, 0)]
+            old = await table.claim_some(lease=0, again=True)
+            assert old == await table.claim(10, lease=60, again=True)
+            assert [(int(one.body), one.attempts) for one in old] == [(3, 1)]
+            await table.settle([new[1].id], [Failed(old[0].id, "HTTP 410", again_in=None)])
+            assert await table.claim(10, lease=60, again=True) == []
+            assert await table.counts() == (1, 1)
+            long_ago = update(schema.webhooks).values(due_at="2020-01-01T00:00:00.000000Z")
             with store._writing.begin() as connection:
-                connection.execute(old)
+                connection.execute(long_ago)
             assert await store.webhooks.counts() == (1, 0), "what was given up long ago has gone"
             nursery.cancel_scope.cancel()
 

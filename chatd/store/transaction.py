@@ -17,6 +17,7 @@ from chatd.errors import BadRequest, ChatError, Forbidden, NotFound
 from chatd.model import Change, Group, Kind, now
 from chatd.protocol import change_payload
 from chatd.store import statements
+from chatd.store.clock import LONG_AGO
 from chatd.store.commands import (
     AnyCommand,
     Changed,
@@ -376,7 +377,7 @@ class Transaction:
         told = [(MESSAGE_CREATED, calls.body(MESSAGE_CREATED, message(row))) for row in self._for_webhook]
         told += [(one.event, one.body) for one in self._notifications]
         rows = [
-            {"event": event, "body": content, "created_at": self._now, "due_at": self._now}
+            {"event": event, "body": content, "created_at": self._now, "due_at": LONG_AGO}
             for event, content in told
         ]
         self._execute(statements.INSERT_WEBHOOKS, rows)

@@ -1,21 +1,33 @@
 """Events for the backend's webhook that were not delivered yet: claim some, note what became of them.
 
-The writer fills the table, in the transaction of what an event tells of; `chatd.webhooks` delivers.
+An event is written in the transaction of what it tells of; `chatd.webhooks` delivers. An event that was never
+tried is due since `LONG_AGO`, so that it comes before all others, also when a clock is set back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import trio
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, bindparam, delete, false, func, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    bindparam,
+    case,
+    delete,
+    false,
+    func,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
-from chatd.model import timestamp
+from chatd.store.clock import LONG_AGO, Clock
 from chatd.store.schema import webhooks
 
 DEAD_KEPT = 7 * 24 * 3600.0  # seconds that an event which was given up is kept, for people to look at
@@ -46,9 +58,16 @@ class Webhooks:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)
 
-    async def claim(self, most: int, lease: float) -> list[Waiting]:
-        """The next that are due. Nobody else gets them for `lease` seconds. Raises Unavailable."""
-        return await self._in_thread(_claim, most, lease)
+    async def claim(self, most: int, lease: float, *, again: bool) -> list[Waiting]:
+        """The next that are due: those that failed before (`again`), or those never tried.
+
+        Nobody else gets them for `lease` seconds. Raises Unavailable.
+        """
+        return await self._in_thread(_claim, most, lease, again)
+
+    async def claim_some(self, lease: float, *, again: bool) -> list[Waiting]:
+        """The oldest and the newest of each kind: where all fail, one of these may not."""
+        return await self._in_thread(_claim_some, lease, again)
 
     async def settle(self, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int] = ()) -> None:
         """`untried` are free again. Raises Unavailable: what was delivered may be delivered again then."""
@@ -69,10 +88,30 @@ class Webhooks:
         return await trio.to_thread.run_sync(run, limiter=self._thread)
 
 
-def _claim(connection: Connection, most: int, lease: float) -> list[Waiting]:
+def _due(clock: Clock, again: bool) -> ColumnElement[bool]:
+    tried = webhooks.c.attempts > 0 if again else webhooks.c.attempts == 0
+    return (webhooks.c.dead == false()) & (webhooks.c.due_at <= clock()) & tried
+
+
+def _claim(connection: Connection, most: int, lease: float, again: bool) -> list[Waiting]:
+    clock = Clock(connection)
+    wanted = _due(clock, again)
+    if again:
+        wanted &= webhooks.c.due_at > LONG_AGO  # the index leads past those that were never tried
+    return _take(connection, wanted, most, clock(lease))
+
+
+def _claim_some(connection: Connection, lease: float, again: bool) -> list[Waiting]:
+    clock = Clock(connection)
+    ends = select(func.min(webhooks.c.id), func.max(webhooks.c.id)).where(_due(clock, again))
+    ids = {id for row in connection.execute(ends.group_by(webhooks.c.event)) for id in row}
+    return _take(connection, _due(clock, again) & webhooks.c.id.in_(ids), len(ids), clock(lease)) if ids else []
+
+
+def _take(connection: Connection, wanted: ColumnElement[bool], most: int, until: str) -> list[Waiting]:
     due = (
         select(webhooks.c.id, webhooks.c.event, webhooks.c.body, webhooks.c.attempts)
-        .where(webhooks.c.dead == false(), webhooks.c.due_at <= _in(0))
+        .where(wanted)
         .order_by(webhooks.c.due_at, webhooks.c.id)
         .limit(most)
         .with_for_update(skip_locked=True)
@@ -80,8 +119,16 @@ def _claim(connection: Connection, most: int, lease: float) -> list[Waiting]:
     found = [Waiting(*row) for row in connection.execute(due)]
     if found:
         ids = [one.id for one in found]
-        connection.execute(update(webhooks).where(webhooks.c.id.in_(ids)).values(due_at=_in(lease)))
+        connection.execute(update(webhooks).where(webhooks.c.id.in_(ids)).values(due_at=until))
     return found
+
+
+_MOMENT = webhooks.c.due_at.type
+_FREE = update(webhooks).values(
+    due_at=case(
+        (webhooks.c.attempts == 0, bindparam("at_once", type_=_MOMENT)), else_=bindparam("now", type_=_MOMENT)
+    )
+)
 
 
 _FAIL = (
@@ -99,22 +146,20 @@ _FAIL = (
 def _settle(
     connection: Connection, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int]
 ) -> None:
+    clock = Clock(connection)
     if done:
         connection.execute(delete(webhooks).where(webhooks.c.id.in_(done)))
     if untried:
-        connection.execute(update(webhooks).where(webhooks.c.id.in_(untried)).values(due_at=_in(0)))
+        connection.execute(_FREE.where(webhooks.c.id.in_(untried)), {"at_once": LONG_AGO, "now": clock()})
     for one in failed:
         gone = one.again_in is None
-        row = {"key": one.id, "due": _in(one.again_in or 0), "gone": gone, "why": one.error[:ERROR_CHARS]}
+        row = {"key": one.id, "due": clock(one.again_in or 0), "gone": gone, "why": one.error[:ERROR_CHARS]}
         connection.execute(_FAIL, row)
 
 
 def _count(connection: Connection) -> tuple[int, int]:
-    connection.execute(delete(webhooks).where(webhooks.c.dead == true(), webhooks.c.due_at < _in(-DEAD_KEPT)))
+    old = Clock(connection)(-DEAD_KEPT)
+    connection.execute(delete(webhooks).where(webhooks.c.dead == true(), webhooks.c.due_at < old))
     rows = connection.execute(select(webhooks.c.dead, func.count()).group_by(webhooks.c.dead))
     counts = {bool(dead): count for dead, count in rows}
     return counts.get(False, 0), counts.get(True, 0)
-
-
-def _in(seconds: float) -> str:
-    return timestamp(datetime.now(UTC) + timedelta(seconds=seconds))
