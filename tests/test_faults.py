@@ -26,6 +26,8 @@ CLUSTERS = {
     "two": ["--cluster", "two", "--seconds", "2", "--rooms", "10", "--clients", "20"],
     "sqlite": ["--cluster", "sqlite", "--seconds", "2", "--rooms", "10", "--clients", "20"],
     "small-disk": ["--cluster", "small-disk", "--seconds", "3", *FEW],
+    "three": ["--cluster", "three", "--seconds", "2", *FEW],
+    "standby": ["--cluster", "standby", "--seconds", "2", *FEW],
 }
 FREEZE = ["--cluster", "two", "--fault", "freeze"]
 # By the bug: what the checker must say, and where the bug shows.

@@ -17,6 +17,7 @@ from tests.faults.cluster import Cluster, Node
 from tests.faults.nemesis.field import EVERY, Field, blocking, strikes
 
 KILL_EVERY = 3.0  # seconds from one kill to the next, the time to be back included
+TOGETHER = 0.25  # how often all nodes but one are killed together
 SPARE_DESCRIPTORS = 3
 HAMMERING = 40  # connections that want to be accepted while there is no descriptor
 CLOCK_STEPS = (3600, -3600, 0)  # seconds
@@ -56,16 +57,21 @@ def _check_copy(copy: Path, cluster: Cluster) -> None:
 
 
 async def kill(field: Field) -> None:
-    """SIGKILL, and started again at once; with two nodes by turns."""
+    """SIGKILL, and started again at once; of several nodes by turns, now and then all but one together."""
+    nodes = field.cluster.nodes
     ends = trio.current_time() + field.seconds
-    kills = 0
-    while kills == 0 or trio.current_time() + KILL_EVERY / 2 < ends:
+    kills = struck = 0
+    while struck == 0 or trio.current_time() + KILL_EVERY / 2 < ends:
         next_ = trio.current_time() + KILL_EVERY
         await trio.sleep(field.dice.uniform(0.2, KILL_EVERY / 2))
-        node = field.cluster.nodes[kills % len(field.cluster.nodes)]
-        await blocking(node.kill)
-        kills += 1
-        await blocking(node.start)
+        together = max(1, len(nodes) - 1) if field.dice.random() < TOGETHER else 1
+        victims = [nodes[(struck + number) % len(nodes)] for number in range(together)]
+        for node in victims:
+            await blocking(node.kill)
+        for node in victims:
+            await blocking(node.start)
+        struck += 1
+        kills += len(victims)
         await trio.sleep_until(min(next_, max(ends, trio.current_time())))
     field.notes.append(f"{kills} kills")
 
