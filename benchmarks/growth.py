@@ -108,10 +108,10 @@ def _fill(path: Path, count: int) -> None:
         connection.execute("PRAGMA synchronous=OFF")
         connection.execute("BEGIN")
         for table, columns, rows in (
-            ("chat_conversations", f"x + 1, {ROOM_MESSAGES}, 0, 1, {_MOMENT}", rooms),
+            ("chat_conversations", f"x + 1, {ROOM_MESSAGES}, 0, 1, {_MOMENT}, NULL, NULL", rooms),
             ("chat_members", f"x + 1, 1, 'active', NULL, NULL, {_MOMENT}", rooms),
             (_MESSAGES, _MESSAGE + _KEY, count),
-            ("chat_changes", f"{_ROOM}, {_SEQ}, 'created', x + 1", count),
+            ("chat_changes", f"{_ROOM}, {_SEQ}, 'created', x + 1, NULL", count),
         ):
             connection.execute(_FILL.format(table=table, columns=columns), {"count": rows})
         connection.execute("COMMIT")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
@@ -45,6 +45,11 @@ class Change(Struct, frozen=True):
 
     `members_version` is the conversation's when this was committed: who was removed before shall not hear it.
     0 says nothing; a huge one, that it is not known any more and the database must be asked.
+
+    `mark` is random, the same for all that one transaction committed: a database that went back in time and
+    uses a `seq` again gives it another mark. `previous` is the mark of the change before this one in the
+    conversation. None says that there is none (seq 0, or a change older than marks), UNSET that it is
+    not known.
     """
 
     conversation_id: int
@@ -52,6 +57,19 @@ class Change(Struct, frozen=True):
     kind: Kind
     payload: bytes
     members_version: int = 0
+    mark: str | None = None
+    previous: str | UnsetType | None = UNSET
+
+
+class Position(Struct, frozen=True):
+    """Up to which change somebody has a conversation; without `after` up to none that matters.
+
+    `mark` is that change's. None says that it has none, UNSET that it is not known: the epoch decides then
+    whether `after` is a change of this history.
+    """
+
+    after: int | None = None
+    mark: str | UnsetType | None = UNSET
 
 
 class State(StrEnum):

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from chatd import limits
 from chatd.config import Config
 from chatd.errors import BadRequest, ChatError, NotJSON, TooLarge, UnknownEvent
-from chatd.model import Kind, Message, now
+from chatd.model import Kind, Message, Position, now
 from chatd.validation import reason
 
 SUBPROTOCOL = "chatd.v1"
@@ -27,6 +27,7 @@ ClientId = Annotated[str, Meta(min_length=1, max_length=limits.CLIENT_ID_CHARS)]
 Content = Annotated[str, Meta(min_length=1)]
 TypeName = Annotated[str, Meta(min_length=1, max_length=32)]
 Emoji = Annotated[str, Meta(min_length=1, max_length=limits.EMOJI_CHARS)]
+Mark = Annotated[str, Meta(max_length=64)]
 PageSize = Annotated[int, Meta(ge=1, le=limits.HISTORY_PAGE_MAX)]
 
 
@@ -36,9 +37,16 @@ class Command(Struct, frozen=True, kw_only=True, tag_field="event"):
     ref: Ref | None = None
 
 
+class Since(Struct, frozen=True, kw_only=True):
+    """Where a client stands in a room: the last change it has, and that change's mark."""
+
+    after: Seq | None = None
+    mark: Mark | None = None
+
+
 class Auth(Command, frozen=True, kw_only=True, tag="auth"):
     token: str
-    rooms: dict[Id, Seq | None] | Literal["*"] | None = None
+    rooms: dict[Id, Seq | Since | None] | Literal["*"] | None = None
     epoch: str | None = None
 
 
@@ -49,6 +57,7 @@ class Refresh(Command, frozen=True, kw_only=True, tag="refresh"):
 class Subscribe(Command, frozen=True, kw_only=True, tag="subscribe"):
     conversation_id: Id
     after: Seq | None = None
+    mark: Mark | None = None
     epoch: str | None = None
     presence: bool = False
 
@@ -227,10 +236,19 @@ def error_event(error: ChatError, ref: Any = None) -> bytes:
     return event("error", ref, **error.body())
 
 
-def change_payload(kind: Kind, seq: int, message: Message) -> bytes:
-    """A change as everybody gets it: the flat message as it is now, with the change's own `seq`."""
+def position_of(since: Since | Subscribe | int | None) -> Position:
+    """A client that has no mark may leave it out or send null: either says nothing about the change."""
+    if since is None or isinstance(since, int):
+        return Position(since)
+    return Position(since.after, UNSET if since.mark is None else since.mark)
+
+
+def change_payload(kind: Kind, seq: int, message: Message, mark: str | None = None) -> bytes:
+    """A change as everybody gets it: the flat message as it is now, with the change's own `seq` and `mark`."""
     body = msgspec.json.encode(message if message.seq == seq else msgspec.structs.replace(message, seq=seq))
-    return b'{"event":"%b",%b' % (_EVENT_NAME[kind].encode(), body[1:])
+    if mark is None:
+        return b'{"event":"%b",%b' % (_EVENT_NAME[kind].encode(), body[1:])
+    return b'{"event":"%b",%b,"mark":"%b"}' % (_EVENT_NAME[kind].encode(), body[1:-1], mark.encode())
 
 
 def check_content(content: str, most: int) -> None:

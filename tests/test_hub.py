@@ -13,6 +13,7 @@ async def test_a_posted_message_reaches_everybody_in_the_room(daemon: Daemon, co
         stored = await trio.to_thread.run_sync(daemon.post, conversation, 5, "Hello")
         for client in (ada, grace):
             message = await client.expect("message")
+            assert len(message["mark"]) == 8
             assert message == {
                 "event": "message",
                 "conversation_id": conversation,
@@ -24,6 +25,7 @@ async def test_a_posted_message_reaches_everybody_in_the_room(daemon: Daemon, co
                 "created_at": stored["created_at"],
                 "seq": 1,
                 "client_id": None,
+                "mark": message["mark"],
             }
 
 

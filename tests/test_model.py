@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chatd.config import Database
 from chatd.errors import ChatError
-from chatd.model import State
+from chatd.model import Position, State
 from chatd.store import reads, snapshots
 from chatd.store.commands import (
     Create,
@@ -284,7 +284,9 @@ class Chats(RuleBasedStateMachine):
     @rule(place=PLACES, user=USERS, after=st.none() | st.integers(0, 12), entitled=st.booleans())
     def enter(self, place: int, user: int, after: int | None, entitled: bool) -> None:
         with self.store._reading.begin() as connection:
-            (found,) = snapshots.snapshots(connection, [Entry(user, [(place, after, entitled)], True, 100)])
+            (found,) = snapshots.snapshots(
+                connection, [Entry(user, [(place, Position(after), entitled)], True, 100)]
+            )
         snapshot = found[place]
         if not self.model.may(place, user, Rights.ENTITLED if entitled else Rights.MEMBER):
             assert not isinstance(snapshot, Snapshot)

@@ -106,6 +106,7 @@ async def test_redis_shows_the_traffic(pair: Pair) -> None:
     assert published is not None
     payload = json.loads(published["data"])
     node = payload.pop("node")
+    assert len(payload["mark"]) == 8
     assert payload == {
         "event": "message",
         "conversation_id": 1,
@@ -117,6 +118,7 @@ async def test_redis_shows_the_traffic(pair: Pair) -> None:
         "created_at": stored["created_at"],
         "seq": 1,
         "client_id": None,
+        "mark": payload["mark"],
     }
     ((_, entry),) = client.xrange("chat.stream")
     assert json.loads(entry[b"m"]) == payload
@@ -300,7 +302,7 @@ def insert_as_a_dead_node(connection: Any, conversation: int, seq: int, *, told:
         "UPDATE chat_conversations SET last_seq = :s WHERE id = :c",
         "INSERT INTO chat_messages (id, chat_conversation_id, user_id, type, content, created_at, updated_at,"
         " seq, request_hash) VALUES (1000, :c, 1, 'text', 'from the dead', now(), now(), :s, '')",
-        "INSERT INTO chat_changes VALUES (:c, :s, 'created', 1000)",
+        "INSERT INTO chat_changes (conversation_id, seq, kind, message_id) VALUES (:c, :s, 'created', 1000)",
         "INSERT INTO chat_outbox (node, created_at, payloads) VALUES ('dead', now() - interval '1 minute', :p)",
     ]
     for statement in statements[:-1] if told else statements:

@@ -61,7 +61,7 @@ def test_any_order_with_echoes_comes_out_once_and_in_order(
     order: list[int], echoes: list[int], head: int
 ) -> None:
     room = Room(1)
-    room.open(head, 0)
+    room.open(head, None, 0)
     ear = Ear()
     subscription = live(ear, head)
     for seq in [*order, *echoes]:
@@ -78,7 +78,7 @@ def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
 ) -> None:
     """Join when the head is `joined_at`; the snapshot is read some changes later, answered after more."""
     room = Room(1)
-    room.open(joined_at, 0)
+    room.open(joined_at, None, 0)
     ear = Ear()
     subscription = Subscription(room, ear, entitled=True)
     head = joined_at
@@ -94,7 +94,7 @@ def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
 def test_changes_before_the_first_snapshot_wait_for_it() -> None:
     room = Room(1)
     assert room.accept([change(4), change(5), change(3)]) == []
-    room.open(3, members_version=7)
+    room.open(3, None, members_version=7)
     assert [c.seq for c in room.accept([])] == [4, 5]
     assert room.head == 5
 
@@ -107,7 +107,7 @@ def test_a_snapshot_from_before_the_room_was_opened_is_not_enough() -> None:
     room.accept([change(seq) for seq in range(1, 6)])
     assert quick.fits(5)
     quick.settle(5)
-    room.open(5, 0)
+    room.open(5, None, 0)
     assert not slow.fits(3), "4 and 5 are in no buffer"
     slow.hold()
     assert slow.fits(5)
@@ -120,7 +120,7 @@ def test_a_snapshot_from_before_the_room_was_opened_is_not_enough() -> None:
 
 def test_a_hole_holds_back_what_follows_it() -> None:
     room = Room(1)
-    room.open(0, 0)
+    room.open(0, None, 0)
     assert room.accept([change(2), change(3)]) == []
     assert room.behind
     assert [c.seq for c in room.accept([change(1)])] == [1, 2, 3]
@@ -129,7 +129,7 @@ def test_a_hole_holds_back_what_follows_it() -> None:
 
 def test_a_room_that_holds_too_much_reads_the_database_instead() -> None:
     room = Room(1)
-    room.open(0, 0)
+    room.open(0, None, 0)
     room.accept([change(seq) for seq in range(2, 1003)])
     assert not room.ahead
     assert room.stale
@@ -203,7 +203,7 @@ async def test_a_thousand_tasks_join_leave_and_are_cancelled_at_random_points(se
                     if subscription.joined and subscription.buffering:
                         room = rooms.get(conversation_id)
                         assert room is not None
-                        room.open(0, 0)
+                        room.open(0, None, 0)
                         subscription.settle(room.head or 0)
                     await trio.lowlevel.checkpoint()
                     if dice.random() < 0.5:

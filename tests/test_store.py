@@ -15,11 +15,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import UNSET, UnsetType
 from sqlalchemy import event, text
 
 from chatd.config import Database
 from chatd.errors import ChatError, ConfigError, Unavailable
-from chatd.model import Group, State
+from chatd.model import Group, Position, State
 from chatd.store import reads, schema, snapshots
 from chatd.store.commands import Changed, Create, Created, Delete, Edit, MemberSet, Rights, SetMember
 from chatd.store.database import Store, open_store
@@ -84,10 +85,16 @@ async def rooms_of(b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = Tru
 
 
 async def snapshot_of(
-    b: Bench, user_id: int, after: int | None, *, entitled: bool = True, same_epoch: bool = True
+    b: Bench,
+    user_id: int,
+    after: int | None,
+    *,
+    mark: str | UnsetType | None = UNSET,
+    entitled: bool = True,
+    same_epoch: bool = True,
 ) -> Any:
     """Of conversation 1."""
-    return (await rooms_of(b, user_id, [(1, after, entitled)], same_epoch=same_epoch))[1]
+    return (await rooms_of(b, user_id, [(1, Position(after, mark), entitled)], same_epoch=same_epoch))[1]
 
 
 async def test_seq_is_one_two_three_in_commit_order_without_a_hole(database_url: str) -> None:
@@ -112,10 +119,11 @@ async def test_no_statement_walks_through_a_table(tmp_path: Path) -> None:
         first, _, _ = await b.do(post(client_id="k"), post(user_id=2), post(reply_to=None, client_id="l"))
         await b.do(post(client_id="k"), Edit(message_id=first.id, content="y"), Delete(message_id=first.id))
         await b.do(SetMember(conversation_id=1, user_id=3, state=State.ACTIVE), post(reply_to=2))
-        await b.store.read(snapshots.logins, [Entry(1, [(1, 1, True), (2, None, True)], True, 100)])
+        rooms = [(1, Position(1, "x"), True), (2, Position(), True)]
+        await b.store.read(snapshots.logins, [Entry(1, rooms, True, 100)])
         await b.store.read(reads.history, 1, 4, None, 10)
         await b.store.read(reads.history_for, 1, True, 1, None, 1, 10)
-        await b.store.read(reads.missing, 1, 1)
+        await b.store.read(reads.missing, 1, 1, None)
         await b.store.read(reads.rights, 1, [1, 2])
         await b.store.read(reads.conversations_of, 1, 100)
         walks = [f"{plan}: {statement}" for statement, values in ran for plan in b.plan(statement, values)
@@ -381,9 +389,9 @@ async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
         assert snapshot.has_more
         page = await b.store.read(reads.history, 1, None, None, 100)
         assert (len(page.messages), page.has_more) == (len(snapshot.changes), True)
-        rooms = [(1, 0, True), (2, 0, True), (3, None, True)]
+        rooms = [(1, Position(0), True), (2, Position(0), True), (3, Position(), True)]
         await b.do(*[post("é" * 8000, conversation_id=c) for c in (2, 3) for _ in range(20)])
-        many = await rooms_of(b, 1, [*rooms, (4, 0, True)])
+        many = await rooms_of(b, 1, [*rooms, (4, Position(0), True)])
         assert sum(s.size for s in many.values()) <= 512 * 1024  # type: ignore[union-attr]
 
 
@@ -391,7 +399,7 @@ async def test_the_last_of_many_rooms_comes_without_messages(database_url: str) 
     async with bench(database_url) as b:
         for conversation in (1, 2, 3):
             await b.do(*[post("x" * 8000, conversation_id=conversation) for _ in range(30)])
-        rooms = [(conversation, 0, True) for conversation in (1, 2, 3)]
+        rooms = [(conversation, Position(0), True) for conversation in (1, 2, 3)]
         found = await rooms_of(b, 1, rooms)
         assert [(s.recovered, len(s.changes)) for s in found.values()] == [(True, 30), (True, 30), (False, 0)]  # type: ignore[union-attr]
 

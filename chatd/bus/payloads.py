@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import structlog
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from chatd.limits import MAX_ID
 from chatd.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
@@ -22,11 +22,12 @@ log = structlog.get_logger()
 
 
 class _Head(Struct):
-    """The three keys of a change that the fanout needs; the rest stays bytes."""
+    """The keys of a change that the fanout needs; the rest stays bytes."""
 
     event: str
     conversation_id: int
     seq: int
+    mark: str | None = None
 
 
 AnySignal = MemberChange | UserChange | Notice | Kick | Present
@@ -52,9 +53,10 @@ def with_node(payload: bytes, node: str) -> bytes:
     return b'%b,"node":"%b"%b%b' % (event, node.encode(), comma, rest)
 
 
-def entry(payload: bytes, node: str, members_version: int) -> dict[Any, Any]:
-    """For the stream."""
-    return {"m": payload, "n": node, "v": members_version}
+def entry(payload: bytes, node: str, members_version: int, previous: str | UnsetType | None) -> dict[Any, Any]:
+    """For the stream. `p` is the mark of the change before: empty if it has none, left out if not known."""
+    known = {} if previous is UNSET else {"p": previous or ""}
+    return {"m": payload, "n": node, "v": members_version} | known
 
 
 def change_of(fields: dict[bytes, bytes]) -> Change | None:
@@ -64,7 +66,9 @@ def change_of(fields: dict[bytes, bytes]) -> Change | None:
         payload.decode()  # goes to clients as it is, so all of it must be text
         head = _head.decode(payload)
         version = int(fields.get(b"v", b"0"))
-        return Change(head.conversation_id, head.seq, _KINDS[head.event], payload, version)
+        previous = fields[b"p"].decode() or None if b"p" in fields else UNSET
+        kind = _KINDS[head.event]
+        return Change(head.conversation_id, head.seq, kind, payload, version, head.mark, previous)
     except (*_UNREADABLE, KeyError, ValueError):
         return None
 

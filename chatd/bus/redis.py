@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import redis
 import structlog
 import trio
+from msgspec import UNSET, UnsetType
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -200,7 +201,7 @@ class RedisBus:
         def publish(rows: Sequence[Left]) -> None:
             for row in rows:
                 # Its version is not known any more, and removals may have been lost: everybody shall ask.
-                self._send(client, [(row.node, payload, MAX_ID) for payload in row.payloads])
+                self._send(client, [(row.node, payload, MAX_ID, UNSET) for payload in row.payloads])
 
         while True:
             count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)
@@ -212,7 +213,9 @@ class RedisBus:
         taken = self._take()
         fresh = [group for group in taken if group.outbox_id is not None and group.outbox_id > self._relayed]
         entries = [
-            (self._node, change.payload, change.members_version) for group in fresh for change in group.changes
+            (self._node, change.payload, change.members_version, change.previous)
+            for group in fresh
+            for change in group.changes
         ]
         await self._in_thread(self._send, client, entries)
         if ids := [group.outbox_id for group in fresh if group.outbox_id is not None]:
@@ -228,11 +231,13 @@ class RedisBus:
         self._waiting_bytes -= size
         return taken
 
-    def _send(self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int]]) -> None:
-        """`entries` are (node, payload, members_version)."""
+    def _send(
+        self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int, str | UnsetType | None]]
+    ) -> None:
+        """`entries` are (node, payload, members_version, the mark of the change before)."""
         with client.pipeline(transaction=False) as pipeline:
-            for node, payload, version in entries:
-                entry = payloads.entry(payload, node, version)
+            for node, payload, version, previous in entries:
+                entry = payloads.entry(payload, node, version, previous)
                 pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
                 pipeline.publish(MESSAGES, payloads.with_node(payload, node))
             pipeline.execute()

@@ -8,7 +8,7 @@ from chatd.chat.logins import check_standing
 from chatd.chat.presence import Presence
 from chatd.errors import NotFound
 from chatd.limits import INBOX_ROOMS
-from chatd.model import Identity
+from chatd.model import Identity, Position
 from chatd.settings import Settings
 from chatd.store import people, reads
 from chatd.store.commands import Rights
@@ -39,15 +39,15 @@ class Conversations:
         return Rights.ENTITLED if self.entitled(identity, conversation_id) else Rights.MEMBER
 
     async def enter(
-        self, identity: Identity, conversation_id: int, after: int | None, epoch: str | None = None
+        self, identity: Identity, conversation_id: int, position: Position, epoch: str | None = None
     ) -> Snapshot:
         """Raises NotFound where the user may not look, Unavailable."""
-        _, found = await self._enter(self._entry(identity, {conversation_id: after}, epoch))
+        _, found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
         if isinstance(snapshot := found[conversation_id], NotFound):
             raise snapshot
         return snapshot
 
-    async def enter_all(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Found:
+    async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Found:
         """Several conversations as of one moment; those past the bound of a `ready` lose their messages.
 
         Raises Revoked for a user who may not be here at all, Unavailable.
@@ -56,8 +56,8 @@ class Conversations:
         check_standing(identity, standing)
         return found
 
-    def _entry(self, identity: Identity, rooms: Mapping[int, int | None], epoch: str | None) -> Entry:
-        wanted = [(id, after, self.entitled(identity, id)) for id, after in rooms.items()]
+    def _entry(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entry:
+        wanted = [(id, position, self.entitled(identity, id)) for id, position in rooms.items()]
         return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self.members_detail)
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
@@ -76,4 +76,4 @@ class Conversations:
 
 def _weight(entry: Entry) -> int:
     """Of a gathered read: a room whose changes may have to be read too counts four times."""
-    return 1 + sum(1 if after is None else 4 for _, after, _ in entry.rooms)
+    return 1 + sum(1 if position.after is None else 4 for _, position, _ in entry.rooms)

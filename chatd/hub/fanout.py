@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 
 import structlog
 import trio
@@ -17,6 +17,7 @@ from msgspec import Struct
 from chatd import metrics
 from chatd.errors import Unavailable
 from chatd.hub.pieces import Piece, pieces
+from chatd.hub.repair import RETRY, Repaired, Repairs, StartOver
 from chatd.hub.rooms import Room, Rooms, Subscription
 from chatd.hub.sweep import Sweep, check_rights
 from chatd.limits import READY_BYTES
@@ -31,7 +32,6 @@ SIGNAL_BYTES = 256  # what a signal counts for
 BURST_BYTES = READY_BYTES
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
-RETRY = 1.0  # seconds between attempts while the database does not answer
 
 log = structlog.get_logger()
 
@@ -57,26 +57,11 @@ class Announcement(Struct):
         )
 
 
-class Repaired(Struct):
-    """What a repair read after a room's head. `early` are the seqs that were waiting past the hole then."""
-
-    room: Room
-    changes: list[Change]
-    early: set[int]
-
-
 class Checked(Struct):
     """Who is in a room was held against the database after these seqs were known of."""
 
     room: Room
     seqs: set[int]
-
-
-class StartOver(Struct):
-    """A repair found more than can be pushed: the conversation stands at `head`."""
-
-    room: Room
-    head: int
 
 
 class Kick(Struct):
@@ -99,7 +84,8 @@ class Fanout:
         self._up = True
         self._oldest = math.inf  # trio's time of the first commit of this node in the queue
         self._nursery: trio.Nursery
-        self.sweep = Sweep(rooms, read, self._fallen_behind)
+        self._repairs = Repairs(rooms, read, self._put)
+        self.sweep = Sweep(rooms, read, self._repairs.fallen_behind)
 
     # Input: synchronous, bounded.
 
@@ -169,11 +155,16 @@ class Fanout:
             room.members_version = -1  # lower than any, so that no snapshot replaces it
             self.sweep.soon()
 
-    def opened(self, room: Room, head: int, members_version: int) -> None:
+    def opened(self, room: Room, head: int, mark: str | None, members_version: int) -> None:
         """A session has read a snapshot of a room that it is in."""
-        room.open(head, members_version)
+        room.open(head, mark, members_version)
         if room.behind or room.in_doubt:
             self._put(Kick(room))
+
+    def doubt_history(self, room: Room) -> None:
+        """What was read cannot follow what this room has told: hold it against the database now."""
+        room.stale = True
+        self._put(Kick(room))
 
     def _put(self, item: Item) -> None:
         self._queue.append(item)
@@ -184,6 +175,7 @@ class Fanout:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self.sweep.run)
+            self._repairs.nursery = self._nursery
             task_status.started()
             while True:
                 if not self._queue:
@@ -225,8 +217,8 @@ class Fanout:
                     room.checking = False
                     room.clear_doubt(seqs)
                     await self._advance(room, [])
-                case StartOver(room, head):
-                    await self._start_over(room, head)
+                case StartOver(room, found, anew):
+                    await self._start_over(room, found, anew=anew)
                 case Kick(room):
                     await self._advance(room, [])
         await self._advance_all(gathered)
@@ -237,9 +229,8 @@ class Fanout:
                 await self._advance(room, changes)
         await trio.lowlevel.checkpoint()
 
-    async def _advance(self, room: Room, changes: Sequence[Change], unreal: Set[int] = frozenset()) -> None:
+    async def _advance(self, room: Room, changes: Sequence[Change]) -> None:
         ready = room.accept(changes)
-        room.forget(unreal)
         if sum(len(change.payload) for change in ready) > BURST_BYTES:
             await self._to_all(room, restart)
         else:
@@ -248,7 +239,7 @@ class Fanout:
         if room.in_doubt:
             self._check_soon(room)
         elif room.behind:
-            self._repair_soon(room, HOLE_WAIT if self._up and not room.stale else 0)
+            self._repairs.soon(room, HOLE_WAIT if self._up and not room.stale else 0)
 
     async def _push(self, room: Room, piece: Piece) -> None:
         delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
@@ -329,53 +320,30 @@ class Fanout:
                 return
         room.checking = False
 
-    # Repair.
-
-    def _fallen_behind(self, room: Room) -> None:
-        """The sweep has found that the database knows more."""
-        room.stale = True
-        self._repair_soon(room, 0)
-
-    def _repair_soon(self, room: Room, wait: float) -> None:
-        if not room.repairing:
-            room.repairing = True
-            self._nursery.start_soon(self._repair, room, wait)
-
-    async def _repair(self, room: Room, wait: float) -> None:
-        """Read what follows the head and hand it over. One at a time for a room."""
-        await trio.sleep(wait)
-        while room.behind and self.rooms.get(room.conversation_id) is room:
-            room.stale = False
-            try:
-                self._put(await self._find_missing(room))
-                return
-            except Unavailable:
-                room.stale = True
-                await trio.sleep(RETRY)
-        room.repairing = False  # the hole has filled by itself, or nobody is there any more
-
-    async def _find_missing(self, room: Room) -> Repaired | StartOver:
-        assert room.head is not None
-        early, after = set(room.ahead), room.head
-        changes, found = await self._read(reads.missing, room.conversation_id, after)
-        metrics.GAP_FILLS.inc()
-        if found is None or found.seq <= room.head:
-            return Repaired(room, changes, early)
-        if changes and changes[0].seq == after + 1:  # of what was asked for: the head may have moved on
-            return Repaired(room, changes, early)
-        return StartOver(room, found.seq)  # too many, or retention has cut the log meanwhile
+    # Repair: `repair` reads, what it has found comes back through the queue.
 
     async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
         room.repairing = False
         # What is still early was never committed, whoever put it on the stream: the database does not know it.
-        await self._advance(room, changes, unreal=early - {change.seq for change in changes})
+        room.forget(early - {change.seq for change in changes})
+        head = room.head or 0  # it may have moved on meanwhile
+        room.remember([change for change in changes if change.seq > head and change.seq not in room.ahead])
+        await self._advance(room, [change for change in changes if change.seq >= head])
 
-    async def _start_over(self, room: Room, head: int) -> None:
+    async def _start_over(self, room: Room, found: reads.Heads, *, anew: bool) -> None:
         """Each subscription reads the room anew, as if it had asked."""
         room.repairing = False
-        room.skip_to(head)
+        if anew:
+            self._begin_anew(room, found)
+        else:
+            room.skip_to(found.seq, found.mark)
         await self._to_all(room, restart)
         await self._advance(room, [])
+
+    def _begin_anew(self, room: Room, found: reads.Heads) -> None:
+        log.warning("another_history", conversation_id=room.conversation_id, head=room.head, found=found.seq)
+        metrics.OTHER_HISTORIES.inc()
+        room.begin_anew(found.seq, found.mark, found.members_version)
 
 
 def restart(subscription: Subscription) -> None:

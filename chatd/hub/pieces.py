@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from msgspec import UNSET
+
 from chatd.model import Change, Kind
 from chatd.protocol import text_frame
 
@@ -13,14 +15,21 @@ PIECE_BYTES = 64 * 1024  # frames joined into one write
 class Piece:
     """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
 
-    __slots__ = ("_changes", "_flat", "_frames", "first", "joined", "last")
+    __slots__ = ("_changes", "_flat", "_frames", "first", "joined", "last", "mark", "previous")
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self._changes = changes
         self._frames = [text_frame(change.payload) for change in changes]
         self._flat: bytes | None = None
         self.first, self.last = changes[0].seq, changes[-1].seq
+        self.previous, self.mark = changes[0].previous, changes[-1].mark
         self.joined = b"".join(self._frames)
+
+    def follows(self, cursor: int, mark: str | None) -> bool:
+        """Whether the change at a cursor, with its mark, is the one before this piece, or in it."""
+        if cursor + 1 == self.first:
+            return self.previous is UNSET or self.previous == mark
+        return self.first <= cursor <= self.last and self._changes[cursor - self.first].mark == mark
 
     def after(self, cursor: int, flat: bool) -> bytes:
         """The frames that are new to a cursor; a flat listener knows nothing but new messages."""

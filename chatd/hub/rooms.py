@@ -10,9 +10,11 @@ The fanout alone advances heads and delivers; a session alone settles its subscr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from chatd.hub.pieces import Piece
@@ -21,6 +23,7 @@ from chatd.model import Change
 # What a room holds while a hole before it, or who may hear it, is being read: changes, and bytes of them.
 AHEAD_CHANGES = 1000
 AHEAD_BYTES = 1024 * 1024
+REMEMBERED = 300  # changes of a room that a repair has brought, and the bus may bring late
 BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is being read
 
 
@@ -51,6 +54,7 @@ class Watcher(Protocol):
 
 class Subscription:
     """Nothing with `seq <= cursor` is pushed to it: replay, repair and the echo through Redis are safe.
+    `mark` is that of the change at the cursor: what does not follow that one is of another history.
 
     It is buffering from the moment it joins until its snapshot is answered, so that no change falls between.
     """
@@ -59,12 +63,14 @@ class Subscription:
         "_buffer",
         "_buffered",
         "_flat",
+        "_opened",
         "_push",
         "cursor",
         "entered",
         "entitled",
         "joined",
         "listener",
+        "mark",
         "presence",
         "presence_missed",
         "room",
@@ -76,6 +82,7 @@ class Subscription:
         self.room, self.listener, self.entitled = room, listener, entitled
         self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
+        self.mark: str | None = None
         self.joined = True
         self.entered = False  # a snapshot was answered: the client knows that it is in
         self.presence = False  # it wants to know who comes online and goes
@@ -96,16 +103,17 @@ class Subscription:
         self._buffer: list[Piece | bytes] | None = []  # None: live
         self._buffered = 0
         self.torn = False  # the buffer has lost something
+        self._opened = self.room.head is not None
 
     def fits(self, seq: int) -> bool:
         """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out."""
-        # What lies below the head that the room was opened at has been pushed to nobody.
-        return not self.torn and seq >= (self.room.opened_at or 0)
+        # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
+        return not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
 
-    def settle(self, seq: int) -> bytes:
+    def settle(self, seq: int, mark: str | None = None) -> bytes:
         """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
         held, self._buffer = self._buffer or [], None
-        self.cursor, self.entered = seq, True
+        self.cursor, self.mark, self.entered = seq, mark, True
         return b"".join(item if isinstance(item, bytes) else self._advance(item) for item in held)
 
     def deliver(self, piece: Piece) -> bool:
@@ -115,8 +123,9 @@ class Subscription:
         if self._buffer is not None:
             self._keep(piece, len(piece.joined))
             return False
-        if piece.first == self.cursor + 1 and not self._flat:  # nearly always
-            self.cursor = piece.last
+        # Nearly always:
+        if piece.first == self.cursor + 1 and piece.previous == self.mark and not self._flat:
+            self.cursor, self.mark = piece.last, piece.mark
             self._push(piece.joined)
             return True
         frames = self._advance(piece)
@@ -147,13 +156,11 @@ class Subscription:
     def _advance(self, piece: Piece) -> bytes:
         if piece.last <= self.cursor:
             return b""
-        if (
-            piece.first > self.cursor + 1
-        ):  # nothing should bring this about; if something does, nobody is lied to
+        if not piece.follows(self.cursor, self.mark):  # a hole, or another history: nobody is lied to
             self.listener.resync(self)
             return b""
         frames = piece.after(self.cursor, self.listener.flat)
-        self.cursor = piece.last
+        self.cursor, self.mark = piece.last, piece.mark
         return frames
 
     def _keep(self, item: Piece | bytes, size: int) -> None:
@@ -167,20 +174,27 @@ class Subscription:
 
 
 class Room:
+    """`head` is the last change that was pushed here, and `mark` its mark: together they name a history.
+
+    A change that contradicts them makes the room `stale`: only the database knows which history is its own.
+    """
+
     __slots__ = (
-        *("_ahead_bytes", "ahead", "checking", "conversation_id", "head", "members_version", "opened_at"),
-        *("repairing", "stale", "subscriptions"),
+        *("_ahead_bytes", "_repaired", "ahead", "checking", "conversation_id", "head", "mark"),
+        *("members_version", "opened_at", "repairing", "stale", "subscriptions"),
     )
 
     def __init__(self, conversation_id: int) -> None:
         self.conversation_id = conversation_id
         self.head: int | None = None  # None until a first snapshot says it
-        self.opened_at: int | None = None  # what it said
+        self.mark: str | None = None
+        self.opened_at: int | None = None  # where the first snapshot, or a new beginning, has put the head
         self.members_version: int | None = None  # everybody here was held against it, or a later one
         self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
         self.ahead: dict[int, Change] = {}  # changes past a hole or in doubt, by seq
         self._ahead_bytes = 0
-        self.stale = False  # changes were dropped: only the database knows which
+        self._repaired: dict[int, str | None] | None = None  # marks of what may come by the bus as well, by seq
+        self.stale = False  # changes were dropped or contradict each other: only the database knows which
         self.repairing = self.checking = False  # somebody reads what is missing, or who may be here
 
     @property
@@ -191,13 +205,16 @@ class Room:
     @property
     def in_doubt(self) -> bool:
         """The next change is there, but who may hear it is not known."""
-        return self.head is not None and self.head + 1 in self.ahead
+        following = self.ahead.get(self.head + 1) if self.head is not None else None
+        return following is not None and self._follows(following)
 
-    def open(self, head: int, members_version: int) -> None:
+    def open(self, head: int, mark: str | None, members_version: int) -> None:
         """A snapshot says where the conversation stands. The lowest version makes the sweep look again."""
         if self.head is None:
             self.opened_at = head
-            self.skip_to(head)
+            self.skip_to(head, mark)
+        elif head == self.head and mark != self.mark:
+            self.stale = True
         if self.members_version is None or members_version < self.members_version:
             self.members_version = members_version
 
@@ -211,6 +228,8 @@ class Room:
                 self.forget([change.seq])  # what the database says replaces what others claimed
                 self.ahead[change.seq] = change
                 self._ahead_bytes += len(change.payload)
+            elif self._contradicts(change):
+                self.stale = True
         ready: list[Change] = []
         while following := self._next():
             ready.append(following)
@@ -223,11 +242,37 @@ class Room:
         if self.head is None:
             return None
         change = self.ahead.get(self.head + 1)
-        if change is None or change.members_version > (self.members_version or 0):
+        if change is None:
             return None
-        self.head += 1
+        if not self._follows(change):
+            self.stale = True
+            return None
+        if change.members_version > (self.members_version or 0):
+            return None
+        self.head, self.mark = self.head + 1, change.mark
         self._ahead_bytes -= len(change.payload)
         return self.ahead.pop(self.head)
+
+    def _follows(self, change: Change) -> bool:
+        """Whether the next change is of the same history, as far as that can be told without the database."""
+        return change.previous == self.mark or (change.previous is UNSET and not self.stale)
+
+    def _contradicts(self, change: Change) -> bool:
+        """Whether an old change may be of another history: what came twice is not, as far as that is known."""
+        if change.seq == self.head:
+            return change.mark != self.mark
+        if self._repaired and change.seq in self._repaired:
+            return self._repaired.pop(change.seq) != change.mark
+        return change.previous is not UNSET
+
+    def remember(self, changes: Sequence[Change]) -> None:
+        """These were read from the database; when the bus brings them late, they are no surprise."""
+        if not changes:
+            return
+        repaired = self._repaired = self._repaired or {}
+        repaired |= {change.seq: change.mark for change in changes}
+        for seq in list(islice(repaired, max(0, len(repaired) - REMEMBERED))):
+            del repaired[seq]
 
     def clear_doubt(self, seqs: Iterable[int]) -> None:
         """Everybody here was held against the database after these had been committed."""
@@ -241,10 +286,21 @@ class Room:
             if change := self.ahead.pop(seq, None):
                 self._ahead_bytes -= len(change.payload)
 
-    def skip_to(self, head: int) -> None:
+    def skip_to(self, head: int, mark: str | None) -> None:
         """Go on from `head`; what lies before is read by each subscription on its own."""
-        self.head = max(head, self.head or 0)
+        if self.head is None or head > self.head:
+            self.head, self.mark = head, mark
         self.forget([seq for seq in self.ahead if seq <= self.head])
+
+    def begin_anew(self, head: int, mark: str | None, members_version: int) -> None:
+        """The database holds another history, which stands here. All subscriptions are to be read anew."""
+        self.head, self.mark, self.opened_at = head, mark, head
+        self.members_version = (
+            members_version  # of the other history too: a later snapshot holds all against it
+        )
+        self._repaired = None
+        self._drop_ahead()  # nobody knows of which history that is
+        self.stale = True
 
     def _drop_ahead(self) -> None:
         self.ahead.clear()

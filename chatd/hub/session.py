@@ -37,7 +37,7 @@ from chatd.hub.rooms import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.subscriptions import Subscriptions
 from chatd.hub.writes import Write, to_store
-from chatd.model import Identity, now
+from chatd.model import Identity, Position, now
 from chatd.protocol import event, text_frame
 from chatd.store.commands import Changed, Create, Created
 from chatd.store.writer import Outcome
@@ -195,7 +195,7 @@ class Session:
             await self._chat.logins.check(identity)
             if self._become(identity, None):
                 self._services.registry.appear(self)
-                await self._rooms.enter(self._rooms.join(conversation_id), None, None, None)
+                await self._rooms.enter(self._rooms.join(conversation_id), Position(), None, None)
         except (Unauthorized, Unavailable, RateLimited) as error:
             self._refuse_login(error, None, first=True)
         except ChatError as error:
@@ -224,7 +224,8 @@ class Session:
         if rooms == "*":
             await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
         else:
-            await self._rooms.enter_all(rooms, command.epoch, command.ref, **ready)
+            wanted = {id: protocol.position_of(since) for id, since in rooms.items()}
+            await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
         self._services.registry.appear(self)  # not before: a banned user is never online
 
     async def _verify(self, token: str) -> Identity:
@@ -319,7 +320,8 @@ class Session:
     # Reading.
 
     async def _subscribe(self, command: protocol.Subscribe, subscription: Subscription) -> None:
-        await self._rooms.enter(subscription, command.after, command.epoch, command.ref)
+        position = protocol.position_of(command)
+        await self._rooms.enter(subscription, position, command.epoch, command.ref)
 
     async def _history(self, command: protocol.History, identity: Identity) -> None:
         async with self._line.unhurried():

@@ -17,7 +17,7 @@ from chatd import metrics
 from chatd.errors import ChatError, Close, LimitExceeded, NotFound, Unavailable
 from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
-from chatd.model import Identity
+from chatd.model import Identity, Position
 from chatd.protocol import event, text_frame
 from chatd.store.snapshots import Snapshot
 
@@ -110,15 +110,15 @@ class Subscriptions:
     def leave(self, conversation_id: int) -> None:
         self._rooms.leave(conversation_id)
 
-    async def enter(self, subscription: Subscription, after: int | None, epoch: str | None, ref: Any) -> None:
+    async def enter(self, subscription: Subscription, position: Position, epoch: str | None, ref: Any) -> None:
         """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it."""
         async with self._line.unhurried():
             try:
-                snapshot = await self._snapshot(subscription, after, epoch)
+                snapshot = await self._snapshot(subscription, position, epoch)
             except ChatError as error:
                 self._not_entered(subscription, error)
                 raise
-            self._count(snapshot, after, epoch)
+            self._count(snapshot, position)
             self._tell(event("subscribed", ref, **self._answer(subscription, snapshot)))
             self._settle(subscription, snapshot)
 
@@ -127,10 +127,10 @@ class Subscriptions:
         assert self.identity is not None
         inbox = await self._conversations.inbox(self.identity)
         self._inbox = set(inbox)
-        await self.enter_all(dict.fromkeys(inbox), epoch, ref, **ready)
+        await self.enter_all(dict.fromkeys(inbox, Position()), epoch, ref, **ready)
 
     async def enter_all(
-        self, wanted: Mapping[int, int | None], epoch: str | None, ref: Any, **ready: Any
+        self, wanted: Mapping[int, Position], epoch: str | None, ref: Any, **ready: Any
     ) -> None:
         """Enter several rooms in one snapshot and answer with `ready`; what may not be is told after."""
         assert self.identity is not None
@@ -146,7 +146,7 @@ class Subscriptions:
                 raise
             entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
             for id, one in entered.items():
-                self._count(one, wanted[id], epoch)
+                self._count(one, wanted[id])
             rooms = {str(id): self._answer(joined[id], snapshot) for id, snapshot in entered.items()}
             self._tell(event("ready", ref, **ready, epoch=self._conversations.epoch, rooms=rooms))
             for conversation_id, subscription in joined.items():
@@ -158,13 +158,13 @@ class Subscriptions:
 
     # Snapshots.
 
-    async def _snapshot(self, subscription: Subscription, after: int | None, epoch: str | None) -> Snapshot:
+    async def _snapshot(self, subscription: Subscription, position: Position, epoch: str | None) -> Snapshot:
         """Buffer, then read; again if that does not fit together."""
         assert self.identity is not None
         for _ in range(SNAPSHOT_TRIES):
             subscription.hold()
             snapshot = await self._conversations.enter(
-                self.identity, subscription.conversation_id, after, epoch
+                self.identity, subscription.conversation_id, position, epoch
             )
             if subscription.presence and subscription.joined:  # not before: only now the rights are known
                 await self._services.audiences.watch(subscription)
@@ -181,9 +181,10 @@ class Subscriptions:
         if not subscription.entered or isinstance(error, NotFound):
             self.leave(subscription.conversation_id)
             return
-        if frames := subscription.settle(subscription.cursor):
+        if frames := subscription.settle(subscription.cursor, subscription.mark):
             self.push(frames)
-        if subscription.cursor != subscription.room.head:  # something was let go of
+        room = subscription.room
+        if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # something was let go of
             self.resync(subscription)
 
     async def _start_over(self, subscription: Subscription) -> None:
@@ -199,8 +200,9 @@ class Subscriptions:
 
     async def _read_anew(self, subscription: Subscription) -> None:
         async with self._line.unhurried():
-            snapshot = await self._snapshot(subscription, subscription.cursor, None)
-            self._count(snapshot, subscription.cursor, None)
+            position = Position(subscription.cursor, subscription.mark)
+            snapshot = await self._snapshot(subscription, position, None)
+            self._count(snapshot, position)
             self._tell(event("subscribed", **self._answer(subscription, snapshot)))
             self._catch_up_flat(snapshot)
             self._settle(subscription, snapshot)
@@ -216,21 +218,24 @@ class Subscriptions:
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
         """After the answer: what was buffered and is newer; live from then on."""
         complete = subscription.fits(snapshot.seq)
-        if frames := subscription.settle(snapshot.seq):
+        if frames := subscription.settle(snapshot.seq, snapshot.mark):
             self.push(frames)
-        self._services.fanout.opened(subscription.room, snapshot.seq, snapshot.members_version)
+        room, fanout = subscription.room, self._services.fanout
+        fanout.opened(room, snapshot.seq, snapshot.mark, snapshot.members_version)
         if not complete:
             self.resync(subscription)
+        elif subscription.cursor < (room.head or 0):  # all that was pushed meanwhile has been buffered
+            fanout.doubt_history(room)
 
-    def _count(self, snapshot: Snapshot, after: int | None, epoch: str | None) -> None:
+    @staticmethod
+    def _count(snapshot: Snapshot, position: Position) -> None:
         """How a resume went, if it was one."""
-        if after is None:
+        if position.after is None:
             return
         metrics.RECOVERIES.labels(str(snapshot.recovered).lower()).inc()
         metrics.DELIVERED_REPLAY.inc(len(snapshot.changes))
         if not snapshot.recovered:
-            other = epoch not in (None, self._conversations.epoch)
-            metrics.RESETS.labels("epoch" if other else "missed_too_much").inc()
+            metrics.RESETS.labels("missed_too_much" if snapshot.same else "other_history").inc()
 
     # Telling.
 
@@ -242,6 +247,7 @@ class Subscriptions:
             "conversation_id": snapshot.conversation_id,
             "epoch": self._conversations.epoch,
             "seq": snapshot.seq,
+            "mark": snapshot.mark,
             "recovered": snapshot.recovered,
             "changes": [msgspec.Raw(change) for change in snapshot.changes],
             "has_more": snapshot.has_more,

@@ -29,7 +29,7 @@ class Sweep:
     """
 
     def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
-        """`behind` is told of each room whose head the database has passed."""
+        """`behind` is told of each room whose head is not that of the database."""
         self._rooms, self._read, self._behind = rooms, read, behind
         self._now = trio.Event()
         self.often = False
@@ -53,19 +53,21 @@ class Sweep:
         """Raises Unavailable."""
         rooms = [room for room in self._rooms if room.head is not None]
         for start in range(0, len(rooms), ROOMS):
-            part = rooms[start : start + ROOMS]
+            part = {room: (room.head or 0, room.mark) for room in rooms[start : start + ROOMS]}
             heads = await self._read(reads.heads, [room.conversation_id for room in part])
-            for room in part:
-                if found := heads.get(room.conversation_id):
-                    await self._compare(room, found)
+            for room, known in part.items():
+                await self._compare(room, known, heads.get(room.conversation_id, reads.Heads()))
         if self.also is not None:
             await self.also()
 
-    async def _compare(self, room: Room, found: reads.Heads) -> None:
+    async def _compare(self, room: Room, known: tuple[int, str | None], found: reads.Heads) -> None:
+        """`known`: where the room stood, and with which mark, before the database was asked."""
         if found.members_version != room.members_version:
             await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
         await self.members_seen(room, found.members_version)
-        if room.head is not None and found.seq > room.head:
+        head, mark = known
+        went_back = found.seq < head or (found.seq == head and found.mark != mark)
+        if went_back or found.seq > (room.head or 0):
             self._behind(room)
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindpar
 
 from chatd.model import State
 from chatd.store import keys
-from chatd.store.rows import MESSAGE_COLUMNS
+from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
 from chatd.store.schema import changes, conversations, members, messages, reads, users
 
 
@@ -29,9 +29,10 @@ def _count(rows: Select[Any]) -> Select[Any]:
 
 REVISION = text("SELECT version_num FROM alembic_version")
 
-HEADS = select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version).where(
-    conversations.c.id.in_(_several("conversation_ids"))
-)
+HEADS = select(
+    *(conversations.c.id, conversations.c.last_seq, conversations.c.low_seq, conversations.c.members_version),
+    MARK_OF_LAST,
+).where(conversations.c.id.in_(_several("conversation_ids")))
 
 STATES = select(members.c.user_id, members.c.state).where(
     members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
@@ -39,12 +40,24 @@ STATES = select(members.c.user_id, members.c.state).where(
 
 # The log, with the messages as they are now.
 CHANGES_AFTER = (
-    select(changes.c.seq.label("change_seq"), changes.c.kind, *MESSAGE_COLUMNS)
+    select(changes.c.seq.label("change_seq"), changes.c.kind, changes.c.mark, *MESSAGE_COLUMNS)
     .join(messages, messages.c.id == changes.c.message_id)
     .where(changes.c.conversation_id == _one("conversation_id"), changes.c.seq > _one("after"))
     .order_by(changes.c.seq)
     .limit(_one("most"))
 )
+
+
+def _marks(dialect: str) -> Select[Any]:
+    """Of changes: `keys` are (conversation, seq)."""
+    listed, (conversation, seq) = keys.listed(dialect, keys.PAIRS)
+    mine = (changes.c.conversation_id == conversation) & (changes.c.seq == seq)
+    return select(changes.c.conversation_id, changes.c.seq, changes.c.mark).select_from(
+        listed.join(changes, mine)
+    )
+
+
+MARKS = {dialect: _marks(dialect) for dialect in ("sqlite", "postgresql")}
 
 _page = select(*MESSAGE_COLUMNS).where(messages.c.chat_conversation_id == _one("conversation_id"))
 NEWEST_MESSAGES = _page.order_by(messages.c.id.desc()).limit(_one("most"))
@@ -107,6 +120,7 @@ def _rooms(dialect: str) -> Select[Any]:
         _members,
         func.coalesce(conversations.c.last_seq, 0),
         func.coalesce(conversations.c.low_seq, 0),
+        MARK_OF_LAST,
         func.coalesce(conversations.c.members_version, 0),
         func.coalesce(reads.c.read_id, 0),
         func.coalesce(reads.c.delivered_id, 0),

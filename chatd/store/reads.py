@@ -5,7 +5,7 @@ Plain functions of a connection, run by `Reader` in threads; each call sees one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -15,13 +15,28 @@ from chatd import limits
 from chatd.errors import NotFound
 from chatd.model import Change, Kind, Message, State
 from chatd.protocol import change_payload
-from chatd.store import queries
+from chatd.store import keys, queries
 from chatd.store.rows import message
 
 
 class Heads(Struct, frozen=True):
-    seq: int
-    members_version: int
+    """Where a conversation stands. `mark` is that of its last change; the log is cut up to `low_seq`."""
+
+    seq: int = 0
+    low_seq: int = 0
+    members_version: int = 0
+    mark: str | None = None
+
+
+class Missing(Struct, frozen=True):
+    """What follows a position; no changes where those are too many.
+
+    `same`: that position is in this history. If it is not, the changes do not follow it.
+    """
+
+    changes: list[Change]
+    heads: Heads
+    same: bool
 
 
 class Page(Struct, frozen=True):
@@ -48,22 +63,55 @@ def changes_after(connection: Connection, conversation_id: int, after: int) -> t
     space = limits.REPLAY_BYTES
     for row in connection.execute(queries.CHANGES_AFTER, asked).mappings():
         kind = Kind(row["kind"])
-        payload = change_payload(kind, row["change_seq"], message(row))
+        payload = change_payload(kind, row["change_seq"], message(row), row["mark"])
         space -= len(payload)
         if space < 0 or len(found) == limits.REPLAY_CHANGES:
             return found, False
-        found.append(Change(conversation_id, row["change_seq"], kind, payload))
+        found.append(Change(conversation_id, row["change_seq"], kind, payload, mark=row["mark"]))
     return found, True
 
 
-def missing(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], Heads | None]:
-    """The log after a seq, and where the conversation stands; no changes where those are too many."""
-    head = heads(connection, [conversation_id]).get(conversation_id)
+def missing(connection: Connection, conversation_id: int, after: int, mark: str | None) -> Missing:
+    """The log after a change, which has this mark."""
+    found = heads(connection, [conversation_id]).get(conversation_id, Heads())
+    marks = marks_of(connection, [(conversation_id, after)]) if found.low_seq <= after < found.seq else {}
+    if not is_of(conversation_id, after, mark, found, marks):
+        return Missing([], found, same=False)
     changes, complete = changes_after(connection, conversation_id, after)
-    if head is None or not complete:
-        return [], head
-    version = head.members_version
-    return [msgspec.structs.replace(change, members_version=version) for change in changes], head
+    return Missing(list(_chained(changes, mark, found)) if complete else [], found, same=True)
+
+
+def _chained(changes: Sequence[Change], previous: str | None, heads: Heads) -> Iterator[Change]:
+    """Read from the database, each change is known to follow the one before."""
+    for change in changes:
+        version = heads.members_version
+        yield msgspec.structs.replace(change, members_version=version, previous=previous)
+        previous = change.mark
+
+
+Marks = dict[tuple[int, int], str | None]
+
+
+def marks_of(connection: Connection, wanted: Sequence[tuple[int, int]]) -> Marks:
+    """Of changes, by (conversation_id, seq). What is not in the log is not among them."""
+    if not wanted:
+        return {}
+    rows = connection.execute(queries.MARKS[connection.dialect.name], keys.as_parameter(wanted))
+    return {(row.conversation_id, row.seq): row.mark for row in rows}
+
+
+def is_of(conversation_id: int, after: int, mark: str | None, heads: Heads, marks: Marks) -> bool:
+    """Whether the change `after` of this conversation has this mark. `marks` has it, unless it is the last.
+
+    Retention leaves the change at its cut in the log for this. A version before marks did not, and its changes
+    have none.
+    """
+    if after in (0, heads.seq):
+        return mark == (heads.mark if after else None)
+    if after > heads.seq:
+        return False
+    cut = {(conversation_id, heads.low_seq): None}
+    return (conversation_id, after) in (found := cut | marks) and found[conversation_id, after] == mark
 
 
 def history(
@@ -124,7 +172,7 @@ def rights(
 
 def heads(connection: Connection, conversation_ids: Sequence[int]) -> dict[int, Heads]:
     rows = connection.execute(queries.HEADS, {"conversation_ids": conversation_ids})
-    return {row.id: Heads(row.last_seq, row.members_version) for row in rows}
+    return {row.id: Heads(row.last_seq, row.low_seq, row.members_version, row.mark) for row in rows}
 
 
 def standings(connection: Connection, user_ids: Sequence[int]) -> dict[int, Standing]:

@@ -1,8 +1,9 @@
 """Old messages go, in small transactions: by age, and by number for each conversation.
 
-The log is cut first, up to the last change of any message that is to go, and the mark of the cut (`low_seq`) is
-raised with it: who comes back with a cursor below it starts over. Then the messages go, the oldest first. So at
-each moment every change above the mark has its message, whatever happens between two transactions.
+The log is cut first, up to the last change of any message that is to go, and the place of the cut (`low_seq`)
+is raised with it: who comes back with a cursor below it starts over. Then the messages go, the oldest first. So
+at each moment every change above the cut has its message, whatever happens between two transactions. The change
+at the cut stays in the log, without a message: its mark proves that a cursor there is of this history.
 """
 
 from __future__ import annotations
@@ -231,9 +232,9 @@ def _prune(connection: Connection, target: _Target) -> int | None:
 def _cut_log(connection: Connection, target: _Target) -> int:
     mine = _changes.conversation_id == target.conversation_id
     first = connection.scalar(select(func.min(_changes.seq)).where(mine))
-    if first is None or first > target.low:
+    if first is None or first >= target.low:
         return 0
-    cut = delete(schema.changes).where(mine, _changes.seq <= min(target.low, first + BATCH - 1))
+    cut = delete(schema.changes).where(mine, _changes.seq < min(target.low, first + BATCH))
     return connection.execute(cut).rowcount
 
 

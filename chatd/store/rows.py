@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import RowMapping
+from sqlalchemy import RowMapping, case
 
 from chatd.model import Message
-from chatd.store.schema import messages
+from chatd.store.schema import conversations, messages
 
 # All that a flat message is made of.
 MESSAGE_COLUMNS = [
@@ -18,6 +18,11 @@ MESSAGE_COLUMNS = [
         "client_id", "reply_to", "edited_at", "deleted_at", "reactions",
     )
 ]  # fmt: skip
+
+# The mark of a conversation's last change. A version before marks moves `last_seq` on without one.
+MARK_OF_LAST = case((conversations.c.marked_seq == conversations.c.last_seq, conversations.c.mark)).label(
+    "mark"
+)
 
 
 def message(row: RowMapping | Mapping[str, Any]) -> Message:

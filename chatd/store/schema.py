@@ -78,6 +78,9 @@ conversations = Table(
     Column("low_seq", BigInteger, nullable=False, server_default="0"),  # the log is cut up to here
     Column("members_version", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", Timestamp, nullable=False),
+    # The mark of the last change. Only if `marked_seq` is `last_seq`: a version before marks writes neither.
+    Column("mark", String(8)),
+    Column("marked_seq", BigInteger),
 )
 
 messages = Table(
@@ -113,6 +116,7 @@ changes = Table(
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("kind", String(16), nullable=False),
     Column("message_id", BigInteger, nullable=False),
+    Column("mark", String(8)),  # random, of its transaction; NULL in changes older than marks
     sqlite_with_rowid=False,
 )
 

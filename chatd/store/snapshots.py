@@ -6,31 +6,43 @@ moment, with as many queries as one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 from sqlalchemy import Connection
 
 from chatd import limits
 from chatd.errors import NotFound
-from chatd.model import Change, Kind, State
+from chatd.model import Change, Kind, Position, State
 from chatd.protocol import change_payload
 from chatd.store import keys, queries
-from chatd.store.reads import Page, Standing, changes_after, history, may, standings
+from chatd.store.reads import (
+    Heads,
+    Marks,
+    Page,
+    Standing,
+    changes_after,
+    history,
+    is_of,
+    marks_of,
+    may,
+    standings,
+)
 
 ROOM_BYTES, RECEIPT_BYTES = 200, 50  # what a room and a receipt take of an answer, without messages
 KEPT_LOGS = 20  # of rooms, while others are read: 5 MiB at most
 
 
 class Entry(Struct, frozen=True):
-    """Somebody wants to enter rooms, (conversation_id, after, entitled).
+    """Somebody wants to enter rooms, (conversation_id, position, entitled).
 
-    `entitled`: enough unless a row says otherwise. `same_epoch`: the cursors are of these data.
+    `entitled`: enough unless a row says otherwise. `same_epoch`: positions without a mark are of these data.
     """
 
     user_id: int
-    rooms: Sequence[tuple[int, int | None, bool]]
+    rooms: Sequence[tuple[int, Position, bool]]
     same_epoch: bool
     members_detail: int
 
@@ -44,10 +56,15 @@ class Cursor(Struct, frozen=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """A conversation for one user at one moment, with what was missed since `after`."""
+    """A conversation for one user at one moment, with what was missed since a position.
+
+    `mark` is that of the change `seq`. `same`: the position is in this history.
+    """
 
     conversation_id: int
     seq: int
+    mark: str | None
+    same: bool
     members_version: int
     recovered: bool
     changes: list[bytes]  # events as JSON, in seq order; the newest messages if not recovered
@@ -80,7 +97,7 @@ def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
         for number, entry in enumerate(entries)
     ]
     cursors = _cursors(connection, {place.id for mine in allowed for place in mine if place.quiet})
-    missed = _Missed(connection)
+    missed = _Missed(connection, marks_of(connection, list(_to_prove(entries, places))))
     return [
         _of_entry(entry, {place.id: place for place in mine}, cursors, missed)
         for entry, mine in zip(entries, allowed, strict=True)
@@ -95,6 +112,7 @@ class _Place(Struct, frozen=True):
     quiet: bool
     last_seq: int
     low_seq: int
+    mark: str | None
     members_version: int
     read_id: int
     delivered_id: int
@@ -102,9 +120,10 @@ class _Place(Struct, frozen=True):
 
 
 Cursors = dict[int, list[Cursor]]
+Places = dict[tuple[int, int], _Place]
 
 
-def _places(connection: Connection, entries: Sequence[Entry]) -> dict[tuple[int, int], _Place]:
+def _places(connection: Connection, entries: Sequence[Entry]) -> Places:
     """By (number of the entry, conversation_id)."""
     wanted = [(number, entry.user_id, id) for number, entry in enumerate(entries) for id, _, _ in entry.rooms]
     if not wanted:
@@ -115,7 +134,16 @@ def _places(connection: Connection, entries: Sequence[Entry]) -> dict[tuple[int,
     return {(number, id): _place(id, detail, *rest) for number, id, *rest in rows}
 
 
-def _place(id: int, detail: int, state: str | None, members: int, *rest: int) -> _Place:
+def _to_prove(entries: Sequence[Entry], places: Places) -> Iterator[tuple[int, int]]:
+    """The changes whose marks decide. That of the last one is known."""
+    for number, entry in enumerate(entries):
+        for id, position, _ in entry.rooms:
+            place, after = places[number, id], position.after
+            if after and position.mark is not UNSET and place.low_seq <= after < place.last_seq:
+                yield id, after
+
+
+def _place(id: int, detail: int, state: str | None, members: int, *rest: Any) -> _Place:
     quiet = not detail or members <= detail
     return _Place(id, State(state) if state else None, quiet, *rest)
 
@@ -131,12 +159,12 @@ def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
 def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed: _Missed) -> Found:
     found: Found = {}
     space = limits.READY_BYTES
-    for id, after, _ in entry.rooms:
+    for id, position, _ in entry.rooms:
         place = places.get(id)
         if place is None:
             found[id] = NotFound(field="conversation_id")
             continue
-        one = _snapshot(entry, place, after, cursors, missed)
+        one = _snapshot(entry, place, position, cursors, missed)
         if one.size > space:
             one = _reduced(one, entry.user_id)
         found[id] = one
@@ -144,11 +172,14 @@ def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed:
     return found
 
 
-def _snapshot(entry: Entry, place: _Place, after: int | None, cursors: Cursors, missed: _Missed) -> Snapshot:
-    changes, recovered, has_more = missed.of(place, after, entry.same_epoch)
+def _snapshot(entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed) -> Snapshot:
+    same = missed.is_same(place, position, entry.same_epoch)
+    changes, recovered, has_more = missed.of(place, position.after, same)
     return Snapshot(
         conversation_id=place.id,
         seq=place.last_seq,
+        mark=place.mark,
+        same=same,
         members_version=place.members_version,
         recovered=recovered,
         changes=changes,
@@ -179,17 +210,26 @@ def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
 class _Missed:
     """What was missed since a cursor, read once for all who come back to a room with the same one."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, marks: Marks) -> None:
+        self._connection, self._marks = connection, marks
         self._logs: dict[tuple[int, int], tuple[list[Change], bool]] = {}
         self._pages: dict[int, Page] = {}
 
-    def of(self, place: _Place, after: int | None, same_epoch: bool) -> tuple[list[bytes], bool, bool]:
+    def is_same(self, place: _Place, position: Position, same_epoch: bool) -> bool:
+        """Whether a position is in this history: its mark decides, and without one the epoch."""
+        if position.after is None:
+            return True
+        if position.mark is UNSET:
+            return same_epoch and position.after <= place.last_seq
+        heads = Heads(place.last_seq, place.low_seq, place.members_version, place.mark)
+        return is_of(place.id, position.after, position.mark, heads, self._marks)
+
+    def of(self, place: _Place, after: int | None, same: bool) -> tuple[list[bytes], bool, bool]:
         """(changes, recovered, has_more)"""
         head = place.last_seq
-        if after is None or (same_epoch and after == head):
+        if after is None or (same and after == head):
             return [], True, False
-        if same_epoch and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
+        if same and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
             changes, complete = self._log(place.id, after)
             if complete:
                 return [change.payload for change in changes], True, False

@@ -24,7 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from chatd.model import State
 from chatd.store import keys
-from chatd.store.rows import MESSAGE_COLUMNS
+from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
 from chatd.store.schema import (
     changes,
     conversations,
@@ -58,7 +58,7 @@ CREATE_CONVERSATIONS = {
 }
 
 LOCK_CONVERSATIONS = (
-    select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version)
+    select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version, MARK_OF_LAST)
     .where(conversations.c.id.in_(_several("ids")))
     .order_by(conversations.c.id)
     .with_for_update()
@@ -208,9 +208,12 @@ def _set_users(into: Any) -> Any:
 SET_USERS = {name: _set_users(into(users)) for name, into in _insert_of.items()}
 
 
+ADVANCED = ("last_seq", "members_version", "updated_at", "mark", "marked_seq")
+
+
 def _advance_conversations(into: Any) -> Any:
     """They are all there; an upsert is the update of many rows that takes one statement."""
-    fresh = {name: into.excluded[name] for name in ("last_seq", "members_version", "updated_at")}
+    fresh = {name: into.excluded[name] for name in ADVANCED}
     upsert = into.on_conflict_do_update(index_elements=[conversations.c.id], set_=fresh)
     return upsert.returning(conversations.c.id)  # else SQLAlchemy makes a statement of each row
 

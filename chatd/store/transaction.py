@@ -6,18 +6,17 @@ order and id order are the same and two nodes cannot deadlock.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
-from chatd import calls
 from chatd.errors import BadRequest, ChatError, Forbidden, NotFound
 from chatd.model import Change, Group, Kind, now
 from chatd.protocol import change_payload
 from chatd.store import statements
-from chatd.store.clock import LONG_AGO
 from chatd.store.commands import (
     AnyCommand,
     Changed,
@@ -39,6 +38,7 @@ from chatd.store.commands import (
     SetUser,
 )
 from chatd.store.cursors import Cursors
+from chatd.store.errands import Errands
 from chatd.store.fences import Fences
 from chatd.store.members import Members
 from chatd.store.reactions import Reactions
@@ -47,15 +47,19 @@ from chatd.store.rows import message
 from chatd.store.users import Users
 
 Row = dict[str, Any]
-MESSAGE_CREATED = "message.created"
+MARK_BYTES = 6  # of chance: two histories do not come upon the same by accident
 
 
 class Step(Struct):
-    """A granted command. `row` is the message it made, changed or, for a retry, found."""
+    """A granted command. `row` is the message it made, changed or, for a retry, found.
+
+    `previous` is the mark of the change before it.
+    """
 
     kind: Kind
     seq: int
     row: Row
+    previous: str | None = None
     duplicate: bool = False
 
 
@@ -64,12 +68,11 @@ class Transaction:
 
     def __init__(self, connection: Connection, node: str | None, hooked: bool = False) -> None:
         self._hooked = hooked
-        self._for_webhook: list[Row] = []  # messages of clients
-        self._notifications: list[Notify] = []
         self._connection = connection
         self._dialect = connection.dialect.name
-        self._node = node  # None: no bus outlives this process, so no outbox
         self._now = now()
+        self._errands = Errands(connection, node, self._now)
+        self._mark = secrets.token_urlsafe(MARK_BYTES)
         self._places: dict[int, int] = {}  # message id → its conversation
         self._conversations: dict[int, Row] = {}
         self._touched: set[int] = set()
@@ -92,15 +95,15 @@ class Transaction:
         verdicts = [self._decide(command) for command in commands]
         self._write()
         changes = [self._change(step) for step in self._steps]
-        self._settle(settled)
-        outbox_id = self._fill_outbox(changes)
+        self._errands.settle(settled)
+        outbox_id = self._errands.fill_outbox(changes)
         group = Group(
             changes=changes,
             members=self._members.changes,
             outbox_id=outbox_id,
             users=self._users.changes,
             notices=self._cursors.notices(),
-            hooked=self._fill_webhooks(),
+            hooked=self._errands.fill_webhooks(),
         )
         return [self._result(verdict) for verdict in verdicts], group
 
@@ -194,7 +197,7 @@ class Transaction:
                 case SetUser():
                     return self._users.set(command)
                 case Notify():
-                    self._notifications.append(command)
+                    self._errands.notifications.append(command)
                     return Notified()
                 case Fence():
                     return FenceSet()
@@ -215,7 +218,7 @@ class Transaction:
         row = self._new_row(command)
         self._created.append(row)
         if self._hooked and command.rights is not Rights.TRUSTED:
-            self._for_webhook.append(row)
+            self._errands.messages.append(row)
         self._retries.remember(command, row)
         return self._number(Kind.CREATED, row)
 
@@ -309,7 +312,8 @@ class Transaction:
         conversation = self._conversations[row["chat_conversation_id"]]
         conversation["last_seq"] += 1
         self._touched.add(conversation["id"])
-        step = Step(kind, conversation["last_seq"], row)
+        step = Step(kind, conversation["last_seq"], row, conversation["mark"])
+        conversation["mark"] = self._mark
         self._steps.append(step)
         return step
 
@@ -353,39 +357,23 @@ class Transaction:
         return {"key": row["id"], "updated_at": self._now} | {name: row[name] for name in names}
 
     def _logged(self, step: Step) -> Row:
-        place, id = step.row["chat_conversation_id"], step.row["id"]
-        return {"conversation_id": place, "seq": step.seq, "kind": step.kind.value, "message_id": id}
+        return {
+            "conversation_id": step.row["chat_conversation_id"],
+            "seq": step.seq,
+            "kind": step.kind.value,
+            "message_id": step.row["id"],
+            "mark": self._mark,
+        }
 
     def _advanced(self, row: Row) -> Row:
-        return {name: row[name] for name in ("id", "last_seq", "members_version")} | {"updated_at": self._now}
+        marked = {"marked_seq": row["last_seq"], "updated_at": self._now}
+        return {name: row[name] for name in ("id", "last_seq", "members_version", "mark")} | marked
 
     def _change(self, step: Step) -> Change:
         id = step.row["chat_conversation_id"]
-        payload = change_payload(step.kind, step.seq, message(step.row))
-        return Change(id, step.seq, step.kind, payload, self._conversations[id]["members_version"])
-
-    def _fill_outbox(self, changes: list[Change]) -> int | None:
-        if self._node is None or not changes:
-            return None
-        lines = b"\n".join(change.payload for change in changes)
-        row = {"node": self._node, "created_at": self._now, "payloads": lines}
-        id: int | None = self._connection.scalar(statements.INSERT_OUTBOX, row)
-        return id
-
-    def _fill_webhooks(self) -> bool:
-        """In the transaction of what they tell of: neither is there without the other."""
-        told = [(MESSAGE_CREATED, calls.body(MESSAGE_CREATED, message(row))) for row in self._for_webhook]
-        told += [(one.event, one.body) for one in self._notifications]
-        rows = [
-            {"event": event, "body": content, "created_at": self._now, "due_at": LONG_AGO}
-            for event, content in told
-        ]
-        self._execute(statements.INSERT_WEBHOOKS, rows)
-        return bool(rows)
-
-    def _settle(self, settled: Iterable[int]) -> None:
-        if ids := list(settled):
-            self._connection.execute(statements.SETTLE_OUTBOX, {"ids": ids})
+        payload = change_payload(step.kind, step.seq, message(step.row), self._mark)
+        version = self._conversations[id]["members_version"]
+        return Change(id, step.seq, step.kind, payload, version, self._mark, step.previous)
 
     @staticmethod
     def _result(verdict: Step | Result | ChatError) -> Result | ChatError:

@@ -20,6 +20,7 @@ from chatd.chat.conversations import Conversations
 from chatd.hub import fanout, sweep
 from chatd.hub.fanout import Fanout
 from chatd.hub.pieces import Piece
+from chatd.hub.repair import Repairs
 from chatd.hub.rooms import Subscription
 from chatd.model import MemberChange
 from chatd.store.transaction import Step, Transaction
@@ -131,7 +132,9 @@ def no_buffering() -> None:
 
     def advance(original: Any) -> Any:
         def patched(self: Any, piece: Piece) -> Any:
-            self.cursor = max(self.cursor, piece.first - 1)  # else the hole is noticed, and mended
+            if piece.last > self.cursor:  # else the hole is noticed, and mended
+                self.cursor = max(self.cursor, piece.first - 1)
+                self.mark = piece.previous if self.cursor == piece.first - 1 else self.mark
             return original(self, piece)
 
         return patched
@@ -146,7 +149,7 @@ def no_hole_repair() -> None:
         return lambda fields: original(fields) if random.randrange(ONE_IN) else None
 
     replace(payloads, "change_of", change_of)
-    replace(Fanout, "_repair_soon", lambda original: lambda self, room, wait: None)
+    replace(Repairs, "soon", lambda original: lambda self, room, wait: None)
 
 
 def no_revocation() -> None:
