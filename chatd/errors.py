@@ -119,6 +119,10 @@ class LimitExceeded(ChatError):
     code, status = "limit_exceeded", 409
 
 
+class TooManyConnections(LimitExceeded):
+    sentence = "too many connections of this user"
+
+
 class TooLarge(ChatError):
     code, status = "too_large", 413
 

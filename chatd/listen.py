@@ -22,6 +22,10 @@ from chatd.errors import OperatorError
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
+# SO_SNDBUF in bytes; Linux doubles it, and so holds 180 KB at most for a client that does not read. By itself
+# it takes 4 MB. TCP_NOTSENT_LOWAT bounds only what was not sent yet: for a client that had read fast and then
+# stopped, the kernel still held 600 KB.
+SEND_BUFFER = 64 * 1024
 
 # What a socket that is handed over is called: FileDescriptorName= of its unit, or the unit's own name.
 NAMES = {"api": "api", "chatd-api.socket": "api", "hub": "hub", "chatd.socket": "hub"}
@@ -149,9 +153,16 @@ def _adopt(name: str, descriptor: int) -> socket.socket:
     if not is_tcp or not adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         adopted.close()
         raise OperatorError(wrong)
-    adopted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+    _bound_waiting(name, adopted)
     adopted.setblocking(False)
     return adopted
+
+
+def _bound_waiting(name: str, listening: socket.socket) -> None:
+    """For how long, and for how many bytes, a peer that reads nothing may wait: its connections inherit it."""
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+    if name.startswith("hub"):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def open_socket(key: str, bind: str) -> socket.socket:
@@ -170,7 +181,7 @@ def open_socket(key: str, bind: str) -> socket.socket:
             if everywhere:
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+            _bound_waiting(key, opened)
             opened.bind(address)
             opened.listen(BACKLOG)
             opened.setblocking(False)

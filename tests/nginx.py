@@ -48,8 +48,8 @@ class Nginx:
         assert without in text
         for shipped, here in {
             without or "\0": instead,
-            "listen [::]:443 ssl;": "",
-            "listen 443 ssl;": f"listen 127.0.0.1:{self.port} ssl;",
+            "listen [::]:443 ssl sndbuf=64k;": "",
+            "listen 443 ssl sndbuf=64k;": f"listen 127.0.0.1:{self.port} ssl sndbuf=64k;",
             "server 127.0.0.1:6001;": f"server 127.0.0.1:{hub_port};",
             "server_name chat.example.com;": f"server_name {NAME};",
             "/etc/letsencrypt/live/chat.example.com": str(directory),

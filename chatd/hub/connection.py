@@ -20,20 +20,25 @@ from trio_websocket import (
     WebSocketRequest,
     wrap_server_stream,
 )
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection
 from wsproto.utilities import ProtocolError
 
 from chatd import metrics
 from chatd.errors import Close
+from chatd.hub.heartbeat import Ping
 from chatd.hub.outbox import Outbox
 from chatd.hub.registry import Admission, Handshake, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
+from chatd.hub.trivial import TrivialSession
 from chatd.limits import TokenBucket
 from chatd.logs import Recurring
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
+ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
 
 # What peers bring about: they vanish, dawdle, or send what is no WebSocket. The last is raised by the library's
@@ -60,6 +65,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     """Serve one peer, who is among the `connected` from handshake to end. Only Cancelled leaves this; the
     caller closes the stream.
     """
+    outbox: Outbox | None = None
     try:
         async with trio.open_nursery() as nursery:
             # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
@@ -76,7 +82,6 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
                         finally:
                             del connected[connection]
             finally:
-                outbox.cut = True
                 nursery.cancel_scope.cancel()
     except* _EXPECTED as group:
         metrics.FAILED.inc()
@@ -85,6 +90,8 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
         # A mistake of ours, or of a library: still one connection's matter.
         metrics.FAILED.inc()
         _broken.warn(error=_innermost(group), exc_info=group)
+    if outbox is not None:
+        await outbox.linger()
 
 
 async def _shake_hands(
@@ -92,7 +99,8 @@ async def _shake_hands(
 ) -> tuple[Connection, Session, Admission] | None:
     """None for a peer who was refused, and told so."""
     registry = services.registry
-    with trio.fail_after(services.settings.now.hub.handshake_timeout):
+    deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
+    with trio.fail_at(deadline):
         request = await wrap_server_stream(
             nursery,
             outbox,
@@ -108,16 +116,20 @@ async def _shake_hands(
         except Refused as refusal:
             metrics.REJECTED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
-            await _refuse(request, outbox, refusal)
+            await _refuse(request, refusal)
             return None
+        connection = Connection(outbox, nursery, flat=handshake.flat)
+        kind = TrivialSession if handshake.flat else Session
+        session = kind(services, connection, handshake, address)
         try:
-            ws = await request.accept(subprotocol=_chosen(handshake))
+            await session.prepare(deadline - ACCEPT_SECONDS)
+            connection.open(await request.accept(subprotocol=_chosen(handshake)))
         except BaseException:
+            session.end()
             admission.give_back()
             raise
     outbox.message_finished()
-    connection = Connection(ws, outbox, nursery, flat=handshake.flat)
-    return connection, Session(services, connection, handshake, address), admission
+    return connection, session, admission
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
@@ -128,11 +140,9 @@ def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
         log.warning("handshake_refused", reason=refusal.reason, origin=repr(origin[:200]), **advice)
 
 
-async def _refuse(request: WebSocketRequest, outbox: Outbox, refusal: Refused) -> None:
+async def _refuse(request: WebSocketRequest, refusal: Refused) -> None:
     headers = [(b"retry-after", RETRY_AFTER)] if refusal.status == 503 else []
     await request.reject(refusal.status, extra_headers=headers, body=refusal.reason.encode())
-    # Closing with unread bytes of the peer would reset the connection and take the answer with it.
-    await outbox.finish()
 
 
 def _read(request: WebSocketRequest) -> Handshake:
@@ -164,19 +174,26 @@ class Connection:
     """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
 
     __slots__ = (
-        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_pinged_at", "_reading", "_ws"),
+        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
         *("name", "nursery", "offer", "push"),
     )
 
-    def __init__(self, ws: WebSocketConnection, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
-        self._ws, self._outbox, self.nursery, self._flat = ws, outbox, nursery, flat
+    _ws: WebSocketConnection
+
+    def __init__(self, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
+        """`open` must follow, before anything is pushed."""
+        self._outbox, self.nursery, self._flat = outbox, nursery, flat
         self.push, self.offer = outbox.push, outbox.offer  # called for each delivery, so nothing stands between
         self._goodbye: tuple[Close, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
-        self._pinged_at = 0.0
+        self._ping: Ping | None = None  # the one that waits for its answer
         self._one_answer: trio.Lock | None = None
         self.name = secrets.token_hex(8)
+
+    def open(self, ws: WebSocketConnection) -> None:
+        """The handshake is done."""
+        self._ws = ws
 
     async def run(self, session: Session) -> None:
         try:
@@ -219,6 +236,13 @@ class Connection:
             log.info("closed", conn=self.name, user_id=user_id, code=int(code), reason=reason)
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await self._ws.aclose(int(code), reason)
+            # The pinned version gives up a peer that broke the protocol without telling it, and has no public
+            # name for how far both ends have come.
+            if self._ws._wsproto.state is ConnectionState.OPEN:
+                goodbye = self._ws._wsproto.send(CloseConnection(code=int(code), reason=reason))
+                await self._outbox.send_all(goodbye)
+        if self._ws._wsproto.state is ConnectionState.CLOSED:
+            self._outbox.peer_finished = True
 
     # For the session and the hub: synchronous.
 
@@ -240,8 +264,9 @@ class Connection:
 
     def answered(self) -> None:
         """The peer has answered a ping."""
-        if self._pinged_at:
-            metrics.PING_RTT.observe(trio.current_time() - self._pinged_at)
+        if self._ping is not None:
+            metrics.PING_RTT.observe(trio.current_time() - self._ping.at)
+            self._ping = None
 
     def excuse(self, now: float) -> None:
         """Do not hold the peer's silence until now against it."""
@@ -249,16 +274,23 @@ class Connection:
 
     def beat(self, now: float, interval: float, timeout: float) -> None:
         """Ask a silent peer for a sign of life, give up one that has had its time."""
-        silent = now - self._outbox.last_heard
-        if silent > interval + timeout:
+        self._outbox.check_drain(now)
+        if self._outbox.ended or self._outbox.cut:
+            return
+        if now - self._outbox.last_heard < interval:
+            self._ping = None
+        elif self._ping is None:
+            self._send_ping()
+            self._ping = Ping(self._outbox, now)
+        elif self._ping.overdue(now, timeout):
             self.close_soon(Close.NO_PONG, "no sign of life")
-        elif silent >= interval and self._pinged_at <= self._outbox.last_heard:
-            self._pinged_at = now
-            if self._flat:
-                self._outbox.expect_pong(PING_FRAME)
-                self.push(PING_FRAME)
-            else:
-                self.push(_PING_EVENT)
+
+    def _send_ping(self) -> None:
+        if self._flat:
+            self._outbox.expect_pong(PING_FRAME)
+            self.push(PING_FRAME)
+        else:
+            self.push(_PING_EVENT)
 
 
 def _innermost(error: BaseException) -> str:

@@ -2,26 +2,39 @@
 
 Only the outbox writes to the socket, so a cancelled task never leaves half a frame behind. `push` never
 waits: what the kernel does not take at once is queued, in bytes, and flushed by a task that exists only then.
+The kernel itself holds at most `listen.SEND_BUFFER` of each connection, so a slow reader's cost is known.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
+import termios
 from collections import deque
 
 import trio
 
 from chatd import metrics
 
-LIMIT_BYTES = 1024 * 1024  # what a slow reader may cost before its connection is cut
+# What a slow reader may cost here before its connection is cut. With what the kernel holds it is below 1 MiB.
+LIMIT_BYTES = 768 * 1024
+# Seconds in which the peer must take what was queued when they began: less than 3 KB/s of a full outbox.
+DRAIN_SECONDS = 300.0
 JOIN_BYTES = 64 * 1024  # queued frames written at once
 # Reads since the last finished message. An honest 64 KiB frame takes 16 of 4 KiB, a dripping one some more.
 UNFINISHED_READS = 2000
-FINISH_SECONDS = 1.0
+# A lingering close: how long the peer may go on sending, how long it may pause, and how much it may send.
+LINGER_SECONDS = 10.0
+LINGER_PAUSE = 2.0
+LINGER_BYTES = 16 * 1024 * 1024
+LINGER_READ = 64 * 1024  # of one read: all of it is thrown away
 # Close without a goodbye also frees what the kernel holds for a peer that does not read.
 _LINGER_ZERO = struct.pack("ii", 1, 0)
+# Linux's `struct tcp_info` up to `tcpi_bytes_acked`.
+_TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO, 128
+_ACKNOWLEDGED = struct.Struct("=120xQ")
 
 _NOTHING: deque[bytes | memoryview] = deque(maxlen=0)  # nearly always: an empty one of its own has 700 bytes
 
@@ -30,20 +43,23 @@ class Outbox(trio.abc.Stream):
     # A push finds all it needs in this one object: among many connections, memory is what Python waits for.
     __slots__ = (
         "_descriptor",
+        "_drain_begun",
+        "_drain_goal",
         "_drained",
         "_flushing",
         "_limit",
         "_nursery",
-        "_peer_finished",
         "_queue",
         "_queued",
         "_stream",
         "_unfinished_bytes",
         "_unfinished_most",
         "_unfinished_reads",
+        "answered",
         "cut",
         "ended",
         "last_heard",
+        "peer_finished",
         "too_slow",
     )
 
@@ -66,7 +82,10 @@ class Outbox(trio.abc.Stream):
         self._unfinished_most = unfinished_bytes
         self._unfinished_bytes = 0
         self._unfinished_reads = 0
-        self._peer_finished = False
+        self.peer_finished = False  # nothing more comes: it has closed its end, or said goodbye
+        self._drain_goal = 0  # a position that must be reached within DRAIN_SECONDS of `_drain_begun`
+        self._drain_begun = trio.current_time()
+        self.answered = False  # the peer was told something: a refusal, 101, a goodbye
         self.ended = False  # a goodbye was said or is due: no event follows it
         self.cut = False  # ended without a goodbye
         self.too_slow = False  # … because the peer did not read
@@ -134,12 +153,52 @@ class Outbox(trio.abc.Stream):
         while self.congested and not self.cut:
             await self._something()
 
-    async def finish(self) -> None:
-        """Send no more, and give the peer a moment to read what it was sent: somebody else reads from it."""
-        await self._stream.send_eof()
-        with trio.move_on_after(FINISH_SECONDS):
-            while not self._peer_finished and not self.cut:
-                await self._something()
+    def taken(self) -> int:
+        """How many bytes the peer's TCP has acknowledged since the connection began."""
+        found: int = _ACKNOWLEDGED.unpack_from(self._stream.socket.getsockopt(*_TCP_INFO))[0]
+        return found
+
+    def pushed(self) -> int:
+        """How many bytes were sent or queued so far: when `taken` has reached this, the peer has them all."""
+        left = fcntl.ioctl(self._descriptor, termios.TIOCOUTQ, bytes(4))
+        return self.taken() + int.from_bytes(left, "little") + self._queued
+
+    def check_drain(self, now: float) -> None:
+        """Cut a peer that takes too long for what is queued. To be called again and again."""
+        if not self._queued or self.cut:
+            self._drain_goal = 0
+        elif not self._drain_goal or self.taken() >= self._drain_goal:
+            self._drain_goal, self._drain_begun = self.pushed(), now
+        elif now - self._drain_begun > DRAIN_SECONDS:
+            self.too_slow = True
+            self.abort()
+
+    async def linger(self) -> None:
+        """End the connection so that the peer sees what it was told last. Nobody else reads any more.
+
+        To close a socket with unread input resets the connection, and the reset overtakes the goodbye. So what
+        the peer goes on sending is read and thrown away, within bounds, until it has closed its end.
+        """
+        self.ended = True
+        if self.cut or not self.answered:
+            return
+        with trio.move_on_after(LINGER_SECONDS):
+            try:
+                await self._flush()
+                if not self.cut and not self.peer_finished:
+                    await self._stream.send_eof()
+                    await self._discard()
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the peer was faster
+
+    async def _discard(self) -> None:
+        left = LINGER_BYTES
+        while left > 0:
+            with trio.move_on_after(LINGER_PAUSE) as pause:
+                data = await self._stream.receive_some(LINGER_READ)
+            if pause.cancelled_caught or not data:
+                return
+            left -= len(data)
 
     def abort(self) -> None:
         """Cut the connection now, without a goodbye: it would queue behind what the peer does not read."""
@@ -163,6 +222,7 @@ class Outbox(trio.abc.Stream):
             raise trio.BrokenResourceError("the connection was cut")
         if data[:1] == b"\x8a":  # a pong: the ping that it answers was no unfinished message
             self._allow_control_frame(len(data))
+        self.answered = True
         self.ended = self.ended or data[:1] == b"\x88"  # a goodbye
         self._put(bytes(data))
 
@@ -173,8 +233,9 @@ class Outbox(trio.abc.Stream):
         data = await self._stream.receive_some(max_bytes)
         self.last_heard = trio.current_time()
         if not data:
-            self._peer_finished = True
-            self._wake()
+            self.peer_finished = True
+        if self.ended:  # what comes now is read only to find the peer's own goodbye
+            return bytes(data)
         self._unfinished_bytes += len(data)
         self._unfinished_reads += 1
         # trio-websocket counts the text of a message, not the frames: 200,000 empty ones would pass.
@@ -184,8 +245,9 @@ class Outbox(trio.abc.Stream):
         return bytes(data)
 
     async def aclose(self) -> None:
-        self.cut = True
-        await self._stream.aclose()
+        """The library is done with the connection. `linger` ends it, and the accept loop closes the socket."""
+        self.ended = True
+        await trio.lowlevel.checkpoint()
 
     # Waiting.
 

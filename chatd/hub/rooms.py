@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from types import TracebackType
 from typing import Protocol, Self
 
 from msgspec import UNSET
@@ -45,7 +44,11 @@ class Listener(Protocol):
 
 
 class Watcher(Protocol):
-    """Who is told, synchronously, of what the rooms of this node are."""
+    """Who is told, synchronously, of what the rooms of this node are.
+
+    A room is open to it while somebody is there who can tell us so. A flat listener cannot: its library answers
+    pings also while its page is frozen.
+    """
 
     def opened(self, room: Room) -> None: ...
     def closed(self, room: Room) -> None: ...
@@ -180,7 +183,7 @@ class Room:
     """
 
     __slots__ = (
-        *("_ahead_bytes", "_repaired", "ahead", "checking", "conversation_id", "head", "mark"),
+        *("_ahead_bytes", "_repaired", "ahead", "attended", "checking", "conversation_id", "head", "mark"),
         *("members_version", "opened_at", "repairing", "stale", "subscriptions"),
     )
 
@@ -191,6 +194,7 @@ class Room:
         self.opened_at: int | None = None  # where the first snapshot, or a new beginning, has put the head
         self.members_version: int | None = None  # everybody here was held against it, or a later one
         self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
+        self.attended = 0  # of them, not counting flat listeners
         self.ahead: dict[int, Change] = {}  # changes past a hole or in doubt, by seq
         self._ahead_bytes = 0
         self._repaired: dict[int, str | None] | None = None  # marks of what may come by the bus as well, by seq
@@ -328,11 +332,13 @@ class Rooms:
         room = self._rooms.get(conversation_id)
         if room is None:
             room = self._rooms[conversation_id] = Room(conversation_id)
-            if self.watcher is not None:
-                self.watcher.opened(room)
         subscription = Subscription(room, listener, entitled=entitled)
         room.subscriptions[subscription] = None
         self.subscriptions += 1
+        if not listener.flat:
+            room.attended += 1
+            if room.attended == 1 and self.watcher is not None:
+                self.watcher.opened(room)
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
@@ -342,10 +348,12 @@ class Rooms:
         self.subscriptions -= 1
         if self.watcher is not None:
             self.watcher.left(subscription)
+        if not subscription.listener.flat:
+            room.attended -= 1
+            if not room.attended and self.watcher is not None:
+                self.watcher.closed(room)
         if not room.subscriptions:
             del self._rooms[room.conversation_id]
-            if self.watcher is not None:
-                self.watcher.closed(room)
 
 
 class Membership:
@@ -360,9 +368,10 @@ class Membership:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.leave_all()
+
+    def leave_all(self) -> None:
         for conversation_id in list(self._subscriptions):
             self.leave(conversation_id)
 

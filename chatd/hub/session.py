@@ -15,18 +15,17 @@ from typing import Any
 import structlog
 import trio
 
-from chatd import limits, metrics, protocol
+from chatd import metrics, protocol
 from chatd.errors import (
-    BadRequest,
     ChatError,
     Close,
     Forbidden,
-    LimitExceeded,
     NotFound,
     NotJSON,
     RateLimited,
     Revoked,
     TokenExpired,
+    TooManyConnections,
     Unauthorized,
     Unavailable,
 )
@@ -37,12 +36,13 @@ from chatd.hub.rooms import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.subscriptions import Subscriptions
 from chatd.hub.writes import Write, to_store
-from chatd.model import Identity, Position, now
+from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
 from chatd.store.commands import Changed, Create, Created
 from chatd.store.writer import Outcome
 
 _NOWHERE: set[int] = set()  # for all who have never typed
+LOGIN_ERRORS = (Unauthorized, Unavailable, RateLimited, TooManyConnections)
 
 log = structlog.get_logger()
 
@@ -51,8 +51,8 @@ class Session:
     """One client, for as long as its connection lives."""
 
     __slots__ = (
-        *("_address", "_chat", "_config", "_handshake", "_line", "_receipts", "_requests", "_rooms"),
-        *("_services", "_typing", "flat", "identity", "present", "user_id"),
+        *("_address", "_chat", "_config", "_handshake", "_line", "_receipts", "_requests"),
+        *("_rooms", "_services", "_typing", "flat", "identity", "present", "user_id"),
     )
 
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
@@ -68,19 +68,26 @@ class Session:
         self.identity: Identity | None = None
         self.user_id = 0
 
+    async def prepare(self, deadline: float) -> None:
+        """What is to be done before the handshake is answered: nothing may be told yet."""
+
     async def run(self) -> None:
         """Until the connection has ended, or this is cancelled; has left all rooms then."""
         try:
-            with self._rooms:
-                assert self._handshake is not None
-                await self._begin(self._handshake)
-                self._handshake = None
-                while True:
-                    await self._take(await self._line.next_message())
+            assert self._handshake is not None
+            await self._begin(self._handshake)
+            self._handshake = None
+            while True:
+                await self._take(await self._line.next_message())
         finally:
-            if self.identity is not None:
-                self._services.registry.forget(self)
-                self._leave_behind(self.identity)
+            self.end()
+
+    def end(self) -> None:
+        """Leave everything. `run` does it; to be called where `run` was not reached."""
+        self._rooms.leave_all()
+        if self.identity is not None:
+            self._services.registry.forget(self)
+            self._leave_behind(self.identity)
 
     def _leave_behind(self, identity: Identity) -> None:
         """What was read counts; who has gone types no more."""
@@ -90,17 +97,17 @@ class Session:
             self._chat.typing.stop(conversation_id, identity.user_id)
 
     async def _begin(self, handshake: Handshake) -> None:
-        if handshake.subprotocols and protocol.SUBPROTOCOL not in handshake.subprotocols:
+        if not speaks_ours(handshake):
             self.close(Close.UNSUPPORTED_VERSION, f"this server speaks {protocol.SUBPROTOCOL}")
             return
+        await self._greet(handshake)
+
+    async def _greet(self, handshake: Handshake) -> None:
         deadline = trio.current_time() + self._config.hub.auth_timeout
         self._line.close_at(deadline, Close.NO_AUTH, "no auth in time")
-        if self.flat:
-            await self._start_flat(handshake.query)
-        else:
-            self._push(protocol.hello(self._config))
-            if handshake.bearer is not None:
-                await self._guard(self._authenticate, protocol.Auth(token=handshake.bearer))
+        self._push(protocol.hello(self._config))
+        if handshake.bearer is not None:
+            await self._guard(self._authenticate, protocol.Auth(token=handshake.bearer))
 
     def close(self, code: Close, reason: str) -> None:
         self._line.close_soon(code, reason)
@@ -184,30 +191,11 @@ class Session:
 
     # Authentication.
 
-    async def _start_flat(self, query: dict[str, str]) -> None:
-        """The trivial client: everything it wants is in the URL, and it hears nothing but messages."""
-        if not self._config.hub.allow_query_token:
-            self.close(Close.INVALID_TOKEN, "tokens in the URL are not accepted here")
-            return
-        try:
-            conversation_id = _id_from_text(query.get("conversation_id", ""))
-            identity = await self._verify(query["token"])
-            await self._chat.logins.check(identity)
-            if self._become(identity, None):
-                self._services.registry.appear(self)
-                await self._rooms.enter(self._rooms.join(conversation_id), Position(), None, None)
-        except (Unauthorized, Unavailable, RateLimited) as error:
-            self._refuse_login(error, None, first=True)
-        except ChatError as error:
-            self._tell_error(error)
-            code = Close.PROTOCOL_ERROR if isinstance(error, BadRequest) else Close.REVOKED
-            self.close(Close.SERVER_ERROR if error.retryable else code, str(error))
-
     async def _authenticate(self, command: protocol.Auth) -> None:
         first = self.identity is None
         try:
             await self._log_in(command)
-        except (Unauthorized, Unavailable, RateLimited) as error:
+        except LOGIN_ERRORS as error:
             self._refuse_login(error, command.ref, first=first)
 
     async def _log_in(self, command: protocol.Auth) -> None:
@@ -218,8 +206,7 @@ class Session:
         identity = await self._verify(command.token)
         if self.identity is not None and self.identity.user_id != identity.user_id:
             raise Forbidden("this connection belongs to another user", field="token")
-        if not self._become(identity, command.ref):
-            return
+        self._become(identity)
         ready = {"user_id": self.user_id, "session": self._line.name, "expires_in": _seconds_left(identity)}
         if rooms == "*":
             await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
@@ -237,7 +224,7 @@ class Session:
             self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
         return await self._chat.logins.verify(token)
 
-    def _refuse_login(self, error: Unauthorized | Unavailable | RateLimited, ref: Any, *, first: bool) -> None:
+    def _refuse_login(self, error: ChatError, ref: Any, *, first: bool) -> None:
         """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
         self._tell_error(error, ref)
         if isinstance(error, Unauthorized):
@@ -254,35 +241,34 @@ class Session:
             self.close(error.close, str(error))
         elif isinstance(error, RateLimited):
             self.close(Close.TOO_MANY_REQUESTS, str(error))
+        elif isinstance(error, TooManyConnections):
+            self.close(Close.TOO_MANY_CONNECTIONS, str(error))
         elif first:
             self.close(Close.AUTH_UNAVAILABLE, str(error))
 
-    def _become(self, identity: Identity, ref: Any) -> bool:
-        """Take on an identity, for the first time or refreshed."""
+    def _become(self, identity: Identity) -> None:
+        """Take on an identity, for the first time or refreshed. Raises TooManyConnections."""
         if self.identity is None:
             self.user_id = identity.user_id
             if not self._services.registry.register(self):
-                self._tell_error(LimitExceeded("too many connections of this user"), ref)
-                self.close(Close.TOO_MANY_CONNECTIONS, "too many connections of this user")
-                return False
+                raise TooManyConnections
             log.info("authenticated", conn=self._line.name, user_id=self.user_id, remote=self._address)
         self.identity = identity
         self._rooms.become(identity)
         left = identity.expires_at - time.time() + self._config.auth.expiry_grace
         deadline = trio.current_time() + left
         self._line.close_at(deadline, Close.TOKEN_EXPIRED, "the token has expired")
-        return True
 
     async def _refresh(self, command: protocol.Refresh, identity: Identity) -> None:
         try:
             fresh = await self._verify(command.token)
             await self._chat.logins.check(fresh)
-        except (Unauthorized, Unavailable, RateLimited) as error:
+        except LOGIN_ERRORS as error:
             self._refuse_login(error, command.ref, first=False)
             return
         if fresh.user_id != identity.user_id:
             raise Forbidden("the new token is another user's", field="token")
-        self._become(fresh, command.ref)
+        self._become(fresh)
         self._ok(command.ref, expires_in=_seconds_left(fresh))
 
     # Being in rooms.
@@ -382,10 +368,8 @@ class Session:
             self._line.push(text_frame(payload))
 
 
-def _id_from_text(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and 1 <= int(text) <= limits.MAX_ID):
-        raise BadRequest("conversation_id is no id", field="conversation_id")
-    return int(text)
+def speaks_ours(handshake: Handshake) -> bool:
+    return not handshake.subprotocols or protocol.SUBPROTOCOL in handshake.subprotocols
 
 
 def _seconds_left(identity: Identity) -> int:

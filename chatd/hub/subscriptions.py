@@ -7,8 +7,7 @@ then the snapshot is read and answered, and what was buffered follows it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import trio
@@ -44,14 +43,8 @@ class Subscriptions:
         self.identity: Identity | None = None
         self.user_id = 0
 
-    def __enter__(self) -> Self:
-        self._rooms.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._rooms.__exit__(kind, error, trace)
+    def leave_all(self) -> None:
+        self._rooms.leave_all()
 
     def become(self, identity: Identity) -> None:
         """Log in, or take a fresh token: rooms that it does not open any more are held against the database."""
@@ -120,6 +113,23 @@ class Subscriptions:
                 raise
             self._count(snapshot, position)
             self._tell(event("subscribed", ref, **self._answer(subscription, snapshot)))
+            self._settle(subscription, snapshot)
+
+    async def prepare(self, conversation_id: int) -> tuple[Subscription, Snapshot]:
+        """Join a room whose listener gets no answer: what is committed from now on is kept for it.
+
+        `begin` must follow. Raises as `enter` does.
+        """
+        subscription = self.join(conversation_id)
+        try:
+            return subscription, await self._snapshot(subscription, Position(), None)
+        except ChatError as error:
+            self._not_entered(subscription, error)
+            raise
+
+    def begin(self, subscription: Subscription, snapshot: Snapshot) -> None:
+        """Give it what was kept; it is live from now on."""
+        if subscription.joined:
             self._settle(subscription, snapshot)
 
     async def enter_inbox(self, epoch: str | None, ref: Any, **ready: Any) -> None:
@@ -203,16 +213,18 @@ class Subscriptions:
             position = Position(subscription.cursor, subscription.mark)
             snapshot = await self._snapshot(subscription, position, None)
             self._count(snapshot, position)
-            self._tell(event("subscribed", **self._answer(subscription, snapshot)))
-            self._catch_up_flat(snapshot)
+            if self.flat:
+                self._catch_up_flat(snapshot)
+            else:
+                self._tell(event("subscribed", **self._answer(subscription, snapshot)))
             self._settle(subscription, snapshot)
 
     def _catch_up_flat(self, snapshot: Snapshot) -> None:
         """A flat client knows no answers: it gets the messages themselves, or has to come again."""
-        if self.flat and snapshot.recovered:
+        if snapshot.recovered:
             created = [change for change in snapshot.changes if change.startswith(b'{"event":"message",')]
             self.push(b"".join(map(text_frame, created)))
-        elif self.flat:
+        else:
             self._line.close_soon(Close.OVERLOADED, "too much was missed")
 
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
