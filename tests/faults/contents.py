@@ -38,7 +38,7 @@ def connect_sqlite(path: Path) -> sqlite3.Connection:
 def heads(rows: Rows) -> dict[int, tuple[int, str | None]]:
     """By conversation: the last seq, and its mark."""
     found = rows(
-        "SELECT id, last_seq, NULL FROM chat_conversations LEFT JOIN chat_changes AS m"
+        "SELECT id, last_seq, m.mark FROM chat_conversations LEFT JOIN chat_changes AS m"
         " ON m.conversation_id = id AND m.seq = last_seq"
     )
     return {id: (head, mark) for id, head, mark in found}
@@ -47,7 +47,7 @@ def heads(rows: Rows) -> dict[int, tuple[int, str | None]]:
 def contents(rows: Rows) -> list[Conversation]:
     found = {id: Conversation(id, head, [], []) for id, (head, _) in heads(rows).items()}
     for conversation, *row in rows(
-        "SELECT conversation_id, seq, kind, message_id, NULL FROM chat_changes ORDER BY conversation_id, seq"
+        "SELECT conversation_id, seq, kind, message_id, mark FROM chat_changes ORDER BY conversation_id, seq"
     ):
         found[conversation].log.append(Logged(*row))
     for conversation, deleted, *row in rows(

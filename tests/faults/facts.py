@@ -158,17 +158,6 @@ class Facts:
                 return truth.rows[seen.id]
         return self.final.rows.get(seen.id)
 
-    def lost_something(self, place: int, at: float) -> bool:
-        """Whether the room has gone back before `at`, or just does."""
-        return any(
-            past.at <= at and self._went_back(place, number) for number, past in enumerate(self.history.past)
-        )
-
-    def _went_back(self, place: int, number: int) -> bool:
-        before, after = self.truths[number], self.truths[number + 1]
-        head = before.head(place)
-        return head > 0 and before.change(place, head) != after.change(place, head)
-
 
 def _operations(attempts: Sequence[Attempt]) -> list[Operation]:
     grouped: dict[tuple[Kind, int, str], list[Attempt]] = defaultdict(list)

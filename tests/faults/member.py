@@ -82,7 +82,7 @@ class Member:
         self._dice = random.Random(crowd.spec.seed * 1_000_003 + user)
         self.cursors: dict[int, int] = {}
         self.marks: dict[int, str | None] = {}  # of the changes that the cursors stand at
-        self._sends_marks = False
+        self._sends_marks = user % OLD_EVERY != OLD_NUMBER
         self.records: list[history.Record] = []
         self._epoch: str | None = None
         self._refs = itertools.count(1)

@@ -116,9 +116,6 @@ class Reader:
         held = self._truths.get(record.conversation, self._facts.any)
         if not held & self._facts.answering(record):
             return False
-        # A node starts a room over as a whole, with those who came between its loss and that.
-        if not record.asked and self._facts.lost_something(record.conversation, record.at):
-            return False
         if self._missed_bytes(record) > REPLAY_BYTES:
             return False
         # What came in the same moment came in the same `ready`.
