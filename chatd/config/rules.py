@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from chatd.config.options import Auth, Config, Webhooks
 
+# What chatd reads must be what it has just written, so it talks to the one server that takes writes.
+TARGETS = ("read-write", "primary")
 _WRITE_URL = "write https://host/path, or http:// for an address in server.private_networks."
 
 
@@ -37,10 +39,7 @@ def contradictions(config: Config) -> Iterator[str]:
     for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
-    if _scheme(config.database.url) not in ("sqlite", "postgresql"):
-        yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
-    elif config.database.url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
-        yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
+    yield from _wrong_database(config.database.url)
     if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
         yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
     if config.server.workers > 1 and not config.redis.url:
@@ -53,6 +52,26 @@ def contradictions(config: Config) -> Iterator[str]:
     for network in config.limits.trusted_proxies:
         if not _is_network(network):
             yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
+
+
+def _wrong_database(url: str) -> Iterator[str]:
+    if {_scheme(one) for one in _each_host(url)} not in ({"sqlite"}, {"postgresql"}):
+        yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
+    elif url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
+    for target in parse_qs(url.partition("?")[2]).get("target_session_attrs", ()):
+        if target not in TARGETS:
+            yield (
+                f"database.url: target_session_attrs={target} may lead to a standby, which takes no writes and"
+                " lags behind; write read-write, or leave it out."
+            )
+
+
+def _each_host(url: str) -> Iterator[str]:
+    """A URL for each host that one of PostgreSQL names: postgresql://user@first:5432,second:5432/database."""
+    scheme, _, rest = url.partition("://")
+    user, at, hosts = rest.partition("/")[0].rpartition("@")
+    return (f"{scheme}://{user}{at}{host}" for host in hosts.split(","))
 
 
 def _wrong_auth(auth: Auth) -> Iterator[str]:

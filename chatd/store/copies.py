@@ -10,10 +10,8 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import make_url
-
 from chatd.errors import OperatorError
-from chatd.store import migrations
+from chatd.store import migrations, urls
 
 BUSY_SECONDS = 5.0  # that a look at a database waits for whoever writes it
 PRIVATE = 0o600  # a copy holds every message, and what signs tokens
@@ -24,7 +22,7 @@ _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
 
 def file_of(url: str) -> Path | None:
     """The file of an SQLite URL, None for another database."""
-    parsed = make_url(url)
+    parsed = urls.parse(url)
     return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 import structlog
-from sqlalchemy import Engine, make_url, select
+from sqlalchemy import Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.config import Database
 from chatd.errors import ConfigError, OperatorError
 from chatd.model import Group
-from chatd.store import copies, migrations, schema
-from chatd.store.engine import is_sqlite, reading_engine, writing_engine
+from chatd.store import copies, migrations, schema, urls
+from chatd.store.engine import is_sqlite, reading_engine, require_sessions, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.reader import Reader
 from chatd.store.retention import Retention
+from chatd.store.sessions import Sessions
 from chatd.store.webhooks import Webhooks
 from chatd.store.writer import Writer
 
@@ -33,9 +35,10 @@ class Store:
     """`epoch` is new when the data are reset; `token_secret` signs tokens unless the configuration has one."""
 
     def __init__(self, config: Database) -> None:
-        self._writing = writing_engine(config.url)
-        self._reading = reading_engine(config.url, config.readers)
-        self.read = Reader(self._reading, config.readers)
+        sessions = self._sessions = Sessions()
+        self._writing = writing_engine(config.url, sessions)
+        self._reading = reading_engine(config.url, config.readers, sessions)
+        self.read = Reader(self._reading, config.readers, sessions.doubt)
         self.outbox = Outbox(self._writing)
         self.webhooks = Webhooks(self._writing)
         self.retention = Retention(self._writing)
@@ -43,7 +46,7 @@ class Store:
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
     def writer(self, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False) -> Writer:
-        return Writer(self._writing, node=node, on_commit=on_commit, hooked=hooked)
+        return Writer(self._writing, node=node, on_commit=on_commit, hooked=hooked, sessions=self._sessions)
 
     def close(self) -> None:
         self._writing.dispose()
@@ -68,7 +71,7 @@ def migrate(config: Database) -> tuple[str | None, str]:
 
 def require(config: Database) -> None:
     """Raises OperatorError where opening the store would make a new SQLite database."""
-    name = make_url(config.url).database
+    name = urls.parse(config.url).database
     if config.url.startswith("sqlite") and not Path(name or "").exists():
         raise OperatorError(
             f"database.url: there is no {name} here yet, so no token would be valid."
@@ -82,10 +85,17 @@ def opened(config: Database) -> Iterator[Engine]:
     try:
         engine = writing_engine(config.url)
         try:
+            if not is_sqlite(engine):
+                require_sessions(engine)
             yield engine
         finally:
             engine.dispose()
-    except (SQLAlchemyError, TypeError, ValueError) as error:  # the last two: options that no driver knows
+    except (
+        SQLAlchemyError,
+        psycopg.Error,
+        TypeError,
+        ValueError,
+    ) as error:  # the last two: options that no driver knows
         raise OperatorError(f"database.url: {_first_line(error)}") from error
 
 
@@ -132,7 +142,7 @@ def _refuse_newer(engine: Engine) -> None:
 
 
 def _check_directory(url: str) -> None:
-    directory = Path(make_url(url).database or "").absolute().parent
+    directory = Path(urls.parse(url).database or "").absolute().parent
     if not directory.is_dir():
         raise ConfigError(f"database.url: there is no directory {directory}. Make it, or name another file.")
 

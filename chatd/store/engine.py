@@ -5,50 +5,33 @@ Every setting has its reason beside it. Used by the writer, the reads, the outbo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, event
 
 from chatd import metrics
-from chatd.errors import ConfigError
+from chatd.store import sessions, urls
+from chatd.store.sessions import Sessions
 
 # A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
 SQLITE_BUSY_SECONDS = 5
 # KiB that the writer keeps of the file: SQLite's own 2 MiB do not hold the index ends of 300 busy rooms.
 SQLITE_WRITER_CACHE = 16 * 1024
-# PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
-# locks until the last ones end its session. They count between two statements, but not within a pipeline.
-POSTGRES_OPTIONS = " ".join(
-    f"-c {setting}"
-    for setting in (
-        "synchronous_commit=on",
-        "timezone=UTC",  # the year 9999 must not become 10000 on the way back
-        "statement_timeout=5s",
-        "lock_timeout=2s",
-        "idle_in_transaction_session_timeout=5s",
-        "tcp_keepalives_idle=10",
-        "tcp_keepalives_interval=5",
-        "tcp_keepalives_count=3",
-    )
-)
-POSTGRES_CONNECT = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,  # milliseconds until a write to a vanished host fails
-}
 
 
 def is_sqlite(engine: Engine) -> bool:
     return engine.dialect.name == "sqlite"
 
 
-def writing_engine(url: str) -> Engine:
-    """Four connections: for the writer, the outbox, which may wait for Redis, webhooks and retention."""
-    engine = _engine(url, name="write", pool_size=4, isolation="READ COMMITTED")
+def writing_engine(url: str, shared: Sessions | None = None) -> Engine:
+    """Four connections: for the writer, the outbox, which may wait for Redis, webhooks and retention.
+
+    `shared`: the sessions of another engine, which end together with this one's.
+    """
+    engine = _engine(url, shared, name="write", pool_size=4, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")
@@ -56,23 +39,23 @@ def writing_engine(url: str) -> Engine:
     return engine
 
 
-def reading_engine(url: str, readers: int) -> Engine:
+def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> Engine:
     """Every transaction is one snapshot: rights, head and missed changes belong together."""
-    engine = _engine(url, name="read", pool_size=readers, isolation="REPEATABLE READ")
+    engine = _engine(url, shared, name="read", pool_size=readers, isolation="REPEATABLE READ")
     if is_sqlite(engine):
         _begin_with(engine, "BEGIN")
     return engine
 
 
-def _engine(url: str, *, name: str, pool_size: int, isolation: str) -> Engine:
-    engine = _create(url, pool_size, isolation)
+def _engine(url: str, shared: Sessions | None, *, name: str, pool_size: int, isolation: str) -> Engine:
+    engine = _create(url, shared or Sessions(), pool_size, isolation)
     count = metrics.STATEMENTS.labels(name).inc
     event.listen(engine, "before_cursor_execute", lambda *_: count())
     return engine
 
 
-def _create(url: str, pool_size: int, isolation: str) -> Engine:
-    parsed = _parse(url)
+def _create(url: str, shared: Sessions, pool_size: int, isolation: str) -> Engine:
+    parsed = urls.parse(url)
     common: dict[str, Any] = {
         "pool_size": pool_size,
         "max_overflow": 0,
@@ -86,19 +69,24 @@ def _create(url: str, pool_size: int, isolation: str) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "checkin", _end_transaction)
         return engine
-    # Many rows make one statement: psycopg would send a pipeline of many, see above.
-    connect_args = {"options": POSTGRES_OPTIONS, "application_name": "chatd", **POSTGRES_CONNECT}
-    engine = create_engine(parsed, connect_args=connect_args, isolation_level=isolation, **common)
+    asked = sessions.connect_arguments(parsed.query)
+    engine = create_engine(parsed, connect_args=asked, isolation_level=isolation, **common)
+    # Many rows make one statement: psycopg would send a pipeline of many, within which no deadline counts.
     engine.dialect.use_insertmanyvalues_wo_returning = True
+    shared.watch(engine, partial(session_beside, engine, asked))
     return engine
 
 
-def _parse(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise ConfigError("database.url: this is no URL; write sqlite:///chatd.db or postgresql://…") from None
-    return parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
+def session_beside(engine: Engine, asked: dict[str, Any]) -> psycopg.Connection[Any]:
+    """A session of PostgreSQL that belongs to no pool."""
+    _, parameters = engine.dialect.create_connect_args(engine.url)
+    return psycopg.connect(**(dict(parameters) | asked))
+
+
+def require_sessions(engine: Engine) -> None:
+    """Raises OperatorError where a pooler keeps no sessions."""
+    asked = sessions.connect_arguments(engine.url.query)
+    sessions.require_sessions(partial(session_beside, engine, asked))
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import make_url, update
+from sqlalchemy import update
 
 from chatd.config import Database
 from chatd.errors import OperatorError
-from chatd.store import copies, schema
+from chatd.store import copies, schema, urls
 from chatd.store.database import opened, require
 from chatd.store.erasure import Erasure, export, forget
 from chatd.store.retention import PAUSE, Pruner, Rules, remove_leftovers
@@ -99,4 +99,4 @@ def erase(
 
 def _without_password(url: str) -> str:
     """libpq asks for it, or finds it in ~/.pgpass."""
-    return make_url(url).set(drivername="postgresql", password=None).render_as_string()
+    return urls.parse(url).set(drivername="postgresql", password=None).render_as_string()

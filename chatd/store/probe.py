@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from sqlalchemy import Connection, Engine, insert, make_url
+from sqlalchemy import Connection, Engine, insert
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from chatd.config import Database
 from chatd.errors import OperatorError
-from chatd.store import migrations, schema
+from chatd.store import migrations, schema, urls
 from chatd.store.engine import reading_engine, writing_engine
 
 COMMITS = 20  # of which the middle one counts
@@ -41,7 +41,7 @@ class Found:
 
 def sqlite_file(config: Database) -> Path | None:
     """Where SQLite's file is, or is to be; None for PostgreSQL."""
-    url = make_url(config.url)
+    url = urls.parse(config.url)
     return Path(url.database or "").absolute() if url.get_backend_name() == "sqlite" else None
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from chatd import metrics
 from chatd.errors import Unavailable
 from chatd.logs import Recurring
+from chatd.store.sessions import Strayed, strayed
 
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
 AT_ONCE = 2  # gathered reads on their way: one that takes long does not hold up all the others
@@ -33,8 +34,9 @@ _unavailable = Recurring("read_unavailable")
 class Reader:
     """Runs reads in threads, as many at once as there are connections, so that waiting is cancellable."""
 
-    def __init__(self, engine: Engine, readers: int) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, readers: int, overdue: Callable[[], None] = lambda: None) -> None:
+        """`overdue` is told of reads that took too long."""
+        self._engine, self._overdue = engine, overdue
         self._limiter = trio.CapacityLimiter(readers)
 
     async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
@@ -47,6 +49,7 @@ class Reader:
                 )
         finally:
             metrics.READ_SECONDS.observe(trio.current_time() - started)
+        self._overdue()
         raise Unavailable()
 
     @property
@@ -57,10 +60,21 @@ class Reader:
     def _run(self, read: Callable[..., T], arguments: tuple[Any, ...], again: bool = True) -> T:
         try:
             with self._engine.connect() as connection:
-                return read(connection, *arguments)
-        except (DBAPIError, PoolTimeout, OSError) as error:  # the last: no descriptor left to connect with
+                answer = read(connection, *arguments)
+                if strayed(connection):
+                    raise Strayed
+                return answer
+        except (
+            DBAPIError,
+            PoolTimeout,
+            Strayed,
+            OSError,
+        ) as error:  # OSError: no descriptor left to connect with
             # A pooled connection that died while idle says so at its first use; a read can be repeated.
-            if again and isinstance(error, DBAPIError) and error.connection_invalidated:
+            ended = isinstance(error, Strayed) or (
+                isinstance(error, DBAPIError) and error.connection_invalidated
+            )
+            if again and ended:
                 return self._run(read, arguments, again=False)
             _unavailable.warn(read=read.__name__, error=type(getattr(error, "orig", error)).__name__)
             raise Unavailable() from error

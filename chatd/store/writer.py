@@ -22,6 +22,7 @@ from chatd.logs import Recurring
 from chatd.model import Group, now
 from chatd.store import statements
 from chatd.store.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
+from chatd.store.sessions import Sessions, Strayed, strayed, unreplicated
 from chatd.store.transaction import Transaction
 
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
@@ -35,7 +36,7 @@ SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying,
 
 # The server is gone, overloaded or locked. What was sent may or may not have been committed. A bare OSError is
 # psycopg's, where there is no descriptor left to connect with.
-_LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
+_LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, Strayed, OSError)
 
 Outcome = Result | ChatError
 Then = Callable[[Sequence[Outcome]], None]
@@ -110,13 +111,21 @@ class Writer:
     """`failing`: the last write found no database that takes any. It is tried again also when nobody writes."""
 
     def __init__(
-        self, engine: Engine, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False
+        self,
+        engine: Engine,
+        *,
+        node: str | None,
+        on_commit: Callable[[Group], None],
+        hooked: bool = False,
+        sessions: Sessions,
     ) -> None:
         """`node`: fill the outbox under this name; None: no outbox. `hooked`: messages of clients go to the
         webhook."""
         self._engine, self._node, self._on_commit, self._hooked = engine, node, on_commit, hooked
+        self._sessions = sessions
         self._waiting: deque[Submission] = deque()
         self._committing: list[Submission] = []
+        self._committing_since: float | None = None
         self._count = self._chars = 0
         self.failing = False
         self._settled: set[int] = set()
@@ -154,6 +163,7 @@ class Writer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_overdue)
+            nursery.start_soon(self._look_around)
             task_status.started()
             await self._run()
             nursery.cancel_scope.cancel()
@@ -183,6 +193,16 @@ class Writer:
                     break
                 submission.resolve([Unavailable()] * len(submission.commands))
 
+    async def _look_around(self) -> None:
+        """What hangs on a server that another one has replaced is cut off, and fails."""
+        while True:
+            await trio.sleep(OVERDUE_TICK)
+            since = self._committing_since
+            if since is not None and trio.current_time() - since > DEADLINE:
+                self._sessions.doubt()
+            if self._sessions.doubted:
+                await trio.to_thread.run_sync(self._sessions.look, abandon_on_cancel=True)
+
     def _take(self) -> list[Submission]:
         taken: list[Submission] = []
         count = 0
@@ -197,10 +217,11 @@ class Writer:
         self._committing = submissions
         commands = [command for submission in submissions for command in submission.commands]
         settled, self._settled = self._settled, set()
-        started = trio.current_time()
+        started = self._committing_since = trio.current_time()
         outcomes, groups, settled_now = await trio.to_thread.run_sync(
             self._commit, commands, settled, limiter=self._thread
         )
+        self._committing_since = None
         if not settled_now:
             self._settled |= settled
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
@@ -269,8 +290,12 @@ class Writer:
                 connection.execute(
                     statements.SET_FACT[connection.dialect.name], {"key": "tried", "value": now()}
                 )
+            if strayed(connection):
+                raise Strayed
             try:
                 transaction.commit()
+                if unreplicated(connection):
+                    raise Strayed("the standby does not have it for certain")
             except Exception as error:
                 # Whether it was committed is not known: it is never tried again, and this connection, which
                 # may still be in the middle of the transaction, is not used again.

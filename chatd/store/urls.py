@@ -1,0 +1,41 @@
+"""`database.url`: SQLAlchemy's form, and libpq's where it names several hosts."""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from chatd.errors import ConfigError
+
+# postgresql://user:password@first:5432,second:5432/database, which make_url does not know.
+_SEVERAL = re.compile(r"(?P<scheme>[\w+]+)://(?:(?P<user>.*)@)?(?P<hosts>[^/@?]+,[^/@?]+)(?P<rest>[/?].*)?")
+_DEFAULT_PORT = "5432"
+
+
+def parse(url: str) -> URL:
+    """Raises ConfigError with what is wrong."""
+    try:
+        parsed = _parse(url)
+    except (ArgumentError, ValueError):
+        raise ConfigError("database.url: this is no URL; write sqlite:///chatd.db or postgresql://…") from None
+    return parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
+
+
+def _parse(url: str) -> URL:
+    several = _SEVERAL.fullmatch(url)
+    if several is None or not several["scheme"].startswith("postgresql"):
+        return make_url(url)
+    user = f"{several['user']}@" if several["user"] else ""
+    parsed = make_url(f"{several['scheme']}://{user}{several['rest'] or ''}")
+    places = [_place(one) for one in several["hosts"].split(",")]
+    hosts, ports = (",".join(part) for part in zip(*places, strict=True))
+    return parsed.update_query_dict({"host": hosts, "port": ports})
+
+
+def _place(text: str) -> tuple[str, str]:
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = text, _DEFAULT_PORT
+    return host.strip("[]"), port or _DEFAULT_PORT
