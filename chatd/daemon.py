@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -45,6 +45,7 @@ from chatd.vitals import Sources, Vitals
 from chatd.webhooks import Webhooks
 
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
+ANSWER_GRACE = 2.0  # seconds for the answers to what was written last
 FLUSH_GRACE = 10.0  # seconds for what waits at the writer
 CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
 # A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
@@ -94,7 +95,8 @@ async def run(
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
-        api_served = await nursery.start(api.serve, settings, chat, health, vitals, node, api_socket, api_stop)
+        serve_api = partial(api.serve, settings, chat, health, vitals, node)
+        api_served = await nursery.start(serve_api, api_socket, stop, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(process.ping_watchdog)
         nursery.start_soon(process.follow_parent, stop)
@@ -114,16 +116,15 @@ async def run(
 
         await stop.wait()
         log.info("stopping", connections=len(hub.connections))
-        longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + CANCEL_GRACE
+        longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + ANSWER_GRACE + CANCEL_GRACE
         systemd.stopping("draining", longest + 1)
         process.end_anyhow_after(longest)
         await hub.drain()
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
-        with trio.move_on_after(API_GRACE):
-            await api_served.wait()
-            await ingest.finished.wait()
-            await parts.webhooks.finished.wait()
+        in_progress = (api_served, ingest.finished, parts.webhooks.finished)
+        await _wait_for(in_progress, API_GRACE)
         await _flush(writer)
+        await _wait_for(in_progress, ANSWER_GRACE)  # what was committed just now is answered
         nursery.cancel_scope.cancel()
     log.info("stopped")
 
@@ -215,6 +216,12 @@ def _warn_of_plaintext(config: Config) -> None:
     if not is_loopback(host) and not config.limits.trusted_proxies:
         advice = "put a TLS proxy in front, and name it in limits.trusted_proxies"
         log.warning("no_tls", bind=config.hub.bind, advice=advice)
+
+
+async def _wait_for(events: Iterable[trio.Event], seconds: float) -> None:
+    with trio.move_on_after(seconds):
+        for event in events:
+            await event.wait()
 
 
 async def _flush(writer: Writer) -> None:

@@ -68,20 +68,22 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
             raise
 
     async def _wait_for_turn(self) -> None:
-        while self._in_a_row >= IN_A_ROW or not self._somebody_waits():
+        while self._in_a_row >= IN_A_ROW or not somebody_waits(self._listener.socket):
             await trio.lowlevel.wait_readable(self._listener.socket)
             pause = min(PAUSE_LEAST + PAUSE_EACH * self._crowd(), PAUSE_MOST)
             await trio.sleep(random.uniform(0, pause))
             self._in_a_row = 0
         self._in_a_row += 1
 
-    def _somebody_waits(self) -> bool:
-        look = select.poll()
-        look.register(self._listener.socket, select.POLLIN)
-        return bool(look.poll(0))
-
     async def aclose(self) -> None:
         await self._listener.aclose()
+
+
+def somebody_waits(listening: trio.socket.SocketType | socket.socket) -> bool:
+    """Whether a connection is there to be accepted."""
+    look = select.poll()
+    look.register(listening.fileno(), select.POLLIN)
+    return bool(look.poll(0))
 
 
 def raise_descriptor_limit() -> int:

@@ -347,7 +347,7 @@ WHOLE = b'{"conversation_id":1,"sender_id":1,"content":"a private text"}'
 
 
 async def _hot(*events: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    """The status and the body that these ASGI events are answered with; (0, None) for no answer at all."""
+    """The status and the body that these ASGI events are answered with."""
     given = {"x-internal-token": "t"} | (headers or {})
     scope = {"headers": [(name.encode(), value.encode()) for name, value in given.items()]}
     waiting = list(events)
@@ -362,7 +362,7 @@ async def _hot(*events: dict[str, Any], headers: dict[str, str] | None = None) -
         sent.append(event)
 
     await Post(None, SETTINGS)(scope, receive, send)  # type: ignore[arg-type]  # nothing gets as far as the chat
-    return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else (0, None)
+    return sent[0]["status"], json.loads(sent[1]["body"])
 
 
 async def test_a_body_that_never_ends_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
@@ -379,9 +379,10 @@ async def test_a_body_without_a_length_is_bounded() -> None:
     assert (status, body["code"]) == (413, "too_large"), "before any of it is read"
 
 
-async def test_who_hangs_up_before_the_end_gets_no_answer() -> None:
+async def test_a_body_that_breaks_off_is_refused() -> None:
     part = {"type": "http.request", "body": b"{", "more_body": True}
-    assert await _hot(part, {"type": "http.disconnect"}) == (0, None)
+    status, body = await _hot(part, {"type": "http.disconnect"})
+    assert (status, body["code"]) == (400, "bad_request")
 
 
 async def test_an_unforeseen_error_is_an_incident() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -109,6 +110,30 @@ async def test_what_was_posted_is_flushed_before_the_end(daemons: Daemons) -> No
     await trio.to_thread.run_sync(daemon.start)
     page = await trio.to_thread.run_sync(daemon.get, "/api/ws/conversations/1/messages?limit=1")
     assert page.json["messages"][0]["content"] == "m999"
+
+
+async def test_commands_at_the_writer_are_answered_before_the_goodbye(daemons: Daemons) -> None:
+    """Also receipts, which wait for each other at first."""
+    daemon = await trio.to_thread.run_sync(partial(daemons, server__drain_window=0.2))
+    stored = await trio.to_thread.run_sync(daemon.post, 1, 9, "before")
+    lock = sqlite3.connect(daemon.directory / "chatd.db", isolation_level=None)
+    async with login(daemon, 1, {"1": None}) as ada:
+        lock.execute("BEGIN IMMEDIATE")
+        for ref in range(101, 111):
+            await ada.send("send", ref=ref, conversation_id=1, content=f"m{ref}")
+        for ref in (201, 202):
+            await ada.send("read", ref=ref, conversation_id=1, id=stored["id"])
+        await ada.send("ping", ref=300)
+        await ada.expect("pong")  # it has taken all of them
+        daemon.signal(signal.SIGTERM)
+        await ada.expect("reconnect")
+        await trio.sleep(0.6)  # the window is over
+        lock.execute("COMMIT")
+        assert (await ada.closed(SLACK))[0] == 1012
+    lock.close()
+    assert await trio.to_thread.run_sync(daemon.wait) == 0
+    refs = {event["ref"] for event in ada.received if event["event"] == "ok"}
+    assert refs == {*range(101, 111), 201, 202}
 
 
 @contextmanager

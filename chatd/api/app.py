@@ -10,15 +10,17 @@ from quart_schema import APIKeySecurityScheme, Info, QuartSchema
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
+from quart_trio.wrappers.request import TrioBody
 
 from chatd import __version__
 from chatd.api import conversations, demo, errors, health, messages, status, tokens, users
 from chatd.api.access import check_access
-from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
+from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, Incomplete
 from chatd.api.health import Health
 from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
 from chatd.chat import Chat
+from chatd.errors import ChatError
 from chatd.settings import Settings
 from chatd.vitals import Vitals
 
@@ -26,20 +28,24 @@ OPEN_PATHS = status.OPEN_PATHS | {"/healthz", "/readyz", "/metrics", "/openapi.j
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
-    """Shields the response.
-
-    Hypercorn tells the application of the end of the request while it is still in its last `send`, and
-    quart-trio takes that for a client that hung up and cancels it: the connection would never be closed or
-    reused in time.
+    """Hands the body to the view, and harms nobody who does not wait for it: quart-trio cancels the view of a
+    peer whose body breaks off, also in the middle of a commit.
     """
 
-    async def handle_request(  # type: ignore[override]  # quart-trio hands a nursery over
-        self, nursery: trio.Nursery, request: Any, send: Any
+    async def handle_messages(  # type: ignore[override]  # quart-trio hands a nursery over
+        self, nursery: trio.Nursery, request: Any, receive: Any
     ) -> None:
-        response = await self.app.handle_request(request)
-        with trio.move_on_after(RESPONSE_SECONDS, shield=True):
-            await self._send_response(send, response)
-        nursery.cancel_scope.cancel()
+        body: Body = request.body
+        try:
+            while not body.is_over:
+                event = await receive()
+                if event["type"] != "http.request":
+                    raise Incomplete("The body is not whole.")
+                body.append(event.get("body", b""))
+                if not event.get("more_body", False):
+                    body.set_complete()
+        except ChatError as error:
+            body.break_off(error)
 
     def _create_request_from_scope(self, send: Any) -> Any:
         # A target that is no path (`GET ?`, `GET http://[`) is for Quart a reason to fail before any check.
@@ -48,8 +54,23 @@ class HTTPConnection(TrioASGIHTTPConnection):
         return super()._create_request_from_scope(send)
 
 
+class Body(TrioBody):
+    """A body that can end in an error of ours."""
+
+    @property
+    def is_over(self) -> bool:
+        """Complete, or refused."""
+        return self._complete.is_set() or self._must_raise is not None
+
+    def break_off(self, error: ChatError) -> None:
+        self._must_raise = error
+        self.set_complete()
+
+
 class ChatRequest(TrioRequest):
     """Quart holds a body's length against its limit as soon as it knows the path, before any view runs."""
+
+    body_class = Body
 
     def __init__(self, method: str, scheme: str, path: str, *rest: Any, **options: Any) -> None:
         options["max_content_length"] = BATCH_BYTES if path == BATCH_PATH else BODY_BYTES
@@ -62,10 +83,6 @@ class ChatApp(QuartTrio):
     hot: Post
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "websocket":  # this is the backend's port: WebSockets have one of their own
-            await receive()
-            await send({"type": "websocket.close"})
-            return
         if Post.takes(scope):
             await self.hot(scope, receive, send)
             return

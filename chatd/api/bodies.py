@@ -25,6 +25,16 @@ BODY_SECONDS = 10  # a backend has for its body
 RESPONSE_SECONDS = 10  # a backend has for reading the answer
 
 
+class Incomplete(BadRequest):
+    """The peer ended before the body did, or what came of it is no HTTP."""
+
+    status = 400
+
+
+class BodyTooSlow(BadRequest):
+    status = 408
+
+
 class Stored(Struct, frozen=True, kw_only=True):
     """Committed. `duplicate`: an exact retry, answered with the first id and seq."""
 

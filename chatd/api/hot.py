@@ -14,21 +14,17 @@ import trio
 
 from chatd import metrics
 from chatd.api.access import check_access
-from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS
+from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, BodyTooSlow, Incomplete
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.messages import check_key, stored
 from chatd.chat import Chat
 from chatd.chat.posts import NewMessage, create, decode
-from chatd.errors import BadRequest, ChatError, TooLarge
+from chatd.errors import ChatError, TooLarge
 from chatd.settings import Settings
 
 PATH = "/api/ws/messages"
 
 Headers = dict[bytes, bytes]
-
-
-class HungUp(Exception):
-    """The peer has gone before it had said everything."""
 
 
 class Post:
@@ -45,8 +41,6 @@ class Post:
         began, outcome = trio.current_time(), "ok"
         try:
             status, body, extra = 200, await self._post(dict(scope["headers"]), receive), []
-        except HungUp:
-            return
         except ChatError as error:
             outcome = error.code
             status, body, extra = error.status, msgspec.json.encode(body_of(error)), _retry_after(error)
@@ -81,7 +75,7 @@ async def _body(headers: Headers, receive: Any) -> bytes:
         while more:
             event = await receive()
             if event["type"] != "http.request":
-                raise HungUp
+                raise Incomplete("The body is not whole.")
             parts.append(event.get("body", b""))
             room -= len(parts[-1])
             if room < 0:
@@ -89,10 +83,6 @@ async def _body(headers: Headers, receive: Any) -> bytes:
             more = event.get("more_body", False)
         return b"".join(parts)
     raise BodyTooSlow("The body took too long to come.")
-
-
-class BodyTooSlow(BadRequest):
-    status = 408
 
 
 def _retry_after(error: ChatError) -> list[tuple[bytes, bytes]]:

@@ -37,6 +37,7 @@ from chatd.logs import Recurring
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
+ANSWER_TIMEOUT = 2.0  # seconds for commands at the writer, before a goodbye
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
 ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
@@ -175,7 +176,7 @@ class Connection:
 
     __slots__ = (
         *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
-        *("name", "nursery", "offer", "push"),
+        *("name", "nursery", "offer", "push", "reply"),
     )
 
     _ws: WebSocketConnection
@@ -183,7 +184,8 @@ class Connection:
     def __init__(self, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
         """`open` must follow, before anything is pushed."""
         self._outbox, self.nursery, self._flat = outbox, nursery, flat
-        self.push, self.offer = outbox.push, outbox.offer  # called for each delivery, so nothing stands between
+        # Called for each delivery, so nothing stands between.
+        self.push, self.offer, self.reply = outbox.push, outbox.offer, outbox.reply
         self._goodbye: tuple[Close, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
@@ -204,6 +206,7 @@ class Connection:
         except ConnectionClosed:
             pass
         finally:
+            await self._answer_all(session)
             await self._say_goodbye(session.user_id)
 
     async def next_message(self) -> str | bytes:
@@ -221,6 +224,14 @@ class Connection:
             yield
         if not turn.locked():  # nobody waits: most connections need it once
             self._one_answer = None
+
+    async def _answer_all(self, session: Session) -> None:
+        """What was committed is answered before the goodbye. Past the deadline the outcome is unknown to the
+        client, as it is when a connection breaks.
+        """
+        if self._ws.closed is None and not self._outbox.cut:
+            with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
+                await session.all_answered()
 
     async def _say_goodbye(self, user_id: int) -> None:
         code: int

@@ -51,6 +51,7 @@ class Outbox(trio.abc.Stream):
         "_nursery",
         "_queue",
         "_queued",
+        "_said_goodbye",
         "_stream",
         "_unfinished_bytes",
         "_unfinished_most",
@@ -87,6 +88,7 @@ class Outbox(trio.abc.Stream):
         self._drain_begun = trio.current_time()
         self.answered = False  # the peer was told something: a refusal, 101, a goodbye
         self.ended = False  # a goodbye was said or is due: no event follows it
+        self._said_goodbye = False
         self.cut = False  # ended without a goodbye
         self.too_slow = False  # … because the peer did not read
         self.last_heard = trio.current_time()
@@ -107,6 +109,11 @@ class Outbox(trio.abc.Stream):
         After a goodbye nothing is sent any more.
         """
         if not self.ended:
+            self._put(frames)
+
+    def reply(self, frames: bytes) -> None:
+        """Send the answer to a command: also when a goodbye is due, but not when it was said."""
+        if not self._said_goodbye:
             self._put(frames)
 
     def offer(self, frames: bytes) -> bool:
@@ -223,7 +230,8 @@ class Outbox(trio.abc.Stream):
         if data[:1] == b"\x8a":  # a pong: the ping that it answers was no unfinished message
             self._allow_control_frame(len(data))
         self.answered = True
-        self.ended = self.ended or data[:1] == b"\x88"  # a goodbye
+        if data[:1] == b"\x88":
+            self.ended = self._said_goodbye = True
         self._put(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from chatd.chat import Chat
 from chatd.errors import ChatError, Unavailable
+from chatd.hub.requests import Requests
 from chatd.model import Identity
 from chatd.protocol import Delivered, Read
 from chatd.store.writer import Outcome
@@ -28,13 +29,17 @@ class _Waiting(Struct):
 class Receipts:
     """Bounded by what a connection may ask in a third of a second."""
 
-    __slots__ = ("_answer", "_chat", "_nursery", "_waiting", "_written_at")
+    __slots__ = ("_answer", "_chat", "_nursery", "_requests", "_waiting", "_written_at")
 
     def __init__(
-        self, chat: Chat, nursery: trio.Nursery, answer: Callable[[Any, ChatError | None], None]
+        self,
+        chat: Chat,
+        nursery: trio.Nursery,
+        requests: Requests,
+        answer: Callable[[Any, ChatError | None], None],
     ) -> None:
         """`answer(ref, error)` replies to one request."""
-        self._chat, self._nursery, self._answer = chat, nursery, answer
+        self._chat, self._nursery, self._requests, self._answer = chat, nursery, requests, answer
         self._waiting: dict[int, _Waiting] = {}
         self._written_at = -EVERY
 
@@ -69,11 +74,13 @@ class Receipts:
         ]
 
         def written(outcomes: Sequence[Outcome]) -> None:
+            self._requests.written()
             for one, outcome in zip(waiting.values(), outcomes, strict=True):
                 error = outcome if isinstance(outcome, ChatError) else None
                 for ref in one.refs or [None]:
                     self._answer(ref, error)
 
+        self._requests.submitted()
         try:
             self._chat.receipts.submit(moves, written)
         except Unavailable as error:

@@ -13,13 +13,15 @@ STRIKES = 100  # refusals for rate before the connection is closed; one a second
 
 
 class Requests:
-    __slots__ = ("_bucket", "_freed", "_strikes", "_waiting")
+    __slots__ = ("_all_written", "_bucket", "_freed", "_strikes", "_waiting", "_writes")
 
     def __init__(self) -> None:
         self._bucket = TokenBucket(PER_SECOND, BURST, trio.current_time())
         self._strikes: TokenBucket | None = None
         self._waiting = 0  # that are not answered yet
         self._freed: trio.Event | None = None  # set when one is, where somebody waits for that
+        self._writes = 0  # that are at the writer
+        self._all_written: trio.Event | None = None  # set when none is, where somebody waits for that
 
     def take(self) -> float:
         """0.0, or the seconds until there may be another."""
@@ -44,3 +46,18 @@ class Requests:
         if self._freed is not None:
             self._freed.set()
             self._freed = None
+
+    def submitted(self) -> None:
+        """The writer has a command of this connection, and will say what became of it: `written` then."""
+        self._writes += 1
+
+    def written(self) -> None:
+        self._writes -= 1
+        if not self._writes and self._all_written is not None:
+            self._all_written.set()
+
+    async def all_written(self) -> None:
+        """Until the writer has nothing of this connection any more."""
+        if self._writes:
+            self._all_written = trio.Event()
+            await self._all_written.wait()

@@ -37,6 +37,9 @@ class Line(Protocol):
         """Raises ConnectionClosed of the library: the session does not look at it."""
 
     def push(self, frames: bytes) -> None: ...
+    def reply(self, frames: bytes) -> None:
+        """Push an answer: also after the goodbye was decided, until it is said."""
+
     def offer(self, frames: bytes) -> bool:
         """Push what may be left out, for a peer that reads too slowly. False where it is."""
 

@@ -294,7 +294,7 @@ class Session:
 
     def _note_receipt(self, command: protocol.Read | protocol.Delivered, identity: Identity) -> None:
         if self._receipts is None:
-            self._receipts = Receipts(self._chat, self._line.nursery, self._tell_noted)
+            self._receipts = Receipts(self._chat, self._line.nursery, self._requests, self._tell_noted)
         self._receipts.note(command, identity)
 
     def _tell_noted(self, ref: Any, error: ChatError | None) -> None:
@@ -336,6 +336,7 @@ class Session:
         await self._requests.slot()
         try:
             self._chat.messages.submit(wanted, partial(self._written, command))
+            self._requests.submitted()
         except BaseException:
             self._requests.free()
             raise
@@ -343,6 +344,7 @@ class Session:
     def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
         """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""
         self._requests.free()
+        self._requests.written()
         (outcome,) = outcomes
         match outcome:
             case ChatError():
@@ -353,14 +355,18 @@ class Session:
             case Changed(id, seq):
                 self._ok(command.ref, id=id, seq=seq)
 
-    # Replying.
+    # Replying. Also once no event is sent any more: who sent a command wants to know what became of it.
+
+    async def all_answered(self) -> None:
+        """Until the writer has said what became of each command that it has been given."""
+        await self._requests.all_written()
 
     def _ok(self, ref: Any, **fields: Any) -> None:
         if ref is not None:
-            self._push(event("ok", ref, **fields))
+            self._line.reply(text_frame(event("ok", ref, **fields)))
 
     def _tell_error(self, error: ChatError, ref: Any = None) -> None:
-        self._line.push(text_frame(protocol.error_event(error, ref)))
+        self._line.reply(text_frame(protocol.error_event(error, ref)))
 
     def _push(self, payload: bytes) -> None:
         """An event of our own: a flat client gets none of them but errors."""

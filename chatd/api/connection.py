@@ -1,0 +1,295 @@
+"""One HTTP connection: requests one after another, each answered before the next one is read.
+
+Hypercorn accepts connections and h11 understands what they say; this is what lies between. Hypercorn's own may
+close an idle connection in the moment in which it reads a request from it, answers 400 to a line break behind
+the last body, and cancels a request whose client has closed its sending side.
+
+The rule: a request that was read whole goes to the application, and its answer goes to the client. Only the
+end of the process, or of the client, comes between.
+"""
+
+from __future__ import annotations
+
+import os
+from math import inf
+from typing import Any
+from urllib.parse import unquote
+
+import h11
+import msgspec
+import structlog
+import trio
+from hypercorn.config import Config
+
+from chatd import metrics
+from chatd.api.bodies import RESPONSE_SECONDS
+from chatd.api.errors import body_of, unforeseen
+from chatd.api.leave import Leave
+from chatd.errors import ChatError, Unavailable
+
+KEEP_ALIVE = 75.0  # seconds without a request; longer than a pool of a backend holds idle connections
+HEAD_SECONDS = 10.0  # for a request's head, from its first byte
+HEAD_BYTES = 16 * 1024
+RECEIVE_BYTES = 64 * 1024
+JOIN_BYTES = 64 * 1024  # of an answer that are written at once
+LINGER = 1.0  # seconds for the client to read the last answer
+
+LAST_REQUEST = 3.0  # seconds at a stop for the rest of a request that has begun to arrive
+FIRST_BYTE = 0.5  # seconds at a stop for the first request of a new connection to begin
+
+_LINE_BREAKS = b"\r\n"
+_NO_BODY = frozenset({204, 304})
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+
+log = structlog.get_logger()
+
+
+class Settings(Config):
+    """Hypercorn's, and what it hands on to each connection."""
+
+    leave: Leave
+
+
+class Refusal(Exception):
+    """The client's bytes are no request, or come too slowly. It is told, and the connection ends."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Connection:
+    """In the place of Hypercorn's `TCPServer`: made with these arguments, and awaited."""
+
+    def __init__(self, app: Any, config: Settings, context: Any, state: Any, stream: trio.SocketStream) -> None:
+        self._app, self._config, self._stream = app, config, stream
+        self._leave = config.leave
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+        self._said_all = False  # the client will send nothing more
+        self._refused = False
+        self._served = 0
+        # Of the request in hand.
+        self._read_all = False
+        self._head: h11.Response | None = None
+        self._unsent = b""
+        self._has_body = True
+
+    def __await__(self) -> Any:
+        return self._run().__await__()
+
+    async def _run(self) -> None:
+        """The barrier: whatever a client sends, its error ends here. The caller closes the stream."""
+        try:
+            await self._serve()
+        except* _GONE:
+            pass
+        except* Exception as group:
+            metrics.HTTP_FAILED.inc()
+            log.debug("http_connection_failed", error=repr(group.exceptions[0]))
+
+    async def _serve(self) -> None:
+        try:
+            while (request := await self._next_request()) is not None:
+                await self._exchange(request)
+                self._served += 1
+                if not self._begin_anew():
+                    break
+            else:
+                return  # nothing was asked, nothing is to be read
+        except Refusal as refusal:
+            await self._refuse(refusal)
+        await self._let_read()
+
+    # What the client says.
+
+    async def _next_request(self) -> h11.Request | None:
+        """None when none will come. Raises Refusal."""
+        if not self._h11.trailing_data[0] and not await self._first_bytes():
+            return None
+        with self._leave.patience(HEAD_SECONDS, LAST_REQUEST):
+            return await self._read_head()
+        if self._leave.now:
+            raise Refusal(503, "unavailable", "The daemon is stopping.")
+        raise Refusal(408, "bad_request", "The request took too long to come.")
+
+    async def _first_bytes(self) -> bool:
+        """Whether a request begins. One that has arrived when the time is over is still taken."""
+        data = b""
+        with self._leave.patience(KEEP_ALIVE, 0.0 if self._served else FIRST_BYTE):
+            while not data:
+                data = bytes(await self._stream.receive_some(RECEIVE_BYTES))
+                if not data:
+                    return False
+                data = data.lstrip(_LINE_BREAKS)  # some send one behind a body
+        if not data:
+            data = _arrived(self._stream).lstrip(_LINE_BREAKS)
+        if data:
+            self._h11.receive_data(data)
+        return bool(data)
+
+    async def _read_head(self) -> h11.Request | None:
+        event = await self._next_event()
+        if not isinstance(event, h11.Request):
+            return None
+        if event.http_version not in (b"1.0", b"1.1"):
+            raise Refusal(505, "bad_request", "This server speaks HTTP/1.1.")
+        return event
+
+    async def _next_event(self) -> Any:
+        """h11's next that is one. Raises Refusal."""
+        try:
+            while (event := self._h11.next_event()) is h11.NEED_DATA:
+                data = b"" if self._said_all else bytes(await self._stream.receive_some(RECEIVE_BYTES))
+                self._said_all = not data
+                self._h11.receive_data(data)
+            return event
+        except h11.RemoteProtocolError as error:
+            raise Refusal(error.error_status_hint, "bad_request", f"This is no HTTP: {error}.") from error
+
+    # One request and its answer, as ASGI.
+
+    async def _exchange(self, request: h11.Request) -> None:
+        self._read_all, self._head, self._unsent = False, None, b""
+        self._has_body = request.method != b"HEAD"
+        scope = self._scope(request)
+        try:
+            await self._app(scope, self._receive, self._send, trio.to_thread.run_sync, trio.from_thread.run)
+        except _GONE:
+            raise
+        except Exception as error:
+            if self._h11.our_state is not h11.SEND_RESPONSE:
+                raise
+            refused = _chat_error(error, scope)
+            await self._answer(refused.status, body_of(refused))
+
+    def _scope(self, request: h11.Request) -> dict[str, Any]:
+        path, _, query = request.target.partition(b"?")
+        return {
+            "type": "http",
+            "asgi": {"spec_version": "2.1", "version": "3.0"},
+            "http_version": request.http_version.decode(),
+            "method": request.method.decode().upper(),
+            "scheme": "http",
+            "path": unquote(path.decode("ascii")),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": "",
+            "headers": list(request.headers),
+            "client": _host_and_port(self._stream.socket.getpeername()),
+            "server": _host_and_port(self._stream.socket.getsockname()),
+            "state": {},
+            "extensions": {},
+        }
+
+    async def _receive(self) -> dict[str, Any]:
+        """A part of the body; `http.disconnect` when the rest cannot come any more. A client that closes its
+        sending side behind a whole request is not gone: it waits for the answer.
+
+        Raises Unavailable when the daemon has no time left for the rest.
+        """
+        if self._read_all:
+            await trio.sleep_forever()
+        with self._leave.patience(inf, LAST_REQUEST):  # the application has a time for it, too
+            return await self._read_body()
+        raise Unavailable("the daemon is stopping")
+
+    async def _read_body(self) -> dict[str, Any]:
+        if self._h11.they_are_waiting_for_100_continue:
+            go_on = h11.InformationalResponse(status_code=100, headers=[])
+            await self._stream.send_all(self._h11.send(go_on) or b"")
+        try:
+            event = await self._next_event()
+        except (Refusal, *_GONE):
+            self._read_all = True
+            return {"type": "http.disconnect"}
+        if isinstance(event, h11.Data):
+            return {"type": "http.request", "body": bytes(event.data), "more_body": True}
+        self._read_all = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        """A part of the answer. Small ones are written at once: most answers are a single write."""
+        if message["type"] == "http.response.start":
+            self._unsent = self._begin_answer(message["status"], list(message["headers"]))
+            return
+        body = message.get("body", b"") if self._has_body else b""
+        if body:
+            self._unsent += self._h11.send(h11.Data(data=body)) or b""
+        if not message.get("more_body", False):
+            self._unsent += self._h11.send(h11.EndOfMessage()) or b""
+        elif len(self._unsent) < JOIN_BYTES:
+            return
+        unsent, self._unsent = self._unsent, b""
+        await self._stream.send_all(unsent)
+
+    def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        self._has_body = self._has_body and status not in _NO_BODY
+        if self._refused or self._leave.soon or not self._body_has_come():
+            headers.append((b"connection", b"close"))
+        headers += self._config.response_headers("h11")
+        return self._h11.send(h11.Response(status_code=status, headers=headers)) or b""
+
+    def _body_has_come(self) -> bool:
+        """Also one that nobody wants: what is here of it is read away."""
+        try:
+            while self._h11.their_state is h11.SEND_BODY and self._h11.next_event() is not h11.NEED_DATA:
+                pass
+        except h11.RemoteProtocolError:
+            return False
+        return self._h11.their_state not in (h11.SEND_BODY, h11.ERROR)
+
+    async def _answer(self, status: int, body: dict[str, Any]) -> None:
+        """An answer of the connection's own."""
+        text = msgspec.json.encode(body) + b"\n"
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(text))]
+        with trio.move_on_after(RESPONSE_SECONDS):
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": text})
+
+    # Between two requests, and behind the last.
+
+    def _begin_anew(self) -> bool:
+        """Whether another request may follow."""
+        if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
+            return False
+        rest, self._said_all = self._h11.trailing_data
+        if rest[:1] in (b"\r", b"\n"):
+            # A line break behind the body. h11 does not skip it, so another one begins with what follows.
+            self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+            if rest := rest.lstrip(_LINE_BREAKS):
+                self._h11.receive_data(rest)
+        else:
+            self._h11.start_next_cycle()
+        return bool(rest) or not self._said_all
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refused = self._has_body = True
+            await self._answer(refusal.status, {"message": str(refusal), "code": refusal.code})
+
+    async def _let_read(self) -> None:
+        """Say that nothing follows, and give the client time to read the answer. To close with bytes unread,
+        the rest of a refused body for instance, would reset the connection and destroy the answer.
+        """
+        if self._h11.our_state not in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
+            return  # half an answer: the client shall see that it is
+        with trio.move_on_after(LINGER):
+            await self._stream.send_eof()
+            while not self._said_all and await self._stream.receive_some(RECEIVE_BYTES):
+                pass
+
+
+def _chat_error(error: Exception, scope: dict[str, Any]) -> ChatError:
+    return error if isinstance(error, ChatError) else unforeseen(error, scope["method"], scope["path"])
+
+
+def _arrived(stream: trio.SocketStream) -> bytes:
+    """What has arrived and was not read."""
+    try:
+        return os.read(stream.socket.fileno(), RECEIVE_BYTES)
+    except BlockingIOError:
+        return b""
+
+
+def _host_and_port(address: Any) -> tuple[str, int]:
+    return address[0], address[1]
