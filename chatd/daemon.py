@@ -150,6 +150,7 @@ def assemble(settings: Settings, store: Store, node: str) -> Parts:
     presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
     fetch = Fetcher(config.server.private_networks)
     registry = Registry(settings, presence)
+    fanout.addressed = registry.subscriptions_of
     reception = Reception(fanout, registry, presence)
     writer, bus = _writer_and_bus(config, store, reception, node, lambda: webhooks.wake())
     chat = Chat(settings, store, writer, presence, bus.tell, fetch)

@@ -166,6 +166,28 @@ async def test_in_a_crowded_room_receipts_are_ones_own(daemons: Daemons) -> None
     assert (len(place["members"]), place["members_count"], place["receipts"]) == (2, 3, [])
 
 
+async def test_in_a_crowded_room_ones_own_devices_are_told(deployment: Deployment, conversation: int) -> None:
+    """Whoever reads on the phone finds no badge on the desktop; nobody else hears of it."""
+    many = range(1, 102)
+    deployment.add(conversation, *many)
+    (id,) = await post(deployment, conversation, 2, "hello")
+    room = {str(conversation): None}
+    async with (
+        login(deployment.here, 1, room) as phone,
+        login(deployment.there, 1, room) as desk,
+        login(deployment.there, 1) as elsewhere,
+        login(deployment.here, 2, room) as other,
+    ):
+        while deployment.here.get("/api/ws/users/1").json["connections"] != 3:
+            await trio.sleep(0.02)
+        assert (await phone.request("read", conversation_id=conversation, id=id))["event"] == "ok"
+        told = {"event": "receipt", "conversation_id": conversation, "user_id": 1, "read": id, "delivered": id}
+        for device in (phone, desk):
+            assert await device.expect("receipt") == told
+        for client in (elsewhere, other):
+            await silence(client)
+
+
 async def silence(client: Client) -> None:
     await client.request("ping")
     assert [one for one in client.received if one["event"] == "receipt"] == []

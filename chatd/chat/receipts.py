@@ -39,6 +39,7 @@ class Receipts:
             delivered=delivered,
             rights=rights,
             detail=self._settings.now.limits.members_detail,
+            elsewhere=self._presence.connections(user_id) > 1,
         )
 
     def submit(self, moves: Sequence[MoveCursor], then: Then) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 import trio
@@ -86,6 +86,8 @@ class Fanout:
         self._nursery: trio.Nursery
         self._repairs = Repairs(rooms, read, self._put)
         self.sweep = Sweep(rooms, read, self._repairs.fallen_behind)
+        # By user ids and a conversation; see `Registry.subscriptions_of`.
+        self.addressed: Callable[[Iterable[int], int], Iterable[Subscription]]
 
     # Input: synchronous, bounded.
 
@@ -245,11 +247,14 @@ class Fanout:
         delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
         metrics.DELIVERED_LIVE.inc(delivered * (piece.last - piece.first + 1))
 
+    async def _to_all(self, room: Room, act: Callable[[Subscription], object]) -> int:
+        return await self._to_each(list(room.subscriptions), act)
+
     @staticmethod
-    async def _to_all(room: Room, act: Callable[[Subscription], object]) -> int:
+    async def _to_each(subscriptions: list[Subscription], act: Callable[[Subscription], object]) -> int:
         """Over those who are there now; who leaves meanwhile says so itself. How many said yes."""
         yes = 0
-        for count, subscription in enumerate(list(room.subscriptions), 1):
+        for count, subscription in enumerate(subscriptions, 1):
             if act(subscription):
                 yes += 1
             if count % YIELD_EVERY == 0:
@@ -262,7 +267,6 @@ class Fanout:
             if (
                 (listener.flat and not item.flat)
                 or listener.user_id == item.besides
-                or (item.to is not None and listener.user_id not in item.to)
                 or (item.watchers and not subscription.presence)
             ):
                 return
@@ -273,7 +277,10 @@ class Fanout:
             else:
                 subscription.announce(item.frame)
 
-        if room := self.rooms.get(item.conversation_id):
+        if item.to is not None:
+            # Not through the whole room: in a large one everybody's own receipts would cost its square.
+            await self._to_each(list(self.addressed(item.to, item.conversation_id)), announce)
+        elif room := self.rooms.get(item.conversation_id):
             await self._to_all(room, announce)
 
     async def _tell_members(self, change: MemberChange) -> None:

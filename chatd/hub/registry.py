@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from chatd import metrics
 from chatd.chat.presence import USERS, Presence
 from chatd.config import Config, is_loopback
 from chatd.errors import Close
+from chatd.hub.rooms import Subscription
 from chatd.limits import TokenBucket
 from chatd.model import Identity
 from chatd.settings import Settings
@@ -76,6 +78,8 @@ class Guest(Protocol):
     present: bool  # others see that the user is online
 
     def close(self, code: Close, reason: str) -> None: ...
+
+    def subscription(self, conversation_id: int) -> Subscription | None: ...
 
 
 class User:
@@ -236,6 +240,13 @@ class Registry:
     def guests_of(self, user_id: int) -> list[Guest]:
         user = self._users.get(user_id)
         return list(user.guests) if user else []
+
+    def subscriptions_of(self, user_ids: Iterable[int], conversation_id: int) -> Iterator[Subscription]:
+        """Those of these users' connections that are in the conversation."""
+        for user_id in user_ids:
+            for guest in self.guests_of(user_id):
+                if subscription := guest.subscription(conversation_id):
+                    yield subscription
 
 
 def _bucket(rate: int) -> TokenBucket | None:

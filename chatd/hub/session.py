@@ -112,6 +112,9 @@ class Session:
     def close(self, code: Close, reason: str) -> None:
         self._line.close_soon(code, reason)
 
+    def subscription(self, conversation_id: int) -> Subscription | None:
+        return self._rooms.get(conversation_id)
+
     # Taking commands.
 
     async def _take(self, message: str | bytes) -> None:

@@ -96,6 +96,9 @@ class Subscriptions:
                 self._services.audiences.unwatch(subscription)
         return subscription
 
+    def get(self, conversation_id: int) -> Subscription | None:
+        return self._rooms.get(conversation_id)
+
     def has_entered(self, conversation_id: int) -> bool:
         subscription = self._rooms.get(conversation_id)
         return subscription is not None and subscription.entered

@@ -72,7 +72,8 @@ class React(Struct, frozen=True, kw_only=True):
 class MoveCursor(Struct, frozen=True, kw_only=True):
     """Everything up to these message ids is read, or received. Back it never goes.
 
-    `detail`: in a room with more members nobody else is told.
+    `detail`: in a room with more members nobody else is told. `elsewhere`: the user has other connections,
+    which are told in a room of any size.
     """
 
     conversation_id: int
@@ -81,6 +82,7 @@ class MoveCursor(Struct, frozen=True, kw_only=True):
     delivered: int = 0
     rights: Rights = Rights.MEMBER
     detail: int = 0
+    elsewhere: bool = False
 
 
 class SetUser(Struct, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ class Cursors:
         self._heads: dict[int, int] = {}  # conversation_id → its newest message
         self._before: dict[Key, CursorMoved] = {}
         self._moved: dict[Key, CursorMoved] = {}
+        self._elsewhere: set[Key] = set()  # whose users have other connections
         self._detail = 0
 
     def read(self, commands: Sequence[MoveCursor]) -> None:
@@ -49,6 +50,8 @@ class Cursors:
         after = CursorMoved(read, max(before.delivered, read, min(command.delivered, head)))
         if after != before:
             self._moved[key] = after
+        if command.elsewhere:
+            self._elsewhere.add(key)
         return after
 
     def write(self) -> None:
@@ -67,15 +70,19 @@ class Cursors:
             self._connection.execute(statements.MOVE_CURSORS[self._dialect], rows)
 
     def notices(self) -> list[Notice]:
-        """One for each cursor that has moved in a conversation where receipts are sent around."""
+        """For each cursor that has moved: to the room, or to the user's own connections if it is crowded."""
         if not self._moved:
             return []
-        quiet = self._crowded() if self._detail else set()
+        crowded = self._crowded() if self._detail else set()
         return [
-            Notice(place, self._receipt(place, user, cursor), lasting=True)
+            self._notice(place, user, cursor, alone=place in crowded)
             for (place, user), cursor in sorted(self._moved.items())  # those of one room go out as one
-            if place not in quiet
+            if place not in crowded or (place, user) in self._elsewhere
         ]
+
+    def _notice(self, place: int, user: int, cursor: CursorMoved, *, alone: bool) -> Notice:
+        to = [user] if alone else None
+        return Notice(place, self._receipt(place, user, cursor), to=to, lasting=True)
 
     def _crowded(self) -> set[int]:
         asked = as_parameter({(place,) for place, _ in self._moved}) | {"most": self._detail + 1}

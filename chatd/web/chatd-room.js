@@ -77,6 +77,7 @@ export class Room extends EventTarget {
    */
   synced(answer, live = () => true) {
     this.epoch = answer.epoch;
+    this.#said = { read: 0, delivered: 0 }; // what was said on another link may never have arrived
     if (!answer.recovered) this.#startOver(answer);
     for (const { user_id, read, delivered } of answer.receipts ?? []) this.#reached(user_id, { read, delivered });
     if (answer.online) this.#present(answer.online);
@@ -131,7 +132,6 @@ export class Room extends EventTarget {
   /** Nothing of what was known counts: perhaps it is of a history that has gone, with message ids that are given again. */
   #startOver({ seq, mark = null, changes }) {
     Object.assign(this, { cursor: seq, mark, receipts: new Map() });
-    this.#said = { read: 0, delivered: 0 };
     this.#toSay = { read: 0, delivered: 0 };
     for (const user of this.typists.keys()) this.#types(user, false);
     this.arrived(changes);
@@ -143,7 +143,7 @@ export class Room extends EventTarget {
     const known = this.receipts.get(user) ?? { read: 0, delivered: 0 };
     const now = { read: Math.max(known.read, read), delivered: Math.max(known.delivered, delivered) };
     this.receipts.set(user, now);
-    if (user === this.#me()) this.#said = { ...now };
+    if (user === this.#me()) this.#said = { ...now }; // said on this connection, or on another device
   }
 
   #say(what, id) {
@@ -156,8 +156,9 @@ export class Room extends EventTarget {
     this.#timer ??= setTimeout(() => {
       this.#timer = null;
       const { read, delivered } = this.#toSay;
-      if (read > this.#said.read) this.#post({ event: "read", id: read });
-      if (delivered > Math.max(this.#said.delivered, read)) this.#post({ event: "delivered", id: delivered });
+      if (read > this.#said.read && this.#post({ event: "read", id: read })) this.#said.read = read;
+      const rest = delivered > Math.max(this.#said.delivered, read);
+      if (rest && this.#post({ event: "delivered", id: delivered })) this.#said.delivered = delivered;
     }, RECEIPTS_EVERY);
   }
 

@@ -264,6 +264,25 @@ describe("rooms", () => {
     assert.deepEqual(told, ["event constructor", "event toString", "event poll.opened"]);
   });
 
+  test("a receipt is said once on each connection, unless the server has it already", async () => {
+    const { room, socket } = await inRoom();
+    room.read(90);
+    for (let seq = 11; seq < 14; seq++) {
+      socket.say(change(seq)); // in a crowded room nobody repeats our receipts
+      await pass(1);
+    }
+    assert.deepEqual([socket.all("read").length, socket.all("delivered").map(({ id }) => id)], [1, [110, 120, 130]]);
+    socket.end(1006);
+    const next = await again();
+    next.ready({ 1: answer(13, { receipts: [{ user_id: 7, read: 80, delivered: 120 }] }) }); // the last ones were lost
+    await pass(1);
+    assert.deepEqual([next.all("read").map(({ id }) => id), next.last("delivered").id], [[90], 130]);
+    next.say({ event: "receipt", conversation_id: 1, user_id: 7, read: 130, delivered: 130 }); // on another device
+    room.read(130);
+    await pass(1);
+    assert.equal(next.all("read").length, 1);
+  });
+
   test("the author is told of what came in a reset and in a page of history", async () => {
     const { chat, socket } = await inRoom();
     socket.say({ event: "subscribed", ...answer(20, { recovered: false, changes: [change(19), change(20)] }) });
