@@ -39,6 +39,18 @@ BUGS = {
     "no-buffering": ("skip", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "5", *FEW]),
     "no-hole-repair": ("unseen", ["--cluster", "two", "--fault", "calm", "--seconds", "3", *FEW]),
     "no-revocation": ("leak", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "4", *FEW]),
+    "resume-by-number": (
+        "moved-silently",
+        ["--cluster", "sqlite", "--fault", "half-open + rollback", "--seconds", "6", *FEW],
+    ),
+    "drop-what-is-numbered-again": (
+        "moved-silently",
+        ["--cluster", "standby", "--fault", "pg-failover-lagging", "--seconds", "3", *FEW],
+    ),
+    "everybody-starts-over": (
+        "needless-reset",
+        ["--cluster", "sqlite", "--fault", "kill", "--seconds", "3", *FEW],
+    ),
 }
 
 

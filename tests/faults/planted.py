@@ -21,8 +21,9 @@ from chatd.hub import fanout, sweep
 from chatd.hub.fanout import Fanout
 from chatd.hub.pieces import Piece
 from chatd.hub.repair import Repairs
-from chatd.hub.rooms import Subscription
+from chatd.hub.rooms import Room, Subscription
 from chatd.model import MemberChange
+from chatd.store import reads, snapshots
 from chatd.store.transaction import Step, Transaction
 from chatd.store.writer import Submission, Writer
 
@@ -171,6 +172,40 @@ def no_revocation() -> None:
         replace(module, "check_rights", lambda original: check_nobody)
 
 
+def resume_by_number() -> None:
+    """G4: whoever comes back is given what follows its number, whatever history the number is of."""
+
+    def by_number(self: Any, place: Any, position: Any, same_epoch: bool) -> bool:
+        return position.after is None or position.after <= place.last_seq
+
+    replace(snapshots._Missed, "is_same", lambda original: by_number)
+
+
+def drop_what_is_numbered_again() -> None:
+    """G4: whoever is connected hears nothing of another history until it has passed the room's head."""
+    replace(Room, "_follows", lambda original: lambda self, change: True)
+    replace(Room, "_contradicts", lambda original: lambda self, change: False)
+    replace(Piece, "follows", lambda original: lambda self, cursor, mark: cursor + 1 >= self.first)
+    replace(reads, "is_of", lambda original: lambda id, after, mark, heads, marks: True)
+
+    def compare(original: Any) -> Any:
+        async def patched(self: Any, room: Any, known: Any, found: Any) -> None:
+            await original(self, room, (min(known[0], found.seq), found.mark), found)
+
+        return patched
+
+    replace(sweep.Sweep, "_compare", compare)
+
+
+def everybody_starts_over() -> None:
+    """Whoever comes back with a cursor is told to start over."""
+
+    def nobody(self: Any, place: Any, position: Any, same_epoch: bool) -> bool:
+        return position.after is None
+
+    replace(snapshots._Missed, "is_same", lambda original: nobody)
+
+
 BUGS = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -181,6 +216,9 @@ BUGS = {
         no_buffering,
         no_hole_repair,
         no_revocation,
+        resume_by_number,
+        drop_what_is_numbered_again,
+        everybody_starts_over,
     )
 }
 

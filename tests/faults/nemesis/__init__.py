@@ -66,6 +66,7 @@ FAULTS: dict[str, tuple[Fault, frozenset[str]]] = {
 # Two that would have to hold the same process cannot strike at once.
 _TARGETS = {
     "kill": "chatd", "restart": "chatd", "freeze": "chatd", "descriptors": "chatd", "clock": "chatd",
+    "rollback": "chatd",
     "slow-clients": "clients", "half-open": "clients", "dark": "clients",
     "lock": "database", "disk-full": "database",
     "postgres-crash": "database", "postgres-cut": "database", "postgres-freeze": "database",

@@ -19,7 +19,8 @@ LINK_RATE = 10_000  # bytes a second of a slow link
 MISSED_MESSAGE = 1000  # characters of each message that the clients behind slow links have missed
 MISSED_ENVELOPE = 300  # bytes of a message beside its content, about
 MISSED_MOST = 180  # in each room: 256 KiB and 300 changes are always made up for
-GIVEN_UP = 3.0  # seconds that chatd may need beyond its ping and the time for the answer
+# Seconds until chatd has given up a silent link: its ping, the time for the answer, 2 for a goodbye, and some.
+GIVEN_UP = PING_INTERVAL + PING_TIMEOUT + 6.0
 ESTABLISHED = "01"  # in /proc/net/tcp
 
 
@@ -72,18 +73,19 @@ async def dark(field: Field) -> None:
     ports = _ports_of(HALF_OPEN_SOURCE)
     field.dice.shuffle(ports)
     back, never, deaf = ports[::3], ports[1::3], ports[2::3]
+    field.notes.append(f"{len(back)} links came back, {len(never)} never, {len(deaf)} were dark one way")
     began = trio.current_time()
     await _nft(_dark_rules(back, never, deaf))
     try:
         await trio.sleep(PING_INTERVAL)
         await _nft("flush set inet chatd_dark back")
-        # Longer than either end takes to give up: what was dark for good comes back to nobody.
+        # Longer than a client takes to give up: what was dark for good comes back to nobody.
         await trio.sleep(max(field.seconds, SILENCE + EVERY) - PING_INTERVAL)
-        left = len(set(_ports_of(HALF_OPEN_SOURCE, peers=True)) & {*never, *deaf})
-        after = trio.current_time() - began
-        field.notes.append(f"{len(back)} links came back, {len(never)} never, {len(deaf)} were dark one way")
-        if left and after > PING_INTERVAL + PING_TIMEOUT + GIVEN_UP:
-            field.troubles.append(f"dark: chatd still holds {left} links that went dark {after:.0f} s ago")
+        while held := {*never, *deaf} & set(_ports_of(HALF_OPEN_SOURCE, peers=True)):
+            if trio.current_time() > began + GIVEN_UP:
+                field.troubles.append(f"dark: chatd holds {len(held)} dark links after {GIVEN_UP:.0f} s")
+                break
+            await trio.sleep(EVERY)
     finally:
         with trio.CancelScope(shield=True):
             await _nft("delete table inet chatd_dark")
