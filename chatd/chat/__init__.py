@@ -54,7 +54,7 @@ class Chat:
         self.tokens = self.tokens_of(config.auth)
         backend = Backend(settings, fetch) if config.auth.backend_url else None
         self.logins = Logins(backend or self.tokens, store.read)
-        self.conversations = Conversations(store.read, store.epoch, settings, presence)
+        self.conversations = Conversations(store.read, settings, presence)
         self.messages = Messages(writer, store.read, settings)
         self.members = Members(writer)
         self.receipts = Receipts(writer, store.read, presence, settings)

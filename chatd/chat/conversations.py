@@ -14,15 +14,14 @@ from chatd.store import people, reads
 from chatd.store.commands import Rights
 from chatd.store.people import Place
 from chatd.store.reader import Gathered, Reader
-from chatd.store.reads import Standing
-from chatd.store.snapshots import Entry, Found, Snapshot, logins
+from chatd.store.snapshots import Entered, Entry, Snapshot, logins
 
 
 class Conversations:
-    def __init__(self, read: Reader, epoch: str, settings: Settings, presence: Presence) -> None:
+    def __init__(self, read: Reader, settings: Settings, presence: Presence) -> None:
         self._presence = presence
-        self._read, self.epoch = read, epoch
-        self._enter: Gathered[Entry, tuple[Standing | None, Found]] = Gathered(read, logins, _weight)
+        self._read = read
+        self._enter: Gathered[Entry, Entered] = Gathered(read, logins, _weight)
         self._settings = settings
         self._open = settings.now.rooms.access == "open"
 
@@ -42,23 +41,23 @@ class Conversations:
         self, identity: Identity, conversation_id: int, position: Position, epoch: str | None = None
     ) -> Snapshot:
         """Raises NotFound where the user may not look, Unavailable."""
-        _, found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
-        if isinstance(snapshot := found[conversation_id], NotFound):
+        found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
+        if isinstance(snapshot := found.rooms[conversation_id], NotFound):
             raise snapshot
         return snapshot
 
-    async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Found:
+    async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
         """Several conversations as of one moment; those past the bound of a `ready` lose their messages.
 
         Raises Revoked for a user who may not be here at all, Unavailable.
         """
-        standing, found = await self._enter(self._entry(identity, rooms, epoch))
-        check_standing(identity, standing)
+        found = await self._enter(self._entry(identity, rooms, epoch))
+        check_standing(identity, found.standing)
         return found
 
     def _entry(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entry:
         wanted = [(id, position, self.entitled(identity, id)) for id, position in rooms.items()]
-        return Entry(identity.user_id, wanted, epoch in (None, self.epoch), self.members_detail)
+        return Entry(identity.user_id, wanted, epoch, self.members_detail)
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""

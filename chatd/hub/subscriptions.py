@@ -157,11 +157,11 @@ class Subscriptions:
                 for subscription in joined.values():
                     self._not_entered(subscription, error)
                 raise
-            entered = {id: s for id, s in found.items() if isinstance(s, Snapshot) and joined[id].joined}
+            entered = {id: s for id, s in found.rooms.items() if isinstance(s, Snapshot) and joined[id].joined}
             for id, one in entered.items():
                 self._count(one, wanted[id])
             rooms = {str(id): self._answer(joined[id], snapshot) for id, snapshot in entered.items()}
-            self._tell(event("ready", ref, **ready, epoch=self._conversations.epoch, rooms=rooms))
+            self._tell(event("ready", ref, **ready, epoch=found.epoch, rooms=rooms))
             for conversation_id, subscription in joined.items():
                 if snapshot := entered.get(conversation_id):
                     self._settle(subscription, snapshot)
@@ -260,7 +260,7 @@ class Subscriptions:
         online = audiences.online(snapshot.conversation_id) if subscription.presence else {}
         return {
             "conversation_id": snapshot.conversation_id,
-            "epoch": self._conversations.epoch,
+            "epoch": snapshot.epoch,
             "seq": snapshot.seq,
             "mark": snapshot.mark,
             "recovered": snapshot.recovered,

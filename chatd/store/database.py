@@ -1,4 +1,4 @@
-"""The store as the daemon holds it: engines opened, schema at its version, epoch known, writer and reader.
+"""The store as the daemon holds it: engines opened, schema at its version, facts made, writer and reader.
 
 `open_store` is called before the nursery opens; everything that can be wrong with a database is said there.
 """
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 class Store:
-    """`epoch` is new when the data are reset; `token_secret` signs tokens unless the configuration has one."""
+    """`token_secret` signs tokens unless the configuration has one."""
 
     def __init__(self, config: Database) -> None:
         sessions = self._sessions = Sessions()
@@ -42,7 +42,7 @@ class Store:
         self.outbox = Outbox(self._writing)
         self.webhooks = Webhooks(self._writing)
         self.retention = Retention(self._writing)
-        self.epoch = _fact(self._writing, "epoch", secrets.token_hex(8))
+        _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
     def writer(self, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False) -> Writer:

@@ -12,7 +12,7 @@ from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindpar
 from chatd.model import State
 from chatd.store import keys
 from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
-from chatd.store.schema import changes, conversations, members, messages, reads, users
+from chatd.store.schema import changes, conversations, facts, members, messages, reads, users
 
 
 def _one(name: str) -> BindParameter[Any]:
@@ -28,6 +28,8 @@ def _count(rows: Select[Any]) -> Select[Any]:
 
 
 REVISION = text("SELECT version_num FROM alembic_version")
+
+EPOCH = select(facts.c.value).where(facts.c.key == "epoch")
 
 HEADS = select(
     *(conversations.c.id, conversations.c.last_seq, conversations.c.low_seq, conversations.c.members_version),

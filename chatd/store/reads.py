@@ -56,6 +56,19 @@ def revision(connection: Connection) -> str:
     return str(connection.scalar(queries.REVISION))
 
 
+def epoch_of(connection: Connection) -> str:
+    """The name of a history, for cursors without a mark: random, and the timeline of PostgreSQL's server.
+
+    A standby that is promoted begins another timeline. The first one goes without saying: an epoch from before
+    chatd told timelines is valid until then. It is read once for each session, for it cannot change within one.
+    """
+    if (known := connection.info.get("epoch")) is not None:
+        return str(known)
+    random, timeline = connection.scalar(queries.EPOCH), connection.info.get("timeline")
+    epoch = connection.info["epoch"] = f"{random}-{timeline}" if (timeline or 1) > 1 else f"{random}"
+    return epoch
+
+
 def changes_after(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], bool]:
     """The log after a seq, with the messages as they are now; False if that was too much for one answer."""
     asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}

@@ -24,6 +24,7 @@ from chatd.store.reads import (
     Page,
     Standing,
     changes_after,
+    epoch_of,
     history,
     is_of,
     marks_of,
@@ -38,12 +39,12 @@ KEPT_LOGS = 20  # of rooms, while others are read: 5 MiB at most
 class Entry(Struct, frozen=True):
     """Somebody wants to enter rooms, (conversation_id, position, entitled).
 
-    `entitled`: enough unless a row says otherwise. `same_epoch`: positions without a mark are of these data.
+    `entitled`: enough unless a row says otherwise. `epoch`: of positions without a mark; None: not told.
     """
 
     user_id: int
     rooms: Sequence[tuple[int, Position, bool]]
-    same_epoch: bool
+    epoch: str | None
     members_detail: int
 
 
@@ -58,11 +59,12 @@ class Cursor(Struct, frozen=True):
 class Snapshot(Struct, frozen=True):
     """A conversation for one user at one moment, with what was missed since a position.
 
-    `mark` is that of the change `seq`. `same`: the position is in this history.
+    `mark` is that of the change `seq`. `same`: the position is in this history. `epoch`: of where it was read.
     """
 
     conversation_id: int
     seq: int
+    epoch: str
     mark: str | None
     same: bool
     members_version: int
@@ -82,11 +84,20 @@ class Snapshot(Struct, frozen=True):
 Found = dict[int, Snapshot | NotFound]
 
 
-def logins(connection: Connection, entries: Sequence[Entry]) -> list[tuple[Standing | None, Found]]:
-    """For each, what is held against the user, and the rooms."""
+class Entered(Struct, frozen=True):
+    """What is held against a user, and the rooms, as of one moment of the history that `epoch` names."""
+
+    standing: Standing | None
+    epoch: str
+    rooms: Found
+
+
+def logins(connection: Connection, entries: Sequence[Entry]) -> list[Entered]:
+    """The answer to each."""
     standing = standings(connection, list({entry.user_id for entry in entries}))
+    epoch = epoch_of(connection)
     found = snapshots(connection, entries)
-    return [(standing.get(entry.user_id), rooms) for entry, rooms in zip(entries, found, strict=True)]
+    return [Entered(standing.get(one.user_id), epoch, rooms) for one, rooms in zip(entries, found, strict=True)]
 
 
 def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
@@ -97,7 +108,8 @@ def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
         for number, entry in enumerate(entries)
     ]
     cursors = _cursors(connection, {place.id for mine in allowed for place in mine if place.quiet})
-    missed = _Missed(connection, marks_of(connection, list(_to_prove(entries, places))))
+    marks = marks_of(connection, list(_to_prove(entries, places)))
+    missed = _Missed(connection, epoch_of(connection), marks)
     return [
         _of_entry(entry, {place.id: place for place in mine}, cursors, missed)
         for entry, mine in zip(entries, allowed, strict=True)
@@ -173,11 +185,12 @@ def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed:
 
 
 def _snapshot(entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed) -> Snapshot:
-    same = missed.is_same(place, position, entry.same_epoch)
+    same = missed.is_same(place, position, entry.epoch)
     changes, recovered, has_more = missed.of(place, position.after, same)
     return Snapshot(
         conversation_id=place.id,
         seq=place.last_seq,
+        epoch=missed.epoch,
         mark=place.mark,
         same=same,
         members_version=place.members_version,
@@ -210,17 +223,18 @@ def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
 class _Missed:
     """What was missed since a cursor, read once for all who come back to a room with the same one."""
 
-    def __init__(self, connection: Connection, marks: Marks) -> None:
+    def __init__(self, connection: Connection, epoch: str, marks: Marks) -> None:
+        self.epoch = epoch
         self._connection, self._marks = connection, marks
         self._logs: dict[tuple[int, int], tuple[list[Change], bool]] = {}
         self._pages: dict[int, Page] = {}
 
-    def is_same(self, place: _Place, position: Position, same_epoch: bool) -> bool:
+    def is_same(self, place: _Place, position: Position, epoch: str | None) -> bool:
         """Whether a position is in this history: its mark decides, and without one the epoch."""
         if position.after is None:
             return True
         if position.mark is UNSET:
-            return same_epoch and position.after <= place.last_seq
+            return epoch in (None, self.epoch) and position.after <= place.last_seq
         heads = Heads(place.last_seq, place.low_seq, place.members_version, place.mark)
         return is_of(place.id, position.after, position.mark, heads, self._marks)
 
