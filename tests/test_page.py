@@ -207,6 +207,88 @@ def test_other_rooms_count_what_comes_while_they_are_not_open(demo: Daemon, open
     expect(page).to_have_title("#coffee · chatd")
 
 
+@pytest.mark.parametrize("before", [0, 120])
+def test_a_busy_room_that_is_opened_has_no_gap(demo: Daemon, open_page: Open, room: int, before: int) -> None:
+    """A page of history arrives late, while so much is posted that what is old is forgotten."""
+    network = Network()
+    texts = [f"message {number}" for number in range(1000)]
+    if before:
+        post_all(demo, room, GRACE, texts[:before])
+    network.hold_history = True
+    page = open_page(ADA, socket=network)
+    for first in range(before, 1000, 110):
+        post_all(demo, room, GRACE, texts[first : first + 110])
+        newest = texts[: first + 110][-1]
+        wait_until(page, "document.querySelector('.message:last-child .text')?.textContent === wanted", newest)
+    network.hold_history = False
+    assert network.let_history_pass()
+    wait_until(page, "!document.getElementById('earlier').hidden")
+    shown: list[str] = []
+    for _ in range(25):
+        shown = page.locator(".message .text").all_text_contents()
+        assert shown == texts[-len(shown) :]
+        if shown == texts:
+            break
+        page.locator("#scroller").evaluate("element => (element.scrollTop = element.scrollHeight / 2)")
+        page.locator("#earlier").click()
+        wait_until(page, "document.querySelectorAll('.message').length !== wanted", len(shown))
+    assert shown == texts
+    expect(page.locator("#earlier")).to_be_hidden()
+
+
+def test_what_was_begun_in_a_room_stays_there(demo: Daemon, open_page: Open, room: int) -> None:
+    page = open_page(ADA)
+    box = page.get_by_label("Message", exact=True)
+    here, coffee = (page.locator(f'#rooms [data-room="{id}"]') for id in (room, COFFEE))
+    write(page, "sent")
+    expect_messages(page, "sent")
+    box.fill("a draft")
+    coffee.click()
+    expect(box).to_have_value("")
+    box.fill("another draft")
+    here.click()
+    expect(box).to_have_value("a draft")
+    page.locator(".message").hover()
+    page.get_by_role("button", name="Edit").click()
+    box.fill("an edit")
+    coffee.click()
+    expect(box).to_have_value("another draft")
+    expect(page.locator("#editing")).to_be_hidden()
+    here.click()
+    expect(box).to_have_value("an edit")
+    box.press("Enter")
+    expect_messages(page, "an edit")
+    expect(box).to_have_value("a draft")
+
+
+def test_the_note_of_a_refusal_stays_in_its_room(demo: Daemon, open_page: Open, room: int) -> None:
+    network = Network()
+    page = open_page(ADA, socket=network)
+    write(page, "one")
+    expect_messages(page, "one")
+    demo.post(COFFEE, ADA, "in the other room")
+    network.refuse_next = "react"
+    page.locator(".message").hover()
+    page.get_by_role("button", name="React with 🎉").click()
+    page.locator(f'#rooms [data-room="{COFFEE}"]').click()
+    wait_until(page, "document.querySelectorAll('.message').length > 0")
+    network.refuse()
+    page.locator(f'#rooms [data-room="{room}"]').click()
+    expect(page.locator(".note-text")).to_have_text("Not changed: refused by the test")
+
+
+def test_what_is_read_elsewhere_is_not_unread(demo: Daemon, open_page: Open, room: int) -> None:
+    desk, phone = open_page(ADA), open_page(ADA)
+    desk.locator(f'#rooms [data-room="{COFFEE}"]').click()
+    phone.locator(f'#rooms [data-room="{COFFEE}"]').click()
+    demo.post(room, GRACE, "Have you read this?")
+    badge = desk.locator(f'#rooms [data-room="{room}"] .count')
+    expect(badge).to_have_text("1")
+    phone.bring_to_front()
+    phone.locator(f'#rooms [data-room="{room}"]').click()
+    expect(badge).to_be_hidden()
+
+
 def test_text_is_never_markup(demo: Daemon, open_page: Open, room: int) -> None:
     ada, grace = open_page(ADA), open_page(GRACE)
     hostile = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
@@ -279,11 +361,15 @@ def test_a_restart_loses_and_doubles_nothing(demo: Daemon, open_page: Open, room
 
 
 class Network:
-    """Stands between a page and the daemon: can be cut, and can lose the next reply to a `send`."""
+    """Stands between a page and the daemon: can be cut, lose the next reply to a `send`, hold replies back."""
 
     def __init__(self) -> None:
         self.up = True
         self.lose_next_ok = False
+        self.hold_history = False
+        self.refuse_next = ""  # an event that is not passed on, and answered only by `refuse`
+        self._held: list[str | bytes] = []
+        self._refused: dict[str, Any] = {}
         self.sent: list[dict[str, Any]] = []
         self._sockets: list[WebSocketRoute] = []
 
@@ -306,6 +392,17 @@ class Network:
         """As a node does that is about to stop, and has another beside it."""
         self._sockets[-1].send('{"event":"reconnect","reason":"restart","delay":[50,300],"deadline_ms":5000}')
 
+    def let_history_pass(self) -> bool:
+        """Whether there was any."""
+        held, self._held = self._held, []
+        for text in held:
+            self._sockets[-1].send(text)
+        return bool(held)
+
+    def refuse(self) -> None:
+        error = {"event": "error", "ref": self._refused["ref"], "code": "forbidden", "retryable": False}
+        self._sockets[-1].send(json.dumps(error | {"message": "refused by the test"}))
+
     @property
     def connections(self) -> int:
         """How many there have been."""
@@ -315,6 +412,9 @@ class Network:
         frame = json.loads(text)
         if frame["event"] == "send":
             self.sent.append(frame)
+        if frame["event"] == self.refuse_next:
+            self.refuse_next, self._refused = "", frame
+            return
         server.send(text)
 
     def _downward(self, socket: WebSocketRoute, text: str | bytes) -> None:
@@ -322,6 +422,9 @@ class Network:
             if json.loads(text)["event"] == "ok":
                 self.lose_next_ok = False
                 socket.close(code=4000, reason="lost")
+            return
+        if self.hold_history and json.loads(text)["event"] == "history":
+            self._held.append(text)
             return
         socket.send(text)
 
@@ -414,12 +517,14 @@ def test_changes_and_pages_come_in_any_order(blank: Page) -> None:
       const message = (id, content, more) => ({ id, content, user_id: 7, ...more });
       const seen = () => room.items().map((item) => item.content);
       room.change(message(5, "five"), true);
+      room.begins();
       room.change(message(3, "three, edited"));
       room.pending("a", "mine");
       room.pending("b", "waits");
       const before = seen();
       const mine = message(4, "mine", { client_id: "a" });
       room.page({ messages: [message(3, "three"), mine, message(5, "five")] });
+      room.ends();
       room.stored("a", { id: 4, created_at: "2026-01-01T00:00:00Z" });
       room.change({ content: "without an id" }, true);
       return [before, seen()];

@@ -83,10 +83,12 @@ function follow(conversation) {
   const room = conversation.room = chat.join(conversation.id, { presence: true });
   const on = (type, listener) => room.addEventListener(type, ({ detail }) => (listener(detail), changed()));
   on("subscribed", ({ unread, recovered }) => {
+    conversation.followed = true;
     if (conversation !== current && !recovered) conversation.unread = unread;
     if (conversation === current && !conversation.loaded) loadEarlier(conversation);
   });
-  for (const type of ["receipt", "typing", "presence"]) on(type, () => {});
+  on("receipt", ({ user_id, read }) => user_id === me && read && conversation.seen(read));
+  for (const type of ["typing", "presence"]) on(type, () => {});
   on("message", (message) => received(conversation, message));
   on("updated", (message) => conversation.change(message));
   on("deleted", (message) => conversation.change(message));
@@ -98,21 +100,21 @@ function received(conversation, message) {
   conversation.change(message, true);
   if (message.user_id === me) return;
   if (conversation !== current || document.hidden) conversation.unread += 1;
+  if (conversation !== current) conversation.trim();
   if (conversation === current && !list.atBottom) conversation.below += 1;
 }
 
 async function loadEarlier(conversation = current) {
-  if (conversation.loading || (conversation.loaded && !conversation.hasMore)) return;
-  conversation.loading = true;
-  const age = conversation.age;
+  if (!conversation.followed || conversation.loading || (conversation.loaded && !conversation.hasMore)) return;
+  const age = conversation.age, before = conversation.begins();
   try {
-    const page = await chat.history(conversation.id, { before: conversation.oldest, limit: PAGE });
+    const page = await chat.history(conversation.id, { before, limit: PAGE });
     if (age === conversation.age) conversation.page(page);
   } catch (error) {
     // When the connection was lost, the next `subscribed` asks again.
     if (error.retryable && chat.state === "online") setTimeout(loadEarlier, RETRY_PAGE, conversation);
   }
-  conversation.loading = false;
+  conversation.ends();
   changed();
   if (age !== conversation.age && !conversation.loaded) loadEarlier(conversation);
 }
@@ -123,9 +125,9 @@ function scrolled(nearTop) {
 }
 
 function enter(conversation) {
-  composer.stopEditing();
   current.room?.typing(false);
   current = conversation;
+  composer.enter(current.id);
   list.atBottom = true;
   const other = me === 2 ? 1 : 2;
   setText($("title"), `# ${ROOMS.get(current.id)}`);
@@ -182,10 +184,10 @@ async function alter(id, note, promise, conversation = current) {
   changed();
 }
 
-function react(id, emoji) {
-  const given = current.messages.get(id)?.reactions?.[emoji]?.includes(me);
-  chat.react(current.id, id, emoji, !given).catch((error) => {
-    current.notes.set(id, `Not changed: ${error.message}`);
+function react(id, emoji, conversation = current) {
+  const given = conversation.messages.get(id)?.reactions?.[emoji]?.includes(me);
+  chat.react(conversation.id, id, emoji, !given).catch((error) => {
+    conversation.notes.set(id, `Not changed: ${error.message}`);
     changed();
   });
 }
@@ -196,7 +198,7 @@ function latest() {
 
 /** The buttons of a message. */
 function act(what, id, clientId) {
-  if (what === "edit") composer.startEditing(current.messages.get(id));
+  if (what === "edit") composer.startEditing(current.items().find((item) => item.id === id));
   else if (what.startsWith("react:")) react(id, what.slice("react:".length));
   else if (what === "delete") alter(id, "Deleting…", chat.delete(current.id, id));
   else if (what === "retry") deliver(current, clientId, current.unsent.get(clientId).content);
@@ -229,7 +231,6 @@ function listen() {
   });
   $("user").addEventListener("change", () => location.assign(linkFor($("user").value)));
   document.addEventListener("visibilitychange", draw);
-  addEventListener("online", () => chat.connect());
 }
 
 async function token() {

@@ -5,6 +5,8 @@ export class Composer {
   #box = $("content");
   #editing = null; // the message that is being edited
   #draft = ""; // what had been begun before
+  #room = null;
+  #left = new Map(); // by room: what had been begun when another was entered
 
   /** `send(content)`, `edit(id, content)`, `typing(active)`; `latest()` is the message that the arrow upwards edits. */
   constructor({ send, edit, latest, typing }) {
@@ -27,6 +29,17 @@ export class Composer {
   draw({ id, refusal }) {
     this.#box.disabled = Boolean(refusal);
     this.#box.placeholder = refusal ?? `Message #${ROOMS.get(id)}`;
+  }
+
+  /** Another room. What was begun stays in the one where it was begun. */
+  enter(room) {
+    if (room === this.#room) return;
+    this.#left.set(this.#room, { text: this.#box.value, editing: this.#editing, draft: this.#draft });
+    const { text, editing, draft } = this.#left.get(room) ?? { text: "", editing: null, draft: "" };
+    this.#room = room;
+    this.#editing = editing;
+    this.#draft = draft;
+    this.#write(text);
   }
 
   startEditing(message) {

@@ -1,17 +1,21 @@
 /**
  * What is known of one conversation, without a page and without a connection. Messages come as pages of history, as changes
  * and from the composer, in any order; here they become one list in which each stands once, as it is now.
+ *
+ * The list has no gap: it begins with the oldest message that is held, and has all that came after it. So a page is asked for
+ * only when changes arrive already, it must be the one before the oldest, and the oldest stays where it is meanwhile.
  */
 
 const KEEP = 300, KEEP_MAX = 600; // messages held in memory while the reader is at the end
 
 export class Conversation {
   messages = new Map(); // by id
-  ahead = new Map(); // changes of messages that are not loaded yet; they are newer than the page that will bring those
-  unsent = new Map(); // by client_id
+  ahead = new Map(); // changes of messages that are not held, while a page is on its way: newer than what it says of them
+  unsent = new Map(); // by client_id: also what is stored already, but has not come back yet
   notes = new Map(); // by id: an edit that is under way or was refused
-  loaded = false;
-  loading = false;
+  followed = false; // changes arrive
+  loaded = false; // one page at least is here
+  loading = false; // a page is on its way
   hasMore = false;
   age = 0; // counts resets: a page asked for before one does not fit what came after it
   unread = 0; // came while nobody could see this room
@@ -40,15 +44,26 @@ export class Conversation {
   change(message, created = false) {
     // What a backend published by itself may lack anything; without an id it belongs after the newest.
     const id = message.id ?? Math.max(0, ...this.messages.keys()) + 0.001;
-    const fits = this.messages.has(id) || (created && !(id < this.oldest));
-    (fits ? this.messages : this.ahead).set(id, { user_id: 0, created_at: new Date().toISOString(), ...message, id });
+    const whole = { user_id: 0, created_at: new Date().toISOString(), ...message, id };
+    if (this.messages.has(id) || (created && !(id < this.oldest))) this.messages.set(id, whole);
+    else if (this.loading) this.ahead.set(id, whole);
     this.#isSent(message);
+  }
+
+  /** The next page is asked for: before which message. `page` and `ends` must follow, or `ends` alone. */
+  begins() {
+    this.loading = true;
+    return this.oldest;
+  }
+
+  ends() {
+    this.loading = false;
+    this.ahead.clear();
   }
 
   page({ messages, has_more }) {
     for (const message of messages) {
       if (!this.messages.has(message.id)) this.messages.set(message.id, this.ahead.get(message.id) ?? message);
-      this.ahead.delete(message.id);
       this.#isSent(message);
     }
     this.hasMore = has_more;
@@ -57,15 +72,21 @@ export class Conversation {
 
   reset({ messages, has_more }) {
     this.age += 1;
-    this.messages.clear();
-    this.ahead.clear();
+    for (const held of [this.messages, this.ahead, this.notes]) held.clear();
+    for (const [clientId, { id }] of this.unsent) if (id) this.unsent.delete(clientId); // it is in the history
     this.page({ messages, has_more });
     this.loaded = messages.length > 0 || !has_more;
   }
 
+  /** The user has read up to this message, perhaps elsewhere. */
+  seen(id) {
+    const newer = [...this.messages.values()].filter((message) => message.id > id && message.user_id !== this.me);
+    this.unread = Math.min(this.unread, newer.length);
+  }
+
   /** Forgets the oldest when there are many: history has them. */
   trim() {
-    if (this.messages.size <= KEEP_MAX) return;
+    if (this.loading || this.messages.size <= KEEP_MAX) return;
     for (const id of [...this.messages.keys()].sort((a, b) => a - b).slice(0, -KEEP)) this.messages.delete(id);
     this.hasMore = true;
   }
@@ -82,11 +103,11 @@ export class Conversation {
     this.unsent.set(clientId, { client_id: clientId, user_id: this.me, content, created_at, state: "pending" });
   }
 
-  /** The reply to a send. Usually the message itself came first, and there is nothing left to do. */
+  /** The reply to a send. Usually the message itself came first; else it stays last until it comes, after those before it. */
   stored(clientId, { id, created_at }) {
     if (!this.unsent.has(clientId)) return;
     const { state, ...message } = this.unsent.get(clientId);
-    this.change({ ...message, id, created_at }, true);
+    this.unsent.set(clientId, { ...message, id, created_at });
   }
 
   failed(clientId, error) {
