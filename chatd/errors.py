@@ -161,6 +161,10 @@ class OperatorError(Exception):
     exit_code = 1
 
 
+class DatabaseGone(OperatorError):
+    """The file that is being served from is not the database any more."""
+
+
 class ConfigError(OperatorError):
     """The configuration is wrong. `mistakes` has all of them, each with its key."""
 

@@ -13,7 +13,7 @@ import trio
 
 from chatd import config, logs, workers
 from chatd.cli.group import main, with_config
-from chatd.errors import OperatorError
+from chatd.errors import DatabaseGone, OperatorError
 from chatd.ops import showing
 from chatd.store import database
 
@@ -42,6 +42,11 @@ def serve(path: Path | None, demo: bool) -> None:
         from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
 
         trio.run(partial(daemon.run, settings, store, read, on_ready=on_ready))
+    except* DatabaseGone as gone:
+        # Without closing it: SQLite would delete the log beside the database by its name, and that may be
+        # another file's by now, which another process has open.
+        click.echo(str(_first(gone)), err=True)
+        os._exit(1)
     except* OperatorError as group:
         raise _first(group) from None
     finally:
@@ -89,7 +94,7 @@ def migrate(path: Path | None) -> None:
         click.echo(f"The schema went from {before or 'nothing'} to version {after}.")
 
 
-def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+def _first(group: BaseExceptionGroup[Exception]) -> OperatorError:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -45,6 +45,7 @@ class Follower:
         self._url, self._room, self._log_in = url, conversation_id, log_in
         self._tell, self._notice = tell, notice
         self._cursor: int | None = None
+        self._mark: str | None = None  # of the change at the cursor: proves that it is of the server's history
         self._epoch: str | None = None
         self._attempts = 0
         self._troubled = False
@@ -74,7 +75,7 @@ class Follower:
 
     async def _enter(self, connection: Connection, first: First | None) -> None:
         fields = {"epoch": self._epoch} if self._epoch else {}
-        rooms = {str(self._room): self._cursor}
+        rooms = {str(self._room): {"after": self._cursor, "mark": self._mark}}
         ready = await connection.request("auth", token=self._log_in(), rooms=rooms, **fields)
         if ready["event"] == "error" and ready.get("retryable"):
             raise Disconnected(ready["message"])
@@ -94,10 +95,11 @@ class Follower:
         """What a (re)subscription brings: all that was missed, or the word that it is too much."""
         if self._cursor is not None:
             if not place.get("recovered"):
-                self._notice("Too much was missed to have it all: these are the newest messages.")
+                self._notice("What was missed cannot be had in one piece: these are the newest messages.")
             for change in place.get("changes", ()):
                 self._tell(change)
-        self._cursor, self._epoch = place["seq"], place.get("epoch") or self._epoch
+        self._cursor, self._mark = place["seq"], place.get("mark")
+        self._epoch = place.get("epoch") or self._epoch
 
     async def _listen(self, connection: Connection) -> tuple[float, float]:
         """Until the server asks for another connection: the seconds between which to come back."""
@@ -118,10 +120,11 @@ class Follower:
     async def _take_change(self, connection: Connection, event: Event) -> None:
         assert self._cursor is not None
         if event["seq"] == self._cursor + 1:
-            self._cursor += 1  # first: what `tell` raises shall not bring it twice
+            # First: what `tell` raises shall not bring it twice.
+            self._cursor, self._mark = event["seq"], event.get("mark")
             self._tell(event)
         elif event["seq"] > self._cursor:
-            fields = {"after": self._cursor, "epoch": self._epoch}
+            fields = {"after": self._cursor, "mark": self._mark, "epoch": self._epoch}
             await connection.send("subscribe", conversation_id=self._room, **fields)
 
     def _check_let_in(self, event: Event) -> None:

@@ -22,6 +22,7 @@ from chatd.model import Group
 from chatd.store import copies, migrations, schema, urls
 from chatd.store.engine import is_sqlite, reading_engine, require_sessions, writing_engine
 from chatd.store.outbox import Outbox
+from chatd.store.place import Place
 from chatd.store.reader import Reader
 from chatd.store.retention import Retention
 from chatd.store.sessions import Sessions
@@ -38,6 +39,9 @@ class Store:
         sessions = self._sessions = Sessions()
         self._writing = writing_engine(config.url, sessions)
         self._reading = reading_engine(config.url, config.readers, sessions)
+        self._place = Place(config.url)
+        for engine in (self._writing, self._reading):
+            self._place.guard(engine)
         self.read = Reader(self._reading, config.readers, sessions.doubt)
         self.outbox = Outbox(self._writing)
         self.webhooks = Webhooks(self._writing)
@@ -46,7 +50,14 @@ class Store:
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
     def writer(self, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False) -> Writer:
-        return Writer(self._writing, node=node, on_commit=on_commit, hooked=hooked, sessions=self._sessions)
+        return Writer(
+            self._writing,
+            node=node,
+            on_commit=on_commit,
+            hooked=hooked,
+            sessions=self._sessions,
+            place=self._place,
+        )
 
     def close(self) -> None:
         self._writing.dispose()
@@ -149,7 +160,9 @@ def _check_directory(url: str) -> None:
 
 def _report(upgrade: tuple[str | None, str]) -> None:
     before, after = upgrade
-    if before != after:
+    if before is None:
+        log.info("database_created", reason="there was none under database.url, so everything begins anew")
+    elif before != after:
         log.info("schema_migrated", before=before, after=after)
 
 

@@ -17,11 +17,12 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from chatd import metrics
-from chatd.errors import ChatError, Internal, Unavailable
+from chatd.errors import ChatError, DatabaseGone, Internal, Unavailable
 from chatd.logs import Recurring
 from chatd.model import Group, now
 from chatd.store import statements
 from chatd.store.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
+from chatd.store.place import Place
 from chatd.store.sessions import Sessions, Strayed, strayed, unreplicated
 from chatd.store.transaction import Transaction
 
@@ -32,7 +33,9 @@ QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
 OVERDUE_TICK = 0.5  # seconds between looks at who has waited for so long
 APART_WAIT = 100  # ms for a conversation's lock, once some of a group could not be had in time
-SETTLE_AFTER = 2.0  # seconds an idle writer leaves published outbox rows lying, or a failed database untried
+# Seconds an idle writer leaves published outbox rows lying, a failed database untried, or its file unwatched.
+SETTLE_AFTER = 2.0
+GOODBYE = 0.2  # seconds for answers on their way, before the process ends for want of a database
 
 # The server is gone, overloaded or locked. What was sent may or may not have been committed. A bare OSError is
 # psycopg's, where there is no descriptor left to connect with.
@@ -118,9 +121,12 @@ class Writer:
         on_commit: Callable[[Group], None],
         hooked: bool = False,
         sessions: Sessions,
+        place: Place,
     ) -> None:
         """`node`: fill the outbox under this name; None: no outbox. `hooked`: messages of clients go to the
-        webhook."""
+        webhook. `place`: the file that must still be there after a commit."""
+        self._place = place
+        self._gone: DatabaseGone | None = None
         self._engine, self._node, self._on_commit, self._hooked = engine, node, on_commit, hooked
         self._sessions = sessions
         self._waiting: deque[Submission] = deque()
@@ -167,11 +173,16 @@ class Writer:
             task_status.started()
             await self._run()
             nursery.cancel_scope.cancel()
+        if self._gone is not None:
+            raise self._gone
 
     async def _run(self) -> None:
         while True:
-            while self._waiting:
+            while self._waiting and self._gone is None:
                 await self._commit_group(self._take())
+            if self._gone is not None:
+                await self._give_up()
+                return
             if self._closed:
                 break
             self._wake = trio.Event()
@@ -179,9 +190,21 @@ class Writer:
                 await self._wake.wait()
             if not self._waiting and (self._settled or self.failing):
                 await self._commit_group([])
+            if not self._waiting:
+                await trio.to_thread.run_sync(self._look, limiter=self._thread)
         if self._settled:
             await self._commit_group([])
         self.finished.set()
+
+    async def _give_up(self) -> None:
+        """There is no database to commit to: whoever waits is told, while there is somebody to tell it."""
+        log.error("database_gone", error=str(self._gone))
+        self._closed = True
+        while self._waiting:
+            for submission in self._take():
+                submission.resolve([Unavailable()] * len(submission.commands))
+        await trio.to_thread.run_sync(self._place.leave, self._engine, limiter=self._thread)
+        await trio.sleep(GOODBYE)
 
     async def _give_up_overdue(self) -> None:
         """They stay where they are, and are committed when the database can: the outcome is unknown."""
@@ -244,6 +267,9 @@ class Writer:
         """`lock_wait` in ms, if not as long as usual."""
         try:
             outcomes, group = self._transact(commands, settled, lock_wait)
+        except DatabaseGone as gone:
+            self._gone = gone
+            return [Unavailable()] * len(commands), [], False
         except _LOST as error:
             if _is_locked(error) and lock_wait is None:
                 return self._commit_apart(commands)
@@ -301,7 +327,15 @@ class Writer:
                 # may still be in the middle of the transaction, is not used again.
                 connection.invalidate()
                 raise OperationalError("COMMIT", None, error) from error
+            self._place.check()
             return written
+
+    def _look(self) -> None:
+        """For when nobody writes."""
+        try:
+            self._place.check()
+        except DatabaseGone as gone:
+            self._gone = gone
 
     @staticmethod
     def _lost(error: Exception) -> Unavailable:
