@@ -87,8 +87,7 @@ async def run(
         await nursery.start(parts.fanout.run)
         await nursery.start(chat.presence.run)
         await nursery.start(chat.typing.run)
-        if chat.attendance is not None:
-            await nursery.start(chat.attendance.run)
+        await _start_or_finish(nursery, chat.attendance, chat.attendance.needed, api_stop)
         await nursery.start(vitals.run)
         if os.environ.get("CHATD_WORKER_NUMBER", "1") == "1":
             await nursery.start(Retention(settings, store.retention).run)
@@ -121,7 +120,7 @@ async def run(
         process.end_anyhow_after(longest)
         await hub.drain()
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
-        in_progress = (api_served, ingest.finished, parts.webhooks.finished)
+        in_progress = (api_served, chat.attendance.finished, ingest.finished, parts.webhooks.finished)
         await _wait_for(in_progress, API_GRACE)
         await _flush(writer)
         await _wait_for(in_progress, ANSWER_GRACE)  # what was committed just now is answered
@@ -158,8 +157,7 @@ def assemble(settings: Settings, store: Store, node: str) -> Parts:
     reception.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
     webhooks = Webhooks(config.webhooks, store.webhooks, fetch)
-    if chat.attendance is not None:
-        chat.attendance.full = lambda: webhooks.full
+    chat.attendance.full, chat.attendance.told = (lambda: webhooks.full), webhooks.wake
     return Parts(writer, bus, chat, fanout, registry, hub, webhooks)
 
 

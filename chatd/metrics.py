@@ -133,9 +133,6 @@ INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were com
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
-WEBHOOKS_DROPPED = Counter(
-    "chatd_webhooks_dropped_total", "Events of presence left out: too many waited already"
-)
 WEBHOOKS_WAITING = Gauge(
     "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
 )

@@ -17,7 +17,7 @@ from chatd.config import Config, Database, Rooms
 from chatd.errors import ChatError, Close
 from chatd.hub.rooms import Subscription
 from chatd.hub.subscriptions import Subscriptions
-from chatd.model import Identity, MemberChange, State
+from chatd.model import Identity, MemberChange, Position, State
 from chatd.settings import Settings
 from chatd.store.commands import Create, SetMember
 from chatd.store.database import open_store
@@ -89,7 +89,7 @@ class Node:
 
     async def watching(self, user_id: int) -> tuple[Subscriptions, Ear]:
         one, ear = self.client(user_id)
-        await one.enter(one.join(ROOM, presence=True), None, None, 1)
+        await one.enter(one.join(ROOM, presence=True), Position(), None, 1)
         return one, ear
 
     async def set_member(self, user_id: int, state: State) -> None:
@@ -148,7 +148,7 @@ async def test_subscribe_and_unsubscribe_in_one_packet_leaves_nothing(node: Node
 
 async def enter_in_vain(one: Subscriptions, subscription: Subscription) -> None:
     with pytest.raises(ChatError):
-        await one.enter(subscription, None, None, 1)
+        await one.enter(subscription, Position(), None, 1)
 
 
 async def test_who_may_not_look_loads_no_audience(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ async def test_the_last_who_asked_takes_the_audience_along(node: Node) -> None:
     assert node.kept == (1, 3)
     ada.leave(ROOM)
     assert node.kept == (1, 3)
-    await bob.enter(bob.join(ROOM, presence=False), None, None, 2)
+    await bob.enter(bob.join(ROOM, presence=False), Position(), None, 2)
     assert "online" not in await ear.told("subscribed", ref=2)
     assert node.kept == (0, 0)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import trio
 import trio.testing
 
-from chatd.chat.presence import ROOMS, TELL_ALL, USERS, Presence, Transition
+from chatd.chat.leases import Life
+from chatd.chat.presence import FORGET, ROOMS, SAY, SILENT, SLICE, TELL_ALL, USERS, Presence, Transition
 from chatd.model import Present, Signal
 from tests.client import connect, login
 from tests.conftest import Daemons, Deployment
@@ -134,12 +137,17 @@ class World:
         assert isinstance(signal, Present)
         self.sent.append(signal)
 
-    def pass_on(self) -> list[Present]:
+    async def pass_on(self) -> list[Present]:
         sent, self.sent = self.sent, []
-        for present in sent:
-            for node in self.nodes.values():
-                node.hear(present)
+        await self.hear(sent)
         return sent
+
+    async def hear(self, signals: Iterable[Present], *nodes: Presence) -> None:
+        """By these nodes, or all."""
+        for present in signals:
+            for node in nodes or self.nodes.values():
+                node.hear(present)
+        await trio.testing.wait_all_tasks_blocked()
 
 
 async def run(world: World, nursery: trio.Nursery) -> None:
@@ -160,8 +168,7 @@ async def test_a_late_gone_does_not_beat_a_newer_there(autojump_clock: trio.test
         late = world.sent[:]
         a.arrive(USERS, 7)
         await trio.sleep(1)
-        for signal in [*world.sent[1:], *late]:  # the old ones come last
-            b.hear(signal)
+        await world.hear([*world.sent[1:], *late], b)  # the old ones come last
         assert b.has(USERS, 7)
         assert [change.present for change in world.changes["b"]] == [True]
         nursery.cancel_scope.cancel()
@@ -177,14 +184,14 @@ async def test_versions_grow_also_when_a_user_moves_between_nodes(
         for first, second in ((a, b), (b, a)) * 3:
             first.arrive(USERS, 7)
             await trio.sleep(0.1)
-            world.pass_on()
+            await world.pass_on()
             first.leave(USERS, 7)
             second.arrive(USERS, 7)
             await trio.sleep(0.1)
-            world.pass_on()
+            await world.pass_on()
             second.leave(USERS, 7)
             await trio.sleep(0.1)
-            world.pass_on()
+            await world.pass_on()
         for changes in world.changes.values():
             assert [change.present for change in changes][-1] is False
             versions = [change.version for change in changes]
@@ -200,14 +207,14 @@ async def test_what_was_lost_is_told_again(autojump_clock: trio.testing.MockCloc
         a.arrive(USERS, 1)
         a.arrive(USERS, 2)
         await trio.sleep(1)
-        world.pass_on()
+        await world.pass_on()
         assert b.present(USERS) == {1, 2}
         a.leave(USERS, 1)
         a.arrive(USERS, 3)
         await trio.sleep(1)
         world.sent.clear()  # lost
         await trio.sleep(TELL_ALL)
-        world.pass_on()
+        await world.pass_on()
         assert b.present(USERS) == {2, 3}
         nursery.cancel_scope.cancel()
 
@@ -220,41 +227,88 @@ async def test_a_whole_set_that_lacks_a_part_removes_nobody(autojump_clock: trio
         for user in range(1, 2501):
             a.arrive(USERS, user)
         await trio.sleep(TELL_ALL + 1)
-        world.pass_on()
+        await world.pass_on()
         assert len(b.present(USERS)) == 2500
         await trio.sleep(TELL_ALL)
         parts = [signal for signal in world.sent if signal.node == "a" and signal.whole]
         assert [signal.whole[1:] for signal in parts if signal.whole] == [(0, 3), (1, 3), (2, 3)]
-        for signal in parts[1:]:
-            b.hear(signal)
+        await world.hear(parts[1:], b)
         assert len(b.present(USERS)) == 2500
         nursery.cancel_scope.cancel()
 
 
-async def test_a_silent_node_is_forgotten_and_one_of_the_others_says_so(
-    autojump_clock: trio.testing.MockClock,
+@pytest.mark.parametrize("life", Life)
+async def test_a_silent_node_is_forgotten_with_its_lease(
+    autojump_clock: trio.testing.MockClock, life: Life
 ) -> None:
+    """A silent one that holds its lease is cut off from Redis alone: its users are online as ever."""
     world = World("a", "b", "c")
     a, b, c = world.nodes.values()
     async with trio.open_nursery() as nursery:
         for node in (a, b):
             await nursery.start(node.run)
-        with trio.CancelScope() as life:
-            nursery.start_soon(run_within, c, life)
+            node.life = lambda name: Life.HELD if name != "c" else life
+        with trio.CancelScope() as its_life:
+            nursery.start_soon(run_within, c, its_life)
             c.arrive(USERS, 9)
             c.arrive(ROOMS, 4)
             await trio.sleep(1)
-            world.pass_on()
-        life.cancel()
+            await world.pass_on()
+        its_life.cancel()
         assert a.has(USERS, 9)
         assert b.has(USERS, 9)
         for _ in range(4):
-            await trio.sleep(TELL_ALL)
-            world.pass_on()
-        assert not a.has(USERS, 9)
-        assert not b.has(ROOMS, 4)
-        assert [change.ours for change in world.changes["a"]] == [False, False, True, True]
-        assert [change.ours for change in world.changes["b"]] == [False, False, False, False]
+            await trio.sleep(SILENT / 3)
+            await world.pass_on()
+        assert a.has(USERS, 9) is (life is not Life.OVER)
+        await trio.sleep(FORGET)
+        await world.pass_on()
+        assert a.has(USERS, 9) is b.has(ROOMS, 4) is (life is Life.HELD)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_node_that_lives_says_so_when_nothing_happens(autojump_clock: trio.testing.MockClock) -> None:
+    world = World("a", "b")
+    a, b = world.nodes.values()
+    b.life = lambda name: Life.OVER  # it is cut off from the database alone
+    async with trio.open_nursery() as nursery:
+        await run(world, nursery)
+        a.arrive(USERS, 1)
+        for _ in range(30):
+            await trio.sleep(1)
+            await world.pass_on()
+        assert [change.present for change in world.changes["b"]] == [True]
+        nursery.cancel_scope.cancel()
+
+
+async def test_fifty_thousand_users_of_a_node_come_and_go_in_slices(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What one step of a task does is bounded: each change may have to be told to many rooms."""
+    world = World("a", "b")
+    a, b = world.nodes.values()
+    steps: list[int] = [0]
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            steps.append(0)
+
+    def count(change: Transition) -> None:
+        steps[-1] += 1
+
+    b.watchers.append(count)
+    for user in range(50_000):
+        a.arrive(USERS, user)
+    async with trio.open_nursery() as nursery:
+        await run(world, nursery)
+        await trio.sleep(1)
+        trio.lowlevel.add_instrument(Steps())
+        await world.pass_on()
+        assert len(b.present(USERS)) == 50_000
+        b.life = lambda name: Life.OVER
+        await trio.sleep(SILENT + 2 * SAY)
+        assert len(b.present(USERS)) == 0
+        assert (sum(steps), max(steps)) == (100_000, SLICE)
         nursery.cancel_scope.cancel()
 
 
@@ -280,11 +334,11 @@ async def test_nothing_is_kept_of_who_has_gone(
             a.arrive(USERS, user)
             a.leave(USERS, user)
         await trio.sleep(1)
-        world.pass_on()
+        await world.pass_on()
         moment += 120_000
         for _ in range(3):
             await trio.sleep(TELL_ALL)
-            world.pass_on()
+            await world.pass_on()
         assert (len(a._versions), len(b._versions), len(b._nodes["a"].entries)) == (0, 0, 0)
         nursery.cancel_scope.cancel()
 

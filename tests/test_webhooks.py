@@ -17,9 +17,8 @@ import trio.testing
 from sqlalchemy import update
 
 from chatd.breaker import MOST, REST
-from chatd.chat.attendance import DEBOUNCE, Attendance
+from chatd.chat.attendance import DEBOUNCE
 from chatd.chat.hooks import BeforeMessage
-from chatd.chat.presence import ROOMS, USERS, Presence
 from chatd.config import Database, Webhooks
 from chatd.errors import Forbidden, Unavailable
 from chatd.fetch import Answer, Fetcher
@@ -352,49 +351,6 @@ async def test_two_nodes_deliver_each_event_once(
     wanted = {f"{name}{number}" for name in "ab" for number in range(40)}
     await until(lambda: {asked.json["data"]["content"] for asked in backend.asked} == wanted)
     assert len(backend.asked) == 80
-
-
-async def test_presence_is_told_late_and_only_what_is_news(autojump_clock: trio.testing.MockClock) -> None:
-    told: list[Notify] = []
-
-    class Taking:
-        refuse = False
-
-        def submit(self, commands: list[Notify]) -> None:
-            if self.refuse:
-                raise Unavailable
-            told.extend(commands)
-
-    writer = Taking()
-    presence = Presence("a", None)
-    events = ["user.online", "user.offline", "room.occupied"]
-    attendance = Attendance(writer, presence, events)  # type: ignore[arg-type]
-    async with trio.open_nursery() as nursery:
-        await nursery.start(attendance.run)
-        presence.arrive(USERS, 1)
-        presence.arrive(ROOMS, 5)
-        presence.arrive(USERS, 2)
-        presence.leave(USERS, 2)  # was here for a moment: no news
-        await trio.sleep(DEBOUNCE + 1)
-        assert [one.event for one in told] == ["user.online", "room.occupied"]
-        presence.leave(USERS, 1)
-        await trio.sleep(DEBOUNCE / 2)
-        presence.arrive(USERS, 1)  # a tunnel
-        presence.leave(ROOMS, 5)  # not wanted
-        await trio.sleep(2 * DEBOUNCE)
-        assert len(told) == 2
-        writer.refuse = True
-        presence.leave(USERS, 1)
-        await trio.sleep(2 * DEBOUNCE)
-        writer.refuse = False
-        await trio.sleep(1)
-        assert [one.event for one in told[2:]] == ["user.offline"]
-        assert b'"version":' in told[2].body
-        attendance.full = lambda: True  # the backend has too much to hear already
-        presence.arrive(USERS, 1)
-        await trio.sleep(2 * DEBOUNCE)
-        assert len(told) == 3
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_daemon_tells_of_presence(daemons: Daemons, backend: Backend) -> None:

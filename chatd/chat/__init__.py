@@ -64,7 +64,7 @@ class Chat:
         self.events = Events(tell)
         hooks = config.webhooks
         self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
-        self.attendance = Attendance(writer, presence, hooks.events) if hooks.url else None
+        self.attendance = Attendance(store.attendances, presence, hooks.events if hooks.url else ())
 
     def tokens_of(self, config: Auth) -> Tokens:
         """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""

@@ -1,4 +1,4 @@
-"""Who is connected, on this node and on the others: soft state, told again and again, forgotten when silent.
+"""Who is connected, on this node and on the others: soft state, told again and again, forgotten with its node.
 
 Something is present in a *place*, and may be so on several nodes:
 
@@ -6,26 +6,34 @@ Something is present in a *place*, and may be so on several nodes:
     ROOMS              conversation ids: where somebody listens
     a conversation     user ids: who listens without being a member (by token, or in an open deployment)
 
-Each node tells the others at once what has changed, and all it has every 10 s. A change bears a version, which
-grows with each: whoever hears "gone" after a later "there" is not misled.
+Each node tells the others at once what has changed, that it lives every 2 s, and all it has every 10 s. A
+change bears a version, which grows with each: whoever hears "gone" after a later "there" is not misled. A node
+is forgotten when it says nothing *and* its lease in the database is over: while Redis is away nobody goes
+offline.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import trio
 from msgspec import Struct
 
+from chatd.chat.leases import Life
 from chatd.model import Present, Signal
 
 USERS, ROOMS = 0, -1
 
 TELL_ALL = 10.0  # seconds between the whole sets of a node
-FORGET = 25.0  # seconds of silence after which a node is taken to be gone
+SAY = 2.0  # seconds between signs of life
+SILENT = 8.0  # seconds without one after which a node is gone, if its lease is over
+FORGET = 25.0  # seconds after which one that never had a lease is gone
 GATHER = 0.05  # seconds that changes wait for others, before the other nodes are told
 PART = 1000  # entries of one signal, some 30 KB
+SLICE = 200  # entries handled between two checkpoints: each may be told to many rooms
+HEARD = 1000  # signals of others that wait; beyond them the oldest are dropped: a whole set tells it again
 REMEMBER = 60_000  # ms that the version of what has gone is kept: signals come twice, but not so late
 
 Key = tuple[int, int]  # place, id
@@ -33,13 +41,12 @@ Watcher = Callable[["Transition"], None]
 
 
 class Transition(Struct, frozen=True):
-    """Something is present now that was not, or the other way round. `ours`: this node is to tell the world."""
+    """Something is present now that was not, or the other way round, on all nodes together."""
 
     place: int
     id: int
     present: bool
     version: int
-    ours: bool
 
 
 class _Entry(Struct):
@@ -60,17 +67,24 @@ class _Node(Struct):
 
 
 class Presence:
+    """`watchers` hear of what comes or goes over all nodes, `owners` of a key's first and last on this one."""
+
     def __init__(self, node: str, tell: Callable[[Signal], None] | None) -> None:
         """`tell` gives a signal to the other nodes; None where there are none."""
-        self._node, self._tell = node, tell
+        self.node, self._tell = node, tell
         self._own: dict[Key, _Entry] = {}
         self._nodes: dict[str, _Node] = {}
         self._present: dict[int, dict[int, int]] = {}  # place → id → how many nodes have it
         self._versions: dict[Key, int] = {}
         self._untold: dict[Key, None] = {}
-        self._wake = trio.Event()
+        self._heard: deque[Present] = deque(maxlen=HEARD)
+        self._gone: deque[tuple[_Node, list[Key]]] = deque()
+        self._wake, self._work = trio.Event(), trio.Event()
         self._round = 0
+        self._told_all = -TELL_ALL
         self.watchers: list[Watcher] = []
+        self.owners: list[Callable[[Key], None]] = []
+        self.life: Callable[[str], Life] = lambda node: Life.UNKNOWN
 
     # What is known.
 
@@ -93,6 +107,17 @@ class Presence:
     def version(self, place: int, id: int) -> int:
         return self._versions.get((place, id), 0)
 
+    @property
+    def alone(self) -> bool:
+        """There are no other nodes."""
+        return self._tell is None
+
+    def has_own(self, key: Key) -> bool:
+        return key in self._own
+
+    def own_keys(self) -> list[Key]:
+        return list(self._own)
+
     # This node's own: synchronous.
 
     def arrive(self, place: int, id: int) -> None:
@@ -102,7 +127,8 @@ class Presence:
             entry.version = self._next_version(key)
         else:
             self._own[key] = _Entry(1, self._next_version(key))
-            self._count(key, 1, self._own[key].version, ours=True)
+            self._count(key, 1, self._own[key].version, own=True)
+            self._owned(key)
         self._tell_soon(key)
 
     def leave(self, place: int, id: int) -> None:
@@ -112,15 +138,20 @@ class Presence:
         entry.version = self._next_version(key)
         if not entry.connections:
             del self._own[key]
-            self._count(key, -1, entry.version, ours=True)
+            self._count(key, -1, entry.version, own=True)
+            self._owned(key)
         self._tell_soon(key)
+
+    def _owned(self, key: Key) -> None:
+        for owner in self.owners:
+            owner(key)
 
     def _next_version(self, key: Key) -> int:
         version = self._versions[key] = max(self._versions.get(key, 0) + 1, _milliseconds())
         return version
 
-    def _count(self, key: Key, by: int, version: int, *, ours: bool) -> None:
-        """One node more, or less, has it."""
+    def _count(self, key: Key, by: int, version: int, *, own: bool = False) -> None:
+        """One node more, or less, has it. This node's `own` versions are the highest already."""
         place, id = key
         here = self._present.setdefault(place, {})
         before = here.get(id, 0)
@@ -131,16 +162,31 @@ class Presence:
             if not here:
                 del self._present[place]
         if bool(before) != bool(before + by):
-            known = self._versions.get(key, 0)
-            self._versions[key] = version = max(version, known if ours else known + 1)
+            if not own:
+                version = self._versions[key] = max(version, self._versions.get(key, 0) + 1)
             for watcher in self.watchers:
-                watcher(Transition(place, id, bool(before + by), version, ours))
+                watcher(Transition(place, id, bool(before + by), version))
 
     # Other nodes.
 
     def hear(self, signal: Present) -> None:
-        if signal.node == self._node:
+        if signal.node == self.node:
             return
+        self._heard.append(signal)
+        self._work.set()
+
+    async def _take_heard(self) -> None:
+        """In slices: whatever comes at once, the loop turns."""
+        while True:
+            if not self._heard and not self._gone:
+                self._work = trio.Event()
+                await self._work.wait()
+            while self._gone:
+                await self._drop(*self._gone.popleft())
+            if self._heard:
+                await self._take(self._heard.popleft())
+
+    async def _take(self, signal: Present) -> None:
         node = self._nodes.get(signal.node)
         if node is None:
             node = self._nodes[signal.node] = _Node(0.0, {})
@@ -148,12 +194,14 @@ class Presence:
         round, part, parts = signal.whole or (node.round, 0, 0)
         if round != node.round:
             node.round, node.parts = round, 0
-        for place, id, connections, version in signal.entries:
+        for count, (place, id, connections, version) in enumerate(signal.entries, 1):
             self._apply(node, (place, id), connections, version)
+            if count % SLICE == 0:
+                await trio.lowlevel.checkpoint()
         if signal.whole:
             node.parts += 1
             if part == parts - 1 == node.parts - 1:  # none of them was lost: what they did not name has gone
-                self._drop(node, [key for key, entry in node.entries.items() if entry.round != round])
+                await self._drop(node, [key for key, entry in node.entries.items() if entry.round != round])
 
     def _apply(self, node: _Node, key: Key, connections: int, version: int) -> None:
         entry = node.entries.get(key)
@@ -164,48 +212,61 @@ class Presence:
             return
         before, entry.connections, entry.version = entry.connections, connections, version
         if bool(before) != bool(connections):
-            self._count(key, 1 if connections else -1, version, ours=False)
+            self._count(key, 1 if connections else -1, version)
 
-    def _drop(self, node: _Node, keys: Sequence[Key], *, ours: bool = False) -> None:
-        for key in keys:
+    async def _drop(self, node: _Node, keys: Sequence[Key]) -> None:
+        for count, key in enumerate(keys, 1):
             if node.entries.pop(key).connections:
-                self._count(key, -1, self._versions.get(key, 0) + 1, ours=ours)
+                self._count(key, -1, self._versions.get(key, 0) + 1)
+            if count % SLICE == 0:
+                await trio.lowlevel.checkpoint()
 
     def _forget_silent(self) -> None:
-        """Of those that are left the first by name tells the world of who has gone with a node."""
         now = trio.current_time()
-        silent = [name for name, node in self._nodes.items() if now - node.heard_at > FORGET]
-        first = self._node <= min([self._node, *(self._nodes.keys() - set(silent))])
-        for name in silent:
-            node = self._nodes.pop(name)
-            self._drop(node, list(node.entries), ours=first)
+        for name, node in list(self._nodes.items()):
+            silence, life = now - node.heard_at, self.life(name)
+            if (life is Life.OVER and silence > SILENT) or (life is Life.UNKNOWN and silence > FORGET):
+                del self._nodes[name]
+                self._gone.append((node, list(node.entries)))
+                self._work.set()
 
     # Telling.
 
+    def tell_all_soon(self) -> None:
+        """The others may have missed something."""
+        self._told_all = -TELL_ALL
+        self._wake.set()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        task_status.started()
-        told_all = -TELL_ALL
-        while True:
-            if trio.current_time() - told_all >= TELL_ALL:
-                told_all = trio.current_time()
-                await self._tell_all()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_heard)
+            task_status.started()
+            while True:
+                if trio.current_time() - self._told_all >= TELL_ALL:
+                    self._told_all = trio.current_time()
+                    await self._tell_all()
+                    await self._forget_versions()
+                else:
+                    await self._tell_changed()
                 self._forget_silent()
-                self._forget_versions()
-            with trio.move_on_at(told_all + TELL_ALL):
-                await self._wake.wait()
-                await trio.sleep(GATHER)
-            self._wake = trio.Event()
-            self._tell_changed()
+                with trio.move_on_after(SAY):
+                    await self._wake.wait()
+                    await trio.sleep(GATHER)
+                self._wake = trio.Event()
 
     def _tell_soon(self, key: Key) -> None:
         if self._tell is not None:
             self._untold[key] = None
             self._wake.set()
 
-    def _tell_changed(self) -> None:
+    async def _tell_changed(self) -> None:
+        """At least that this node lives."""
+        if self._tell is None:
+            return
         untold, self._untold = list(self._untold), {}
-        for part in _parts(untold):
+        for part in list(_parts(untold)) or [[]]:
             self._say([self._as_told(key) for key in part], None)
+            await trio.lowlevel.checkpoint()
 
     async def _tell_all(self) -> None:
         if self._tell is None:
@@ -222,17 +283,26 @@ class Presence:
 
     def _say(self, entries: list[tuple[int, int, int, int]], whole: tuple[int, int, int] | None) -> None:
         assert self._tell is not None
-        self._tell(Present(self._node, entries, whole))
+        self._tell(Present(self.node, entries, whole))
 
-    def _forget_versions(self) -> None:
+    async def _forget_versions(self) -> None:
         old = _milliseconds() - REMEMBER
-        for key, version in list(self._versions.items()):
-            if version < old and key not in self._untold and not self.has(*key):
+        for count, (key, version) in enumerate(list(self._versions.items()), 1):
+            if (
+                version < old
+                and key not in self._untold
+                and not self.has(*key)
+                and self._versions[key] == version
+            ):
                 del self._versions[key]
-        for node in self._nodes.values():
-            for key, entry in list(node.entries.items()):
+            if count % PART == 0:
+                await trio.lowlevel.checkpoint()
+        for node in list(self._nodes.values()):
+            for count, (key, entry) in enumerate(list(node.entries.items()), 1):
                 if not entry.connections and entry.version < old:
-                    del node.entries[key]
+                    node.entries.pop(key, None)
+                if count % PART == 0:
+                    await trio.lowlevel.checkpoint()
 
 
 def _parts(keys: list[Key]) -> Iterator[list[Key]]:

@@ -139,7 +139,7 @@ class Audiences:
         self._add(change.conversation_id, audience, change.user_id)
         if self._presence.has(USERS, change.user_id):
             version = self._presence.version(USERS, change.user_id)
-            self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version, ours=False))
+            self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version))
 
     async def _seen(self, room: Room, version: int) -> None:
         """The sweep has read the room's members_version: whoever has a wrong picture is answered anew."""

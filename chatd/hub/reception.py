@@ -18,8 +18,12 @@ class Reception:
         self.audiences: Audiences | None = None
         self.changes = fanout.changes
         self.foreign = fanout.foreign
-        self.links = fanout.links
         self.lost = fanout.lost
+
+    def links(self, up: bool) -> None:
+        self._fanout.links(up)
+        if up:
+            self._presence.tell_all_soon()
 
     def signal(self, signal: Signal) -> None:
         match signal:

@@ -41,7 +41,7 @@ class Hub:
             fanout,
             chat.presence,
             chat.conversations,
-            counts_rooms=chat.attendance is not None,
+            counts_rooms=chat.attendance.counts_rooms,
         )
         self._services = Services(settings, chat, rooms, fanout, registry, self.audiences)
         self._hub, self._drain_window = settings.now.hub, settings.now.server.drain_window

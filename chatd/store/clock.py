@@ -20,5 +20,9 @@ class Clock:
         else:
             self._now = connection.scalar(text("SELECT clock_timestamp()")) or datetime.now(UTC)
 
+    @property
+    def milliseconds(self) -> int:
+        return int(self._now.timestamp() * 1000)
+
     def __call__(self, seconds: float = 0.0) -> str:
         return timestamp(self._now + timedelta(seconds=seconds))

@@ -20,6 +20,7 @@ from chatd.config import Database
 from chatd.errors import ConfigError, OperatorError
 from chatd.model import Group
 from chatd.store import copies, migrations, schema, urls
+from chatd.store.attendance import Attendances
 from chatd.store.engine import is_sqlite, reading_engine, require_sessions, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.place import Place
@@ -45,6 +46,7 @@ class Store:
         self.read = Reader(self._reading, config.readers, sessions.doubt)
         self.outbox = Outbox(self._writing)
         self.webhooks = Webhooks(self._writing)
+        self.attendances = Attendances(self._writing)
         self.retention = Retention(self._writing)
         _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))

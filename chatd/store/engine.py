@@ -27,11 +27,12 @@ def is_sqlite(engine: Engine) -> bool:
 
 
 def writing_engine(url: str, shared: Sessions | None = None) -> Engine:
-    """Four connections: for the writer, the outbox, which may wait for Redis, webhooks and retention.
+    """Five connections: the writer's, the outbox's, which may wait for Redis, and those of webhooks, retention
+    and attendance.
 
     `shared`: the sessions of another engine, which end together with this one's.
     """
-    engine = _engine(url, shared, name="write", pool_size=4, isolation="READ COMMITTED")
+    engine = _engine(url, shared, name="write", pool_size=5, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")

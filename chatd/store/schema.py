@@ -186,6 +186,38 @@ webhooks = Table(
     sqlite_autoincrement=True,
 )
 
+# Places are those of chat.presence: users who are connected, rooms where somebody listens.
+
+nodes = Table(
+    "chat_nodes",
+    metadata,
+    Column("lease", String(32), primary_key=True),
+    Column("node", String(32), nullable=False),  # its name on the bus
+    Column("beat", BigInteger, nullable=False),  # it moves while the node lives
+)
+
+present = Table(
+    "chat_present",
+    metadata,
+    Column("place", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("lease", String(32), primary_key=True),
+    Index("chat_present_lease", "lease"),
+    sqlite_with_rowid=False,
+)
+
+attendance = Table(
+    "chat_attendance",
+    metadata,
+    Column("place", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("told", Boolean, nullable=False, server_default=false()),  # what the backend heard last: it is there
+    Column("version", BigInteger, nullable=False, server_default="0"),  # of that; 0: it has heard nothing
+    Column("due_at", Timestamp),  # when to hold it against `chat_present`; NULL: not in doubt
+    Index("chat_attendance_due", "due_at"),
+    sqlite_with_rowid=False,
+)
+
 facts = Table(
     "chat_meta",
     metadata,
