@@ -43,7 +43,8 @@ class Kind(StrEnum):
 class Change(Struct, frozen=True):
     """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody.
 
-    `members_version` is the conversation's when this was committed: who was removed before shall not hear it.
+    `members_version` is the one at which somebody was last removed from the conversation before this was
+    committed: who was removed shall not hear it. Who comes, and a role or a mute, take no right from anybody.
     0 says nothing; a huge one, that it is not known any more and the database must be asked.
 
     `mark` is random, the same for all that one transaction committed: a database that went back in time and

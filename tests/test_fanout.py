@@ -14,14 +14,15 @@ from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
 from chatd.config import Database
-from chatd.errors import Unavailable
+from chatd.errors import ChatError, Unavailable
 from chatd.hub.fanout import Fanout
 from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
-from chatd.model import Change, Kind, MemberChange, State
+from chatd.model import Change, Group, Kind, MemberChange, State
 from chatd.protocol import text_frame
 from chatd.store import reads
-from chatd.store.commands import Create
+from chatd.store.commands import Create, SetMember
 from chatd.store.database import Store, open_store
+from chatd.store.writer import Writer
 
 
 class Ear:
@@ -51,8 +52,20 @@ class Ear:
 class Repairs:
     """A fanout with one live subscription, and the changes that were committed but not told."""
 
-    def __init__(self, store: Store, fanout: Fanout, ear: Ear, changes: list[Change]) -> None:
-        self.store, self.fanout, self.ear, self.changes = store, fanout, ear, changes
+    def __init__(self, store: Store, writer: Writer, fanout: Fanout, ear: Ear, groups: list[Group]) -> None:
+        self.store, self._writer, self.fanout, self.ear, self._groups = store, writer, fanout, ear, groups
+
+    @property
+    def changes(self) -> list[Change]:
+        return [change for group in self._groups for change in group.changes]
+
+    async def submit(self, *commands: Any) -> None:
+        for outcome in await self._writer.submit(commands).outcomes():
+            assert not isinstance(outcome, ChatError)
+
+    def version(self) -> int:
+        with self.store._writing.connect() as connection:
+            return reads.heads(connection, [1])[1].members_version
 
     async def heard(self, *seqs: int, patience: float = 3.0) -> None:
         """Exactly these have been pushed, in this order."""
@@ -79,7 +92,7 @@ async def repairs(tmp_path: Path, nursery: trio.Nursery) -> Any:
         await writer.submit(
             [Create(conversation_id=1, user_id=1, content=f"m{n}") for n in range(400)]
         ).outcomes()
-        yield Repairs(store, fanout, ear, [change for group in groups for change in group.changes])
+        yield Repairs(store, writer, fanout, ear, groups)
     store.close()
 
 
@@ -230,7 +243,7 @@ class Reading:
 
     async def __call__(self, what: Callable[..., Any], *arguments: Any) -> Any:
         self.asked.append(what.__name__)
-        if arguments[0] in self.away:
+        if isinstance(arguments[0], int) and arguments[0] in self.away:
             await trio.sleep(0.05)
             raise Unavailable
         return await self._read(what, *arguments)
@@ -250,6 +263,11 @@ def enter(repairs: Repairs, ear: Ear, conversation: int, version: int) -> Member
     return mine
 
 
+def after_a_removal(changes: list[Change]) -> list[Change]:
+    """As if somebody had been removed before them, unnoticed."""
+    return [replace(change, members_version=1) for change in changes]
+
+
 async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     repairs: Repairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,8 +277,8 @@ async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     database.away.add(1)
     gone = Outsider()
     enter(repairs, gone, 1, version=0)
-    repairs.fanout.changes(repairs.changes[:2])
-    repairs.fanout.changes(repairs.changes[2:4])
+    repairs.fanout.changes(after_a_removal(repairs.changes[:2]))
+    repairs.fanout.changes(after_a_removal(repairs.changes[2:4]))
     with trio.fail_after(3):
         while database.asked.count("rights") < 3:
             await trio.sleep(0.005)
@@ -270,7 +288,7 @@ async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     assert gone.ended
     assert gone.heard == b""
     asked = len(database.asked)
-    repairs.fanout.changes(repairs.changes[4:6])
+    repairs.fanout.changes(after_a_removal(repairs.changes[4:6]))
     await repairs.heard(1, 2, 3, 4, 5, 6)
     assert len(database.asked) == asked, "nothing is in doubt any more"
 
@@ -280,7 +298,7 @@ async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
     database.away.add(1)
     other = Ear()
     enter(repairs, other, 2, version=5)
-    repairs.fanout.changes(repairs.changes[:1])
+    repairs.fanout.changes(after_a_removal(repairs.changes[:1]))
     frame = b'{"event":"message","conversation_id":2}'
     repairs.fanout.changes([Change(2, 1, Kind.CREATED, frame, members_version=5)])
     with trio.fail_after(0.5):
@@ -296,6 +314,54 @@ async def test_what_was_told_late_is_asked_for_once(repairs: Repairs) -> None:
     repairs.fanout.changes(relayed)
     await repairs.heard(*range(1, 51))
     assert database.asked == ["rights"]
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [SetMember(conversation_id=1, user_id=1, state=State.ACTIVE, role="moderator")],
+        [
+            SetMember(
+                conversation_id=1, user_id=1, state=State.ACTIVE, muted_until="2999-01-01T00:00:00.000000Z"
+            )
+        ],
+        [SetMember(conversation_id=1, user_id=2, state=State.ACTIVE)],
+        [Create(conversation_id=1, user_id=3, content="a new member")],
+        [
+            SetMember(conversation_id=1, user_id=8, state=State.REMOVED),
+            SetMember(conversation_id=1, user_id=8, state=State.ACTIVE, role="moderator"),
+            SetMember(conversation_id=1, user_id=9, state=State.BANNED),
+        ],
+    ],
+    ids=["role", "mute", "add", "post", "removal"],
+)
+async def test_only_a_lost_right_makes_a_room_ask_the_database(
+    repairs: Repairs, commands: list[Any], request: pytest.FixtureRequest
+) -> None:
+    """What another node has done with the members, of which nothing but the messages after it is heard."""
+    await repairs.submit(SetMember(conversation_id=1, user_id=1, state=State.ACTIVE))
+    repairs.fanout.rooms.get(1).members_version = repairs.version()  # type: ignore[union-attr]
+    database = watched(repairs)
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.submit(*commands)
+    await repairs.submit(Create(conversation_id=1, user_id=1, content="after"))
+    repairs.fanout.changes(repairs.changes[200:])
+    await repairs.heard(*range(1, len(repairs.changes) + 1))
+    removal = "removal" in request.node.callspec.id
+    assert database.asked == (["rights"] if removal else [])
+
+
+async def test_a_role_or_a_mute_is_nothing_for_the_sweep(repairs: Repairs) -> None:
+    fanout = repairs.fanout
+    await fanout.sweep.once()
+    fanout.sweep._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    for change in ({"role": "moderator"}, {"muted_until": "2999-01-01T00:00:00.000000Z"}):
+        await repairs.submit(SetMember(conversation_id=1, user_id=1, state=State.ACTIVE, **change))
+    await fanout.sweep.once()
+    assert database.asked == ["heads"]
+    await repairs.submit(SetMember(conversation_id=1, user_id=77, state=State.REMOVED))
+    await fanout.sweep.once()
+    assert database.asked == ["heads", "heads", "rights"]
 
 
 async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from sqlalchemy import text
@@ -14,7 +17,7 @@ from chatd.config import Config
 from chatd.config import Retention as Kept
 from chatd.retention import Retention
 from chatd.settings import Settings
-from chatd.store import reads, retention, scans
+from chatd.store import erasure, reads, retention, scans
 from chatd.store.commands import Create, Delete, Edit, Notify, React
 from chatd.store.retention import Pruner, Rules
 from tests.client import login
@@ -58,15 +61,120 @@ async def test_old_messages_go_and_the_log_with_them(database_url: str) -> None:
         assert await contents(b) == ["3", "4", "5"]
         assert await contents(b, 2) == ["elsewhere"]
         assert b.scalar("SELECT count(*) FROM chat_reactions") == 0
-        # The reaction was the last change (7) of an old message: the log begins after it.
-        assert (await snapshot_of(b, 1, 7)).recovered
-        assert not (await snapshot_of(b, 1, 6)).recovered
+        # The log begins after the newest message that went.
+        assert (await snapshot_of(b, 1, 3)).recovered
+        assert not (await snapshot_of(b, 1, 2)).recovered
         assert [m.seq for m in (await b.store.read(reads.history, 1, None, None, 9)).messages] == [4, 5, 6]
         # It goes on as ever, with ids and seqs that nobody had.
         (more,) = await b.do(post("more"))
         assert (more.seq, more.id > created[-1].id) == (8, True)
         assert await log(b, 7) == [8]
         assert prune(b, days=365) == (0, [])
+
+
+async def test_what_has_happened_to_an_old_message_cuts_nobody_off(database_url: str) -> None:
+    """Who was away for a moment hears of a message that went what is true now: that it is gone."""
+    async with bench(database_url) as b:
+        old = [one.id for one in await b.do(*[post(f"old {n}") for n in range(4)])]
+        await b.do(post("young"))
+        await b.do(
+            React(message_id=old[0], conversation_id=1, user_id=2, emoji="👍", on=True),
+            Edit(message_id=old[1], content="edited"),
+            Delete(message_id=old[2]),
+            React(message_id=old[0], conversation_id=1, user_id=3, emoji="👍", on=True),
+        )
+        age(b, old[3] + 1)
+        prune(b, days=365)
+        for cursor in range(4, 9):
+            back = await snapshot_of(b, 9, cursor)
+            assert back.recovered
+            changes = [msgspec.json.decode(change) for change in back.changes]
+            assert [change["seq"] for change in changes] == list(range(cursor + 1, 10))
+            for change in changes[-4:]:
+                assert (change["event"], change["content"], change["meta"]) == ("message.deleted", None, None)
+                assert (change["user_id"], change["type"]) == (1, "text")
+                assert change["created_at"] == OLD
+                assert change["deleted_at"] > OLD
+        by_id = [msgspec.json.decode(change)["id"] for change in (await snapshot_of(b, 9, 5)).changes]
+        assert by_id == [old[0], old[1], old[2], old[0]]
+        assert not (await snapshot_of(b, 9, 3)).recovered
+        mark = b.scalar("SELECT mark FROM chat_changes WHERE seq = 5")
+        missing = await b.store.read(reads.missing, 1, 5, mark)
+        assert [change.seq for change in missing.changes] == [6, 7, 8, 9], "for nodes, too"
+
+
+async def test_what_is_kept_of_removed_messages_goes_when_the_log_has_passed_it(database_url: str) -> None:
+    async with bench(database_url) as b:
+        ids = [one.id for one in await b.do(*[post(f"{n}") for n in range(6)])]
+        await b.do(React(message_id=ids[0], conversation_id=1, user_id=2, emoji="👍", on=True))
+        prune(b, messages=3)
+        assert b.scalar("SELECT count(*) FROM chat_removed_messages") == 1
+        await b.do(*[post(f"more {n}") for n in range(3)])
+        prune(b, messages=3)
+        assert b.scalar("SELECT low_seq FROM chat_conversations") == 6
+        assert b.scalar("SELECT count(*) FROM chat_removed_messages") == 1
+        await b.do(post("last"))
+        prune(b, messages=3)
+        assert b.scalar("SELECT low_seq FROM chat_conversations") == 8
+        assert b.scalar("SELECT count(*) FROM chat_removed_messages") == 0
+
+
+async def test_a_retry_is_one_for_ever(database_url: str) -> None:
+    """G2 outlives the message: what retention has removed is not posted anew by a retry."""
+    async with bench(database_url) as b:
+        (first, _, other) = await b.do(
+            post("first", client_id="k"), post("no name"), post("there", client_id="k", conversation_id=2)
+        )
+        prune(b, messages=0, days=1e-9)
+        assert await contents(b) == await contents(b, 2) == []
+        again, changed, somebody, elsewhere = await b.do(
+            post("first", client_id="k"),
+            post("changed", client_id="k"),
+            post("first", client_id="k", user_id=2),
+            post("there", client_id="k", conversation_id=2),
+        )
+        assert again == msgspec.structs.replace(first, duplicate=True)
+        assert changed == "conflict"
+        assert (somebody.duplicate, somebody.seq) == (False, 3)
+        assert elsewhere == msgspec.structs.replace(other, duplicate=True)
+        prune(b, messages=0, days=1e-9)
+        assert (await b.do(post("first", client_id="k", user_id=2)))[0].id == somebody.id
+        assert b.scalar("SELECT count(*) FROM chat_client_ids") == 3
+
+
+async def test_a_version_that_forgot_a_client_id_stops_no_retention(database_url: str) -> None:
+    """It removed a message and stored its retry anew, while another version ran beside it."""
+    async with bench(database_url) as b:
+        (first,) = await b.do(post("x", client_id="k"))
+        prune(b, days=1e-9)
+        b.execute("UPDATE chat_conversations SET low_seq = 0")
+        (second,) = await b.do(post("x", client_id="k"))
+        assert second.id > first.id
+        assert sum(prune(b, days=1e-9)[1]) == 1
+        assert (await b.do(post("x", client_id="k")))[0].id == first.id
+
+
+async def test_a_client_id_that_outlives_its_message_is_erased_with_its_user(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("a", client_id="secret"), post("b", client_id="secret", user_id=2))
+        prune(b, days=1e-9)
+        exported = list(erasure.export(b.store._writing, 1))
+        assert [row["client_id"] for row in exported if row["table"] == "chat_client_ids"] == ["secret"]
+        assert not any("request_hash" in row for row in exported)
+        erasure.Erasure(b.store._writing, 1, None, lambda count: None).run()
+        assert b.scalar("SELECT user_id FROM chat_client_ids") == 2
+
+
+async def test_what_a_client_id_costs_for_ever(tmp_path: Path) -> None:
+    """docs/backup.md says how many bytes: the size of a UUID is usual."""
+    async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
+        for start in range(0, 20_000, 500):
+            await b.do(*[post("x", client_id=str(uuid.uuid4()), user_id=start + n) for n in range(500)])
+        prune(b, days=1e-9)
+        b.execute("CREATE VIRTUAL TABLE IF NOT EXISTS temp.space USING dbstat(main)")
+        size = b.scalar("SELECT sum(pgsize) FROM temp.space WHERE name = 'chat_client_ids'")
+        assert b.scalar("SELECT count(*) FROM chat_client_ids") == 20_000
+        assert size / 20_000 < 200
 
 
 async def test_the_newest_stay_where_there_are_too_many(database_url: str) -> None:

@@ -33,7 +33,8 @@ Row = dict[str, Any]
 
 def export(engine: Engine, user_id: int) -> Iterator[Row]:
     """Everything, a row at a time, each with the `table` it is from. Names are those of the tables."""
-    for table in (schema.users, schema.members, schema.reads, schema.reactions, schema.messages):
+    tables = (schema.users, schema.members, schema.reads, schema.reactions, schema.messages)
+    for table in (*tables, schema.client_ids, schema.removed):
         columns = [column for column in table.c if column.name != "request_hash"]
         query = select(*columns).where(table.c.user_id == user_id)
         for rows in pages(engine, query, *table.primary_key):
@@ -59,7 +60,7 @@ class Erasure:
         settle()
         count = self._delete_messages()
         self._take_back_reactions()
-        for table in (schema.reactions, schema.reads):
+        for table in (schema.reactions, schema.reads, schema.client_ids):
             self._remove_rows(table)
         self._remove_rows(schema.members, schema.members.c.state != State.BANNED.value)
         self._clean_outbox()

@@ -73,7 +73,8 @@ class Members:
         moved = before is None or before["state"] != command.state
         written = moved or (before["role"], before["muted_until"]) != (role, muted)  # type: ignore[index]
         if written:
-            self._put(key, conversation, command.state, role, muted, announce=moved)
+            shrinks = command.state is not State.ACTIVE and (before is None or before["state"] == State.ACTIVE)
+            self._put(key, conversation, command.state, role, muted, announce=moved, shrinks=shrinks)
         return written, moved
 
     def write(self) -> None:
@@ -89,8 +90,10 @@ class Members:
         muted_until: str | None,
         *,
         announce: bool,
+        shrinks: bool = False,
         quiet: bool = False,
     ) -> None:
+        """`announce`: somebody has come or gone. `shrinks`: who was allowed to listen no longer is."""
         place, user = key
         self._rows[key] = self._set[key] = {
             "conversation_id": place,
@@ -100,7 +103,9 @@ class Members:
             "muted_until": muted_until,
             "updated_at": self._now,
         }
-        conversation["members_version"] += 1
-        version = conversation["members_version"]
         if announce:
+            conversation["members_version"] += 1
+            version = conversation["members_version"]
+            if shrinks:
+                conversation["removed_version"] = version
             self.changes.append(MemberChange(place, user, state, role, version, quiet))

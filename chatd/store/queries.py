@@ -12,7 +12,7 @@ from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindpar
 from chatd.model import State
 from chatd.store import keys
 from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
-from chatd.store.schema import changes, conversations, facts, members, messages, reads, users
+from chatd.store.schema import changes, conversations, facts, members, messages, reads, removed, users
 
 
 def _one(name: str) -> BindParameter[Any]:
@@ -32,7 +32,7 @@ REVISION = text("SELECT version_num FROM alembic_version")
 EPOCH = select(facts.c.value).where(facts.c.key == "epoch")
 
 HEADS = select(
-    *(conversations.c.id, conversations.c.last_seq, conversations.c.low_seq, conversations.c.members_version),
+    *[conversations.c[name] for name in ("id", "last_seq", "low_seq", "members_version", "removed_version")],
     MARK_OF_LAST,
 ).where(conversations.c.id.in_(_several("conversation_ids")))
 
@@ -40,13 +40,18 @@ STATES = select(members.c.user_id, members.c.state).where(
     members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
 )
 
-# The log, with the messages as they are now.
-CHANGES_AFTER = (
-    select(changes.c.seq.label("change_seq"), changes.c.kind, changes.c.mark, *MESSAGE_COLUMNS)
-    .join(messages, messages.c.id == changes.c.message_id)
+# The log, with the messages as they are now; without those that retention has removed.
+_log = (
+    select(changes.c.message_id)
     .where(changes.c.conversation_id == _one("conversation_id"), changes.c.seq > _one("after"))
     .order_by(changes.c.seq)
     .limit(_one("most"))
+)
+CHANGES_AFTER = _log.outerjoin_from(changes, messages, messages.c.id == changes.c.message_id).add_columns(
+    changes.c.seq.label("change_seq"), changes.c.kind, changes.c.mark, *MESSAGE_COLUMNS
+)
+REMOVED_AFTER = select(removed).where(
+    removed.c.conversation_id == _one("conversation_id"), removed.c.message_id.in_(_log)
 )
 
 

@@ -16,7 +16,7 @@ from chatd.errors import NotFound
 from chatd.model import Change, Kind, Message, State
 from chatd.protocol import change_payload
 from chatd.store import keys, queries
-from chatd.store.rows import message
+from chatd.store.rows import message, removed_message
 
 
 class Heads(Struct, frozen=True):
@@ -25,6 +25,7 @@ class Heads(Struct, frozen=True):
     seq: int = 0
     low_seq: int = 0
     members_version: int = 0
+    removed_version: int = 0
     mark: str | None = None
 
 
@@ -74,14 +75,29 @@ def changes_after(connection: Connection, conversation_id: int, after: int) -> t
     asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}
     found: list[Change] = []
     space = limits.REPLAY_BYTES
+    removed: dict[int, Message] | None = None
     for row in connection.execute(queries.CHANGES_AFTER, asked).mappings():
         kind = Kind(row["kind"])
-        payload = change_payload(kind, row["change_seq"], message(row), row["mark"])
+        if row["id"] is not None:
+            changed: Message | None = message(row)
+        else:  # retention has removed it: for whoever was away it was deleted
+            removed = _removed_after(connection, asked) if removed is None else removed
+            kind, changed = Kind.DELETED, removed.get(row["message_id"])
+        if changed is None:
+            return found, False
+        payload = change_payload(kind, row["change_seq"], changed, row["mark"])
         space -= len(payload)
         if space < 0 or len(found) == limits.REPLAY_CHANGES:
             return found, False
         found.append(Change(conversation_id, row["change_seq"], kind, payload, mark=row["mark"]))
     return found, True
+
+
+def _removed_after(connection: Connection, asked: dict[str, int]) -> dict[int, Message]:
+    return {
+        row["message_id"]: removed_message(row)
+        for row in connection.execute(queries.REMOVED_AFTER, asked).mappings()
+    }
 
 
 def missing(connection: Connection, conversation_id: int, after: int, mark: str | None) -> Missing:
@@ -97,7 +113,7 @@ def missing(connection: Connection, conversation_id: int, after: int, mark: str 
 def _chained(changes: Sequence[Change], previous: str | None, heads: Heads) -> Iterator[Change]:
     """Read from the database, each change is known to follow the one before."""
     for change in changes:
-        version = heads.members_version
+        version = heads.removed_version
         yield msgspec.structs.replace(change, members_version=version, previous=previous)
         previous = change.mark
 
@@ -185,7 +201,10 @@ def rights(
 
 def heads(connection: Connection, conversation_ids: Sequence[int]) -> dict[int, Heads]:
     rows = connection.execute(queries.HEADS, {"conversation_ids": conversation_ids})
-    return {row.id: Heads(row.last_seq, row.low_seq, row.members_version, row.mark) for row in rows}
+    return {
+        row.id: Heads(row.last_seq, row.low_seq, row.members_version, row.removed_version, row.mark)
+        for row in rows
+    }
 
 
 def standings(connection: Connection, user_ids: Sequence[int]) -> dict[int, Standing]:

@@ -1,28 +1,34 @@
 """Old messages go, in small transactions: by age, and by number for each conversation.
 
-The log is cut first, up to the last change of any message that is to go, and the place of the cut (`low_seq`)
-is raised with it: who comes back with a cursor below it starts over. Then the messages go, the oldest first. So
-at each moment every change above the cut has its message, whatever happens between two transactions. The change
-at the cut stays in the log, without a message: its mark proves that a cursor there is of this history.
+The log is cut first, up to the creation of the newest message that is to go, and the place of the cut
+(`low_seq`) is raised with it: who comes back with a cursor below it starts over. Then the messages go, the
+oldest first.
+
+What has happened to one of them since (an edit, a reaction) stays in the log: nobody who was away for a minute
+shall start over because somebody reacted to something old. A row of `chat_removed_messages` takes the message's
+place, until the cut has passed it. So at each moment every change above the cut has its message or such a
+row, whatever happens between two transactions. The change at the cut stays in the log, too: its mark proves
+that a cursor there is of this history. A `client_id` is remembered in `chat_client_ids`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
-from sqlalchemy import ColumnElement, Connection, Engine, delete, func, or_, select, text, true, update
+from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, func, or_, select, text, true, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import Unavailable
-from chatd.model import timestamp
+from chatd.model import now, timestamp
 from chatd.store import schema
 from chatd.store.engine import is_sqlite
 from chatd.store.scans import looking
@@ -71,12 +77,16 @@ class _Marks(Struct, frozen=True):
 
 @dataclass
 class _Target:
-    """A conversation and what is to go of it. The log was looked at up to `checked`."""
+    """A conversation and what is to go of it: the log up to `low`.
+
+    `told`: messages with changes after that, and the last of these. The log was looked at up to `checked`.
+    """
 
     conversation_id: int
     marks: _Marks
     low: int = 0
     checked: int = 0
+    told: dict[int, int] = field(default_factory=dict)
 
 
 class Pruner:
@@ -187,17 +197,18 @@ def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
 
 def _target(connection: Connection, conversation_id: int, marks: _Marks) -> _Target:
     last = connection.scalar(select(_places.last_seq).where(_places.id == conversation_id)) or 0
-    target = _Target(conversation_id, marks)
+    newest = connection.scalar(select(func.max(_messages.seq)).where(marks.messages(conversation_id)))
+    target = _Target(conversation_id, marks, low=newest or 0, checked=newest or 0)
     _look_at_log(connection, target, last)
     return target
 
 
 def _look_at_log(connection: Connection, target: _Target, last_seq: int) -> None:
-    """The last change of a message that is to go, as far as the log was not looked at yet."""
+    """The last changes of messages that are to go, as far as the log was not looked at yet."""
     mine = (_changes.conversation_id == target.conversation_id) & (_changes.seq > target.checked)
     theirs = _changes.message_id < target.marks.below
-    found = connection.scalar(select(func.max(_changes.seq)).where(mine, theirs))
-    target.low = max(target.low, found or 0)
+    last = select(_changes.message_id, func.max(_changes.seq)).where(mine, theirs).group_by(_changes.message_id)
+    target.told.update((id, seq) for id, seq in connection.execute(last))
     target.checked = last_seq
 
 
@@ -224,9 +235,16 @@ def _prune(connection: Connection, target: _Target) -> int | None:
     if target.low > row.low_seq:
         raised = update(schema.conversations).where(_places.id == target.conversation_id)
         connection.execute(raised.values(low_seq=target.low))
+        connection.execute(delete(schema.removed).where(_untold(target)))
     if _cut_log(connection, target):
         return 0
     return _remove_messages(connection, target)
+
+
+def _untold(target: _Target) -> ColumnElement[bool]:
+    """Removed messages of which nothing is left in the log."""
+    removed = schema.removed.c
+    return (removed.conversation_id == target.conversation_id) & (removed.last_seq <= target.low)
 
 
 def _cut_log(connection: Connection, target: _Target) -> int:
@@ -243,6 +261,34 @@ def _remove_messages(connection: Connection, target: _Target) -> int | None:
     ids = list(connection.scalars(select(_messages.id).where(mine).order_by(_messages.id).limit(BATCH)))
     if not ids:
         return None
+    _remember(connection, target, ids)
     connection.execute(delete(schema.reactions).where(schema.reactions.c.message_id.in_(ids)))
     connection.execute(delete(schema.messages).where(_messages.id.in_(ids)))
     return len(ids)
+
+
+def _remember(connection: Connection, target: _Target, ids: list[int]) -> None:
+    """What outlives these messages. A row that is there already was left by a version that did not remember."""
+    table, place = schema.client_ids, _messages.chat_conversation_id.label("conversation_id")
+    columns = (place, _messages.user_id, _messages.client_id, _messages.id.label("message_id"), _messages.seq)
+    known = select(*columns, _messages.created_at, _messages.request_hash).where(
+        _messages.id.in_(ids), _messages.client_id.is_not(None)
+    )
+    connection.execute(_insert(connection, table).from_select([c.name for c in table.c], known))
+    told = select(place, _messages.id.label("message_id"), *_of_removed).where(
+        _messages.id.in_([id for id in ids if id in target.told])
+    )
+    rows = [
+        {**row, "last_seq": target.told[row["message_id"]], "deleted_at": row["deleted_at"] or now()}
+        for row in connection.execute(told).mappings()
+    ]
+    if rows:
+        connection.execute(_insert(connection, schema.removed), rows)
+
+
+_of_removed = (_messages.user_id, _messages.type, _messages.created_at, _messages.deleted_at)
+
+
+def _insert(connection: Connection, table: Table) -> Any:
+    into = sqlite.insert if is_sqlite(connection.engine) else postgresql.insert
+    return into(table).on_conflict_do_nothing()

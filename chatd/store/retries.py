@@ -1,14 +1,15 @@
-"""Messages that a command may be a retry of, by their `client_id`, within one transaction.
+"""Messages that a command may be a retry of, by their `client_id`, within one transaction; also those that
+retention has removed.
 
 Used by `transaction` alone. Each answer sees what the commands before it in the group did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Select
 
 from chatd.errors import Conflict
 from chatd.store import statements
@@ -24,12 +25,18 @@ class Retries:
         self._connection = connection
         self._earlier: dict[Key, Row] = {}
 
-    def read(self, commands: Sequence[Create]) -> None:
+    def read(self, commands: Sequence[Create], conversations: Mapping[int, Row]) -> None:
         """`commands` are those with a `client_id`."""
-        if commands:
-            keys = as_parameter({_key(command) for command in commands})
-            query = statements.EARLIER_MESSAGES[self._connection.dialect.name]
-            for row in self._connection.execute(query, keys).mappings():
+        keys = {_key(command) for command in commands}
+        self._look(statements.EARLIER_MESSAGES, keys)
+        # Where nothing was ever removed there is nothing to look for.
+        pruned = {id for id, row in conversations.items() if row["low_seq"]}
+        self._look(statements.REMOVED_CLIENT_IDS, {key for key in keys if key[0] in pruned})
+
+    def _look(self, query: Mapping[str, Select[Any]], keys: set[Key]) -> None:
+        if keys:
+            found = self._connection.execute(query[self._connection.dialect.name], as_parameter(keys))
+            for row in found.mappings():
                 self._earlier[row["chat_conversation_id"], row["user_id"], row["client_id"]] = dict(row)
 
     def find(self, command: Create) -> Row | None:

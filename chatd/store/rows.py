@@ -45,6 +45,22 @@ def message(row: RowMapping | Mapping[str, Any]) -> Message:
     )
 
 
+def removed_message(row: RowMapping) -> Message:
+    """What is told of one that retention has removed."""
+    return Message(
+        conversation_id=row["conversation_id"],
+        id=row["message_id"],
+        user_id=row["user_id"],
+        type=row["type"],
+        content=None,
+        meta=None,
+        created_at=row["created_at"],
+        seq=row["last_seq"],
+        client_id=None,
+        deleted_at=row["deleted_at"],
+    )
+
+
 def _uncounted(reactions: dict[str, Any]) -> dict[str, int] | None:
     """Of the emojis that more users gave than are named."""
     return {emoji: count for emoji, (count, users) in reactions.items() if count > len(users)} or None

@@ -76,7 +76,9 @@ conversations = Table(
     Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("last_seq", BigInteger, nullable=False, server_default="0"),
     Column("low_seq", BigInteger, nullable=False, server_default="0"),  # the log is cut up to here
+    # Counts who comes and goes; and what it was when somebody was last removed or banned.
     Column("members_version", BigInteger, nullable=False, server_default="0"),
+    Column("removed_version", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", Timestamp, nullable=False),
     # The mark of the last change. Only if `marked_seq` is `last_seq`: a version before marks writes neither.
     Column("mark", String(8)),
@@ -117,6 +119,34 @@ changes = Table(
     Column("kind", String(16), nullable=False),
     Column("message_id", BigInteger, nullable=False),
     Column("mark", String(8)),  # random, of its transaction; NULL in changes older than marks
+    sqlite_with_rowid=False,
+)
+
+# What retention has removed: the keys by which a retry is known, for ever …
+client_ids = Table(
+    "chat_client_ids",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("client_id", String(64), primary_key=True),
+    Column("message_id", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("request_hash", LargeBinary(16), nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# … and messages of which the log still tells: `last_seq` is their last change.
+removed = Table(
+    "chat_removed_messages",
+    metadata,
+    Column("conversation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("message_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("user_id", BigInteger, nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("deleted_at", Timestamp, nullable=False),
     sqlite_with_rowid=False,
 )
 

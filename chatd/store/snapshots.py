@@ -235,7 +235,7 @@ class _Missed:
             return True
         if position.mark is UNSET:
             return epoch in (None, self.epoch) and position.after <= place.last_seq
-        heads = Heads(place.last_seq, place.low_seq, place.members_version, place.mark)
+        heads = Heads(place.last_seq, place.low_seq, place.members_version, mark=place.mark)
         return is_of(place.id, position.after, position.mark, heads, self._marks)
 
     def of(self, place: _Place, after: int | None, same: bool) -> tuple[list[bytes], bool, bool]:

@@ -27,6 +27,7 @@ from chatd.store import keys
 from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
 from chatd.store.schema import (
     changes,
+    client_ids,
     conversations,
     facts,
     members,
@@ -57,8 +58,13 @@ CREATE_CONVERSATIONS = {
     for name, into in _insert_of.items()
 }
 
+_VERSIONS = ("members_version", "removed_version")
+
 LOCK_CONVERSATIONS = (
-    select(conversations.c.id, conversations.c.last_seq, conversations.c.members_version, MARK_OF_LAST)
+    select(
+        *[conversations.c[name] for name in ("id", "last_seq", "low_seq", *_VERSIONS)],
+        MARK_OF_LAST,
+    )
     .where(conversations.c.id.in_(_several("ids")))
     .order_by(conversations.c.id)
     .with_for_update()
@@ -84,6 +90,19 @@ EARLIER_MESSAGES = _by_keys(
     messages.c.chat_conversation_id,
     messages.c.user_id,
     messages.c.client_id,
+)
+
+# The same of messages that retention has removed.
+REMOVED_CLIENT_IDS = _by_keys(
+    select(
+        client_ids.c.message_id.label("id"),
+        client_ids.c.conversation_id.label("chat_conversation_id"),
+        *[client_ids.c[name] for name in ("user_id", "client_id", "seq", "created_at", "request_hash")],
+    ),
+    keys.WITH_TEXT,
+    client_ids.c.conversation_id,
+    client_ids.c.user_id,
+    client_ids.c.client_id,
 )
 
 MESSAGES = select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_several("ids")))
@@ -208,7 +227,7 @@ def _set_users(into: Any) -> Any:
 SET_USERS = {name: _set_users(into(users)) for name, into in _insert_of.items()}
 
 
-ADVANCED = ("last_seq", "members_version", "updated_at", "mark", "marked_seq")
+ADVANCED = ("last_seq", *_VERSIONS, "updated_at", "mark", "marked_seq")
 
 
 def _advance_conversations(into: Any) -> Any:

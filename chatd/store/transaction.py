@@ -116,7 +116,8 @@ class Transaction:
         self._places = self._find_places([*(command.message_id for command in aimed), *replies])
         self._lock_conversations(commands)
         self._members.read({pair for command in commands for pair in self._member_pairs(command)})
-        self._retries.read([c for c in commands if isinstance(c, Create) and c.client_id is not None])
+        named = [c for c in commands if isinstance(c, Create) and c.client_id is not None]
+        self._retries.read(named, self._conversations)
         self._read_messages({command.message_id for command in aimed})
         self._reactions.read([c for c in commands if isinstance(c, React)])
         self._cursors.read([c for c in commands if isinstance(c, MoveCursor)])
@@ -367,12 +368,13 @@ class Transaction:
 
     def _advanced(self, row: Row) -> Row:
         marked = {"marked_seq": row["last_seq"], "updated_at": self._now}
-        return {name: row[name] for name in ("id", "last_seq", "members_version", "mark")} | marked
+        names = ("id", "last_seq", "members_version", "removed_version", "mark")
+        return {name: row[name] for name in names} | marked
 
     def _change(self, step: Step) -> Change:
         id = step.row["chat_conversation_id"]
         payload = change_payload(step.kind, step.seq, message(step.row), self._mark)
-        version = self._conversations[id]["members_version"]
+        version = self._conversations[id]["removed_version"]
         return Change(id, step.seq, step.kind, payload, version, self._mark, step.previous)
 
     @staticmethod
