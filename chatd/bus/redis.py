@@ -28,12 +28,14 @@ from redis.retry import Retry
 
 from chatd import metrics
 from chatd.bus import Receiver, give_to, payloads
+from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
 from chatd.errors import ChatError
 from chatd.limits import MAX_ID
 from chatd.model import Group, MemberChange, Signal, UserChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
+PROBE = "chat.probe"  # a key that never is there
 
 QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
 PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the loop waiting for the interpreter
@@ -66,9 +68,7 @@ class Left(Protocol):
 class Outbox(Protocol):
     """What the store offers for groups that Redis has not taken."""
 
-    async def relay(
-        self, publish: Callable[[Sequence[Any]], None], *, node: str, above: int = 0
-    ) -> tuple[int, int]: ...
+    async def relay(self, publish: Callable[[Any], None], *, node: str, above: int = 0) -> tuple[int, int]: ...
     async def expire(self) -> int: ...
 
 
@@ -195,13 +195,12 @@ class RedisBus:
         self._waiting_bytes = 0
 
     async def _catch_up(self, client: redis.Redis) -> None:
-        await self._in_thread(client.ping)
+        await self._in_thread(client.setrange, PROBE, 0, b"")  # fails where Redis is full, and changes nothing
         self._behind = False  # set again by an overflow while we read
 
-        def publish(rows: Sequence[Left]) -> None:
-            for row in rows:
-                # Its version is not known any more, and removals may have been lost: everybody shall ask.
-                self._send(client, [(row.node, payload, MAX_ID, UNSET) for payload in row.payloads])
+        def publish(row: Left) -> None:
+            # Its version is not known any more, and removals may have been lost: everybody shall ask.
+            self._send(client, [(row.node, payload, MAX_ID, UNSET) for payload in row.payloads])
 
         while True:
             count, self._relayed = await self._outbox.relay(publish, node=self._node, above=self._relayed)
@@ -235,7 +234,9 @@ class RedisBus:
         self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int, str | UnsetType | None]]
     ) -> None:
         """`entries` are (node, payload, members_version, the mark of the change before)."""
-        with client.pipeline(transaction=False) as pipeline:
+        # A transaction, for all of it or nothing: a full Redis refuses XADD and would take PUBLISH, and what is
+        # tried again would be published each time.
+        with client.pipeline(transaction=True) as pipeline:
             for node, payload, version, previous in entries:
                 entry = payloads.entry(payload, node, version, previous)
                 pipeline.xadd(STREAM, entry, maxlen=self._config.stream_length, approximate=True)
@@ -291,6 +292,8 @@ class RedisBus:
         last = _last_id(client)
         if not self._position or _order(last) < _order(self._position):
             self._position = last  # the first start, or a flush: what was missed is found by the sweep
+        trimming = Trimming(self._config.stream_bytes)
+        trim_what_is_there(client, STREAM, self._config.stream_bytes)
         trio.from_thread.run_sync(self._set_link, "stream", True)
         while True:
             trio.from_thread.check_cancelled()
@@ -304,6 +307,8 @@ class RedisBus:
             entries = reply[0][1]
             self._position = entries[-1][0].decode()
             trio.from_thread.run(send.send, entries)
+            if cut := trimming.add(entries):
+                client.xtrim(STREAM, minid=cut, approximate=True)
 
     async def _take_batches(self, receive: trio.MemoryReceiveChannel[list[Any]]) -> None:
         own = self._node.encode()

@@ -45,6 +45,7 @@ class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     ingest: bool = True
     accept_foreign: bool = False
     stream_length: Positive = 100_000
+    stream_bytes: Positive = 64 * 1024 * 1024
 
 
 Algorithm = Literal["HS256", "RS256", "ES256", "EdDSA"]

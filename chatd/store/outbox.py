@@ -33,7 +33,7 @@ class Left(Struct, frozen=True):
     payloads: list[bytes]
 
 
-Publish = Callable[[Sequence[Left]], None]
+Publish = Callable[[Left], None]
 
 
 class Outbox:
@@ -44,8 +44,8 @@ class Outbox:
     async def relay(self, publish: Publish, *, node: str, above: int = 0) -> tuple[int, int]:
         """Pass on this node's own rows above an id, and any node's that are old enough.
 
-        `publish` runs in the thread; what it raises leaves the rows where they are. Returns how many rows
-        were passed on and the highest id among this node's own.
+        `publish` runs in the thread, row by row; where it raises, this row and those after it stay where they
+        are. Returns how many rows were passed on and the highest id among this node's own.
         """
         return await trio.to_thread.run_sync(self._relay, publish, node, above, limiter=self._thread)
 
@@ -68,17 +68,25 @@ class Outbox:
         return count, age.total_seconds()
 
     def _relay(self, publish: Publish, node: str, above: int) -> tuple[int, int]:
+        done: list[Left] = []
+        failure: Exception | None = None
         try:
-            with self._claimed(node, above) as rows:
-                if rows:
-                    publish(rows)
+            with self._claimed(node, above, done) as rows:
+                try:
+                    for row in rows:
+                        publish(row)
+                        done.append(row)
+                except Exception as error:  # those before it shall not be published again
+                    failure = error
         except (SQLAlchemyError, OSError) as error:  # the last: no descriptor left to connect with
             raise Unavailable() from error
-        return len(rows), max((row.id for row in rows if row.node == node), default=above)
+        if failure is not None:
+            raise failure
+        return len(done), max((row.id for row in done if row.node == node), default=above)
 
     @contextmanager
-    def _claimed(self, node: str, above: int) -> Iterator[list[Left]]:
-        """The next rows, removed when the block ends well.
+    def _claimed(self, node: str, above: int, done: list[Left]) -> Iterator[list[Left]]:
+        """The next rows. When the block ends, `done` are removed.
 
         PostgreSQL locks them meanwhile, so that two nodes do not relay the same. SQLite has one lock for
         everything, which must not be held while Redis is waited for.
@@ -88,12 +96,12 @@ class Outbox:
                 rows = _next(connection, node, above)
             yield rows
             with self._engine.begin() as connection:
-                _remove(connection, rows)
+                _remove(connection, done)
         else:
             with self._engine.begin() as connection:
                 rows = _next(connection, node, above)
                 yield rows
-                _remove(connection, rows)
+                _remove(connection, done)
 
     def _expire(self) -> int:
         try:
