@@ -276,24 +276,24 @@ def test_a_migration_of_sqlite_begins_with_a_copy(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*before*")) == [], "there was nothing to copy"
     # Back to what the version before had, as far as the next migration is concerned.
     for statement in (
-        "DROP TABLE chat_nodes",
-        "DROP TABLE chat_present",
-        "DROP TABLE chat_attendance",
-        "UPDATE alembic_version SET version_num = '0003'",
+        "ALTER TABLE chat_conversations DROP COLUMN removed_version",
+        "DROP TABLE chat_client_ids",
+        "DROP TABLE chat_removed_messages",
+        "UPDATE alembic_version SET version_num = '0004'",
         "INSERT INTO chat_conversations (id, updated_at) VALUES (7, '2026-01-01T00:00:00.000000Z')",
     ):
         execute(file, statement)
     migrate(config)
     (copy,) = tmp_path.glob("*before*")
-    assert copy.name == "chatd.db.before-0003-to-0004"
+    assert copy.name == "chatd.db.before-0004-to-0005"
     with closing(sqlite3.connect(copy)) as old, closing(sqlite3.connect(file)) as new:
         versions = [one.execute("SELECT version_num FROM alembic_version").fetchone()[0] for one in (old, new)]
-        assert versions == ["0003", "0004"]
+        assert versions == ["0004", "0005"]
         assert old.execute("SELECT id FROM chat_conversations").fetchall() == [(7,)]
     # Going back is a copy.
     shutil.copy(copy, file)
     with closing(sqlite3.connect(file)) as back:
-        assert back.execute("SELECT version_num FROM alembic_version").fetchone() == ("0003",)
+        assert back.execute("SELECT version_num FROM alembic_version").fetchone() == ("0004",)
 
 
 def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_two_nodes_migrate_at_once(postgres: PostgresServer) -> None:
     config = Database(url=postgres.create_database())
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: migrate(config), range(4)))
-    assert sorted(found, key=str) == [("0004", "0004")] * 3 + [(None, "0004")]
+    assert sorted(found, key=str) == [("0005", "0005")] * 3 + [(None, "0005")]
 
 
 def test_a_running_version_goes_on_when_the_next_one_migrates(

@@ -156,8 +156,8 @@ def test_no_token_is_needed_where_no_backend_is_served(tmp_path: Path) -> None:
     early = daemon.command("token", "7")
     assert (early.returncode, "no token would be valid" in early.stderr) == (1, True)
     migrated = daemon.command("migrate")
-    assert (migrated.returncode, migrated.stdout) == (0, "The schema went from nothing to version 0004.\n")
-    assert daemon.command("migrate").stdout == "The schema is at version 0004 already.\n"
+    assert (migrated.returncode, migrated.stdout) == (0, "The schema went from nothing to version 0005.\n")
+    assert daemon.command("migrate").stdout == "The schema is at version 0005 already.\n"
     made = daemon.command("token", "7", "--ttl", "60")
     assert made.returncode == 0
     assert made.stdout.count(".") == 2

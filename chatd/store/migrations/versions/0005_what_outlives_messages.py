@@ -6,8 +6,8 @@ All of it is additive: the version before works on with this schema.
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 
 _moment = sa.DateTime(timezone=True)
 
