@@ -16,12 +16,12 @@ from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from sqlalchemy import event, text
+from sqlalchemy import ClauseElement, event, text
 
 from chatd.config import Database
 from chatd.errors import ChatError, ConfigError, Unavailable
 from chatd.model import Group, Position, State
-from chatd.store import reads, schema, snapshots
+from chatd.store import queries, reads, schema, snapshots, statements
 from chatd.store.commands import Changed, Create, Created, Delete, Edit, MemberSet, Rights, SetMember
 from chatd.store.database import Store, open_store
 from chatd.store.engine import writing_engine
@@ -39,6 +39,10 @@ class Bench:
         """The outcomes of one submission; an error stands as its code."""
         outcomes = await self.writer.submit(commands).outcomes()
         return [outcome.code if isinstance(outcome, ChatError) else outcome for outcome in outcomes]
+
+    @property
+    def dialect(self) -> str:
+        return self.store._writing.dialect.name
 
     @property
     def seqs(self) -> list[int]:
@@ -522,3 +526,35 @@ async def test_a_conversation_that_somebody_holds_holds_up_no_other(postgres_url
             assert (outcomes[1], outcomes[3]) == ("unavailable", "unavailable")
             assert not b.writer.failing, "the database takes writes"
         assert (await b.do(post("free", conversation_id=2)))[0].seq == 2
+
+
+async def test_a_list_may_be_longer_than_postgresql_has_parameters(database_url: str) -> None:
+    """Of 70,000 people in a room, 70,000 rooms, messages and changes: each list is one parameter."""
+    many = list(range(1, 70_001))
+    async with bench(database_url) as b:
+        await b.do(post("a", client_id="a"))
+        version, states = await b.store.read(reads.rights, 1, many)
+        assert (version, states) == (1, {1: State.ACTIVE})
+        assert (await b.store.read(reads.heads, many)).keys() == {1}
+        assert await b.store.read(reads.standings, many) == {}
+        await b.store.read(reads.marks_of, [(1, after) for after in many])
+        b.writer.settle(many)
+        assert (await b.do(post("b")))[0].seq == 2
+
+
+async def test_each_statement_with_a_list_takes_a_long_one(database_url: str) -> None:
+    """Whatever there is: also those whose lists nobody makes long today."""
+    many = list(range(1, 70_001))
+    lists = {"ids": many, "conversation_ids": many, "user_ids": many}
+    async with bench(database_url) as b:
+        tried = 0
+        for module in (queries, statements):
+            for name, statement in vars(module).items():
+                one = statement.get(b.dialect) if isinstance(statement, dict) else statement
+                asked = set(one.compile().params) if isinstance(one, ClauseElement) else set()
+                if asked & lists.keys() and not name.startswith("_"):
+                    given = lists | {"conversation_id": 1, "after": 0, "most": 1}
+                    with b.store._writing.begin() as connection:
+                        connection.execute(one, {key: given[key] for key in asked})
+                    tried += 1
+        assert tried >= 10

@@ -1,6 +1,6 @@
 """The queries of `reads`, built once: building one costs more than running it.
 
-Parameters named in the plural expand to lists.
+Parameters named in the plural are lists.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindpar
 
 from chatd.model import State
 from chatd.store import keys
+from chatd.store.among import among
 from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
 from chatd.store.schema import changes, conversations, facts, members, messages, reads, removed, users
 
 
 def _one(name: str) -> BindParameter[Any]:
     return bindparam(name)
-
-
-def _several(name: str) -> BindParameter[Any]:
-    return bindparam(name, expanding=True)
 
 
 def _count(rows: Select[Any]) -> Select[Any]:
@@ -34,10 +31,10 @@ EPOCH = select(facts.c.value).where(facts.c.key == "epoch")
 HEADS = select(
     *[conversations.c[name] for name in ("id", "last_seq", "low_seq", "members_version", "removed_version")],
     MARK_OF_LAST,
-).where(conversations.c.id.in_(_several("conversation_ids")))
+).where(among(conversations.c.id, "conversation_ids"))
 
 STATES = select(members.c.user_id, members.c.state).where(
-    members.c.conversation_id == _one("conversation_id"), members.c.user_id.in_(_several("user_ids"))
+    members.c.conversation_id == _one("conversation_id"), among(members.c.user_id, "user_ids")
 )
 
 # The log, with the messages as they are now; without those that retention has removed.
@@ -75,7 +72,7 @@ MESSAGES_AFTER = _page.where(messages.c.id > _one("after")).order_by(messages.c.
 # that comes back to one.
 CURSORS = (
     select(reads.c.conversation_id, reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
-    .where(reads.c.conversation_id.in_(_several("conversation_ids")))
+    .where(among(reads.c.conversation_id, "conversation_ids"))
     .order_by(reads.c.conversation_id, reads.c.user_id)
 )
 
@@ -183,7 +180,7 @@ CURSORS_OF_PEOPLE = (
     .limit(_one("most"))
 )
 
-STANDINGS = select(users).where(users.c.user_id.in_(_several("user_ids")))
+STANDINGS = select(users).where(among(users.c.user_id, "user_ids"))
 
 CONVERSATIONS_OF_USER = (
     select(members.c.conversation_id)

@@ -1,6 +1,6 @@
 """The writer's statements, built once: building one costs more than running it.
 
-Parameters named in the plural expand to lists. Used by `transaction` alone.
+Parameters named in the plural are lists. Used by `transaction` alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
-    BindParameter,
     Column,
     Select,
     and_,
@@ -24,6 +23,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from chatd.model import State
 from chatd.store import keys
+from chatd.store.among import among
 from chatd.store.rows import MARK_OF_LAST, MESSAGE_COLUMNS
 from chatd.store.schema import (
     changes,
@@ -39,18 +39,11 @@ from chatd.store.schema import (
     webhooks,
 )
 
-
-def _several(name: str) -> BindParameter[Any]:
-    return bindparam(name, expanding=True)
-
-
 _insert_of: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
-PLACES_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).where(
-    messages.c.id.in_(_several("ids"))
-)
+PLACES_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).where(among(messages.c.id, "ids"))
 
-EXISTING_CONVERSATIONS = select(conversations.c.id).where(conversations.c.id.in_(_several("ids")))
+EXISTING_CONVERSATIONS = select(conversations.c.id).where(among(conversations.c.id, "ids"))
 
 # By the name of the dialect.
 CREATE_CONVERSATIONS = {
@@ -65,7 +58,7 @@ LOCK_CONVERSATIONS = (
         *[conversations.c[name] for name in ("id", "last_seq", "low_seq", *_VERSIONS)],
         MARK_OF_LAST,
     )
-    .where(conversations.c.id.in_(_several("ids")))
+    .where(among(conversations.c.id, "ids"))
     .order_by(conversations.c.id)
     .with_for_update()
 )
@@ -105,7 +98,7 @@ REMOVED_CLIENT_IDS = _by_keys(
     client_ids.c.client_id,
 )
 
-MESSAGES = select(*MESSAGE_COLUMNS).where(messages.c.id.in_(_several("ids")))
+MESSAGES = select(*MESSAGE_COLUMNS).where(among(messages.c.id, "ids"))
 
 INSERT_MESSAGES = insert(messages).returning(messages.c.id, sort_by_parameter_order=True)
 
@@ -205,7 +198,7 @@ TAKE_REACTION = delete(reactions).where(
     reactions.c.emoji == bindparam("wanted"),
 )
 
-CLEAR_REACTIONS = delete(reactions).where(reactions.c.message_id.in_(_several("ids")))
+CLEAR_REACTIONS = delete(reactions).where(among(reactions.c.message_id, "ids"))
 
 FIRST_REACTIONS = (
     select(reactions.c.user_id)
@@ -216,7 +209,7 @@ FIRST_REACTIONS = (
 
 # Users.
 
-USERS = select(users).where(users.c.user_id.in_(_several("user_ids"))).with_for_update()
+USERS = select(users).where(among(users.c.user_id, "user_ids")).with_for_update()
 
 
 def _set_users(into: Any) -> Any:
@@ -245,9 +238,7 @@ INSERT_OUTBOX = insert(outbox).returning(outbox.c.id)
 
 # A row that another node is just relaying is left to it: the writer waits for nobody's Redis.
 SETTLE_OUTBOX = delete(outbox).where(
-    outbox.c.id.in_(
-        select(outbox.c.id).where(outbox.c.id.in_(_several("ids"))).with_for_update(skip_locked=True)
-    )
+    outbox.c.id.in_(select(outbox.c.id).where(among(outbox.c.id, "ids")).with_for_update(skip_locked=True))
 )
 
 
