@@ -6,6 +6,7 @@ set -eu
 missing() {
     command -v redis-server >/dev/null || echo redis-server
     ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || echo postgresql
+    PATH=$PATH:/usr/sbin:/sbin command -v pgbouncer >/dev/null || echo pgbouncer
     command -v chromium >/dev/null || echo chromium
     PATH=$PATH:/usr/sbin:/sbin command -v nginx >/dev/null || echo nginx-light
     command -v openssl >/dev/null || echo openssl

@@ -230,7 +230,7 @@ class PostgresServer(Service):
             "shared_buffers": "64MB",
         }
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        return self._as_user([str(self._binary), "-D", str(self._data), *options])
+        return self.as_user([str(self._binary), "-D", str(self._data), *options])
 
     def start(self) -> None:
         first = self._data is None
@@ -307,15 +307,51 @@ class PostgresServer(Service):
     def _run_tool(self, command: list[str], directory: Path) -> None:
         """One of PostgreSQL's programs that ends by itself."""
         with self.log.open("ab") as log:
-            code = _launcher.submit(_spawn, self._as_user(command), directory, log).result().wait()
+            code = _launcher.submit(_spawn, self.as_user(command), directory, log).result().wait()
         if code:
             raise ServiceError(f"{Path(command[0]).name} failed.\n{self._log_tail()}")
 
     @staticmethod
-    def _as_user(command: list[str]) -> list[str]:
+    def as_user(command: list[str]) -> list[str]:
         # PostgreSQL refuses to run as root. The signal is set after the change of user, which would clear it.
         user = ["--reuid", "postgres", "--regid", "postgres", "--init-groups"] if os.geteuid() == 0 else []
         return ["setpriv", *user, "--pdeathsig", "KILL", *command]
+
+
+class PgBouncer(Service):
+    """A pooler. `mode`: session, transaction or statement; `ignored`: startup parameters it drops."""
+
+    name = "pgbouncer"
+
+    def __init__(self, directory: Path, server: PostgresServer, mode: str, ignored: str = "") -> None:
+        super().__init__(directory)
+        self._binary = _binary("pgbouncer", [Path("/usr/sbin/pgbouncer")], package="pgbouncer")
+        self._home = server.data.parent  # which the user it runs as can reach
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "auth_type": "any",
+            "pool_mode": mode,
+            "default_pool_size": 20,
+            "unix_socket_dir": "",
+            "ignore_startup_parameters": ignored,
+        }
+        lines = ["[databases]", f"* = host=127.0.0.1 port={server.port} user=chatd", "[pgbouncer]"]
+        self._file = self._home / f"pgbouncer-{self.port}.ini"
+        self._file.write_text("\n".join([*lines, *(f"{key} = {value}" for key, value in settings.items())]))
+        server.give_to_postgres(self._file)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://chatd@127.0.0.1:{self.port}/chatd"
+
+    def command(self) -> list[str]:
+        return PostgresServer.as_user([str(self._binary), str(self._file)])
+
+    def answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        return False
 
 
 def free_port() -> int:
