@@ -8,9 +8,10 @@ from __future__ import annotations
 MAX_ID = 2**53 - 1  # the largest integer that JavaScript keeps exactly
 OPERATOR = MAX_ID  # the user, and the conversation, of an operator's own tools: nobody's account
 REPLAY_CHANGES = 300  # changes in one answer; beyond it a client is told to page back
-REPLAY_BYTES = 256 * 1024  # bytes of messages in one answer, a quarter of an outbox
-READY_BYTES = 512 * 1024  # bytes of messages and receipts in one `ready`, half of an outbox
-INBOX_ROOMS = 1000  # rooms in an inbox, the most recently active; their heads are a fifth of an outbox
+REPLAY_BYTES = 256 * 1024  # bytes of missed messages of one room; beyond it a client is told to page back
+ANSWER_BYTES = 32 * 1024  # of one `subscribed`, and of the messages in a `ready`: seconds, for a slow link
+READY_BYTES = 384 * 1024  # bytes of heads and receipts in one `ready`, half of an outbox
+INBOX_ROOMS = 1000  # rooms in an inbox, the most recently active; their heads are a quarter of an outbox
 FALLBACK_MESSAGES = 50  # newest messages in an answer with `recovered: false`
 HISTORY_PAGE = 50
 HISTORY_PAGE_MAX = 100

@@ -189,6 +189,74 @@ async def test_a_peer_that_takes_all_and_says_nothing_is_found_in_time(
         nursery.cancel_scope.cancel()
 
 
+async def test_a_resume_over_a_slow_link_succeeds_and_goes_on_where_it_was_cut(
+    daemon: Daemon, conversation: int
+) -> None:
+    """In pieces, each when the link has taken the one before; what is said meanwhile comes after them."""
+    rooms = range(conversation * 10, conversation * 10 + 4)
+    for room in rooms:
+        await fill(daemon, room, 100, 1000)
+    token = await trio.to_thread.run_sync(daemon.token_for, 1)
+    cursors: dict[int, Any] = {room: {"after": 0, "mark": None} for room in rooms}
+    seen: dict[int, list[int]] = {room: [] for room in rooms}
+
+    def take(event: dict[str, Any]) -> None:
+        room = event.get("conversation_id", 0)
+        if event["event"] == "subscribed":
+            assert event["recovered"]
+            assert len(json.dumps(event, separators=(",", ":"))) <= 32 * 1024
+            seen[room] += [change["seq"] for change in event["changes"]]
+        elif event["event"] == "message":
+            seen[room].append(event["seq"])
+        else:
+            return
+        cursors[room] = {"after": event["seq"], "mark": event["mark"]}
+
+    cuts = 0
+    while any(len(found) < 101 for found in seen.values()):
+        cuts += 1
+        assert cuts < 10
+        async with peer(daemon, buffer=4096) as slow:
+            await slow.send("auth", ref=1, token=token, rooms={str(room): cursors[room] for room in rooms})
+            ready = await slow.until("ready")
+            for answer in ready["rooms"].values():
+                take({"event": "subscribed"} | answer)
+            if cuts == 1:
+                for room in rooms:
+                    await fill(daemon, room, 1, 1000)
+            started = trio.current_time()
+            while any(len(found) < 101 for found in seen.values()):
+                for event in await slow.some(8192):
+                    take(event)
+                    if event["event"] == "ping":
+                        await slow.send("pong")
+                await trio.sleep(8192 / 150_000)
+                if cuts == 1 and trio.current_time() - started > 1:
+                    break  # the link is cut
+    assert cuts == 2
+    assert all(found == list(range(1, 102)) for found in seen.values())
+
+
+async def test_who_is_removed_in_the_middle_of_a_replay_hears_no_more(
+    daemons: Daemons, conversation: int
+) -> None:
+    daemon = await trio.to_thread.run_sync(lambda: daemons(rooms__access="members"))
+    member = f"/api/ws/conversations/{conversation}/members/1"
+    await fill(daemon, conversation, 30, 8000)
+    await trio.to_thread.run_sync(daemon.request, "PUT", member)
+    token = await trio.to_thread.run_sync(daemon.token_for, 1)
+    async with peer(daemon, buffer=4096) as slow:
+        await slow.send("auth", ref=1, token=token, rooms={str(conversation): 0})
+        await slow.until("subscribed", 2048)
+        await trio.to_thread.run_sync(daemon.request, "DELETE", member)
+        ended = await slow.until("unsubscribed")
+        assert ended["conversation_id"] == conversation
+        await slow.send("ping", ref=2)
+        pong = await slow.until("pong")
+        assert pong["ref"] == 2
+        assert slow.read < 240_000
+
+
 # What a slow reader costs: G8.
 
 

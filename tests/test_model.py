@@ -299,7 +299,7 @@ class Chats(RuleBasedStateMachine):
         assert cursors == theirs
         if after is None or after <= len(log):
             assert snapshot.recovered
-            told = [msgspec.json.decode(change) for change in snapshot.changes]
+            told = [msgspec.json.decode(change.payload) for change in snapshot.changes]
             missed = list(enumerate(log, 1))[after:] if after is not None else []
             assert [(one["seq"], one["id"]) for one in told] == missed
             for one in told:

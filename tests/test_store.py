@@ -83,10 +83,11 @@ def post(content: str = "x", **fields: Any) -> Create:
     return Create(**{"conversation_id": 1, "user_id": 1, "content": content} | fields)
 
 
-async def rooms_of(b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = True) -> dict[int, Any]:
-    (found,) = await b.store.read(
-        snapshots.snapshots, [Entry(user_id, rooms, None if same_epoch else "another", 100)]
-    )
+async def rooms_of(
+    b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = True, brief: bool = False
+) -> dict[int, Any]:
+    epoch = None if same_epoch else "another"
+    (found,) = await b.store.read(snapshots.snapshots, [Entry(user_id, rooms, epoch, 100, brief)])
     return dict(found)
 
 
@@ -383,7 +384,7 @@ async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: 
         for after, same in ((99, True), (401, True), (399, False)):
             lost = await enter(after, same)
             assert (lost.recovered, len(lost.changes), lost.has_more) == (False, 50, True), after
-            assert b'"content":"m399"' in lost.changes[-1]
+            assert b'"content":"m399"' in lost.changes[-1].payload
 
 
 async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
@@ -391,23 +392,32 @@ async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
         await b.do(*[post("é" * 8000) for _ in range(40)])
         snapshot = await snapshot_of(b, 1, 0)
         assert not snapshot.recovered
-        assert snapshot.size <= 256 * 1024
+        assert 0 < size_of(snapshot) <= 32 * 1024
         assert snapshot.has_more
         page = await b.store.read(reads.history, 1, None, None, 100)
-        assert (len(page.messages), page.has_more) == (len(snapshot.changes), True)
-        rooms = [(1, Position(0), True), (2, Position(0), True), (3, Position(), True)]
-        await b.do(*[post("é" * 8000, conversation_id=c) for c in (2, 3) for _ in range(20)])
-        many = await rooms_of(b, 1, [*rooms, (4, Position(0), True)])
-        assert sum(s.size for s in many.values()) <= 512 * 1024  # type: ignore[union-attr]
+        assert sum(len(message.content) for message in page.messages) < 128 * 1024  # characters of two bytes
 
 
-async def test_the_last_of_many_rooms_comes_without_messages(database_url: str) -> None:
+def size_of(snapshot: Any) -> int:
+    return sum(len(change.payload) for change in snapshot.changes)
+
+
+async def test_what_does_not_fit_into_a_brief_answer_is_left_for_later(database_url: str) -> None:
     async with bench(database_url) as b:
-        for conversation in (1, 2, 3):
-            await b.do(*[post("x" * 8000, conversation_id=conversation) for _ in range(30)])
+        for conversation in (1, 2, 3, 4):
+            await b.do(*[post("x" * 7800, conversation_id=conversation) for _ in range(4 - conversation % 2)])
         rooms = [(conversation, Position(0), True) for conversation in (1, 2, 3)]
-        found = await rooms_of(b, 1, rooms)
-        assert [(s.recovered, len(s.changes)) for s in found.values()] == [(True, 30), (True, 30), (False, 0)]  # type: ignore[union-attr]
+        found = await rooms_of(b, 1, [*rooms, (4, Position(2, "of another history"), True)], brief=True)
+        kept = [(s.recovered, len(s.changes), s.has_more, s.later) for s in found.values()]
+        assert kept == [
+            (True, 3, False, False),
+            (True, 0, False, True),
+            (True, 0, False, True),
+            (False, 1, True, False),
+        ]
+        assert sum(map(size_of, found.values())) <= 32 * 1024
+        later = await rooms_of(b, 1, [(2, Position(0), True)])
+        assert (later[2].recovered, len(later[2].changes), later[2].later) == (True, 4, False)
 
 
 def test_the_schema_is_what_the_migrations_make(database_url: str) -> None:

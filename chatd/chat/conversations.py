@@ -47,17 +47,19 @@ class Conversations:
         return snapshot
 
     async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
-        """Several conversations as of one moment; those past the bound of a `ready` lose their messages.
+        """Several conversations as of one moment; what does not fit into a `ready` is left for later.
 
         Raises Revoked for a user who may not be here at all, Unavailable.
         """
-        found = await self._enter(self._entry(identity, rooms, epoch))
+        found = await self._enter(self._entry(identity, rooms, epoch, brief=True))
         check_standing(identity, found.standing)
         return found
 
-    def _entry(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entry:
+    def _entry(
+        self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None, *, brief: bool = False
+    ) -> Entry:
         wanted = [(id, position, self.entitled(identity, id)) for id, position in rooms.items()]
-        return Entry(identity.user_id, wanted, epoch, self.members_detail)
+        return Entry(identity.user_id, wanted, epoch, self.members_detail, brief)
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""

@@ -38,6 +38,7 @@ from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
 ANSWER_TIMEOUT = 2.0  # seconds for commands at the writer, before a goodbye
+PACE_BYTES = 32 * 1024  # of a long answer that may still wait when more of it is read and sent
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
 ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
@@ -220,7 +221,7 @@ class Connection:
         """A block for a long answer. A client that asked for thirty pages of history is no slow reader."""
         turn = self._one_answer = self._one_answer or trio.Lock()
         async with turn:
-            await self._outbox.uncongested()
+            await self.drained()
             yield
         if not turn.locked():  # nobody waits: most connections need it once
             self._one_answer = None
@@ -232,6 +233,9 @@ class Connection:
         if self._ws.closed is None and not self._outbox.cut:
             with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
                 await session.all_answered()
+
+    async def drained(self) -> None:
+        await self._outbox.below(PACE_BYTES)
 
     async def _say_goodbye(self, user_id: int) -> None:
         code: int

@@ -20,7 +20,6 @@ from chatd.hub.pieces import Piece, pieces
 from chatd.hub.repair import RETRY, Repaired, Repairs, StartOver
 from chatd.hub.rooms import Room, Rooms, Subscription
 from chatd.hub.sweep import Sweep, check_rights
-from chatd.limits import READY_BYTES
 from chatd.model import Change, MemberChange, Notice, State
 from chatd.protocol import event, text_frame
 from chatd.store import reads
@@ -29,7 +28,7 @@ from chatd.store.reader import Reader
 QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
 SIGNAL_BYTES = 256  # what a signal counts for
 # Bytes of one room at once. More would overrun the outbox of a client that does read: it is told to page back.
-BURST_BYTES = READY_BYTES
+BURST_BYTES = 512 * 1024
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 

@@ -157,7 +157,11 @@ class Outbox(trio.abc.Stream):
 
     async def uncongested(self) -> None:
         """Wait until the peer has read what it asked for, before more is read from it."""
-        while self.congested and not self.cut:
+        await self.below(self._limit // 2 + 1)
+
+    async def below(self, size: int) -> None:
+        """Wait until fewer bytes than that are queued."""
+        while self._queued >= size and not self.cut:
             await self._something()
 
     def taken(self) -> int:
@@ -303,8 +307,7 @@ class Outbox(trio.abc.Stream):
             self._queue.popleft()
         elif sent:
             self._queue[0] = memoryview(data)[sent:]
-        if not self.congested:
-            self._wake()
+        self._wake()
 
     def _join(self) -> bytes | memoryview:
         """Make one write of the first frames."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from chatd.model import Change, Kind
 from chatd.protocol import text_frame
@@ -25,7 +25,7 @@ class Piece:
         self.previous, self.mark = changes[0].previous, changes[-1].mark
         self.joined = b"".join(self._frames)
 
-    def follows(self, cursor: int, mark: str | None) -> bool:
+    def follows(self, cursor: int, mark: str | UnsetType | None) -> bool:
         """Whether the change at a cursor, with its mark, is the one before this piece, or in it."""
         if cursor + 1 == self.first:
             return self.previous is UNSET or self.previous == mark
@@ -49,11 +49,16 @@ class Piece:
 
 def pieces(changes: Sequence[Change]) -> Iterator[Piece]:
     """Cut a run of changes where a joined write would get too long."""
+    return map(Piece, runs(changes, PIECE_BYTES))
+
+
+def runs(changes: Sequence[Change], most: int) -> Iterator[Sequence[Change]]:
+    """The same in several, of so many bytes at most: more only where one change has more."""
     start = size = 0
     for index, change in enumerate(changes):
-        if index > start and size + len(change.payload) > PIECE_BYTES:
-            yield Piece(changes[start:index])
+        if index > start and size + len(change.payload) > most:
+            yield changes[start:index]
             start, size = index, 0
-        size += len(change.payload)
+        size += len(change.payload) + 1  # a comma, where they are in one frame
     if changes:
-        yield Piece(changes[start:])
+        yield changes[start:]

@@ -11,48 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol, Self
+from typing import Self
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
+from chatd.hub.listeners import Listener, Watcher
 from chatd.hub.pieces import Piece
-from chatd.model import Change
+from chatd.model import Change, Position
 
 # What a room holds while a hole before it, or who may hear it, is being read: changes, and bytes of them.
 AHEAD_CHANGES = 1000
 AHEAD_BYTES = 1024 * 1024
 REMEMBERED = 300  # changes of a room that a repair has brought, and the bus may bring late
 BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is being read
-
-
-class Listener(Protocol):
-    """What a subscription needs of its session."""
-
-    user_id: int
-    flat: bool
-
-    def push(self, frames: bytes) -> None: ...
-    def offer(self, frames: bytes) -> bool:
-        """Push what may be left out. False where it is."""
-
-    def resync(self, subscription: Subscription) -> None:
-        """Read the room anew for this subscription and answer unasked."""
-
-    def dropped(self, subscription: Subscription) -> None:
-        """The subscription was ended by the server."""
-
-
-class Watcher(Protocol):
-    """Who is told, synchronously, of what the rooms of this node are.
-
-    A room is open to it while somebody is there who can tell us so. A flat listener cannot: its library answers
-    pings also while its page is frozen.
-    """
-
-    def opened(self, room: Room) -> None: ...
-    def closed(self, room: Room) -> None: ...
-    def left(self, subscription: Subscription) -> None: ...
 
 
 class Subscription:
@@ -85,7 +57,7 @@ class Subscription:
         self.room, self.listener, self.entitled = room, listener, entitled
         self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
-        self.mark: str | None = None
+        self.mark: str | UnsetType | None = None
         self.joined = True
         self.entered = False  # a snapshot was answered: the client knows that it is in
         self.presence = False  # it wants to know who comes online and goes
@@ -108,12 +80,18 @@ class Subscription:
         self.torn = False  # the buffer has lost something
         self._opened = self.room.head is not None
 
+    def wait_at(self, position: Position) -> None:
+        """Keep nothing until a snapshot is about to be read: that may take long, and all of it is read then."""
+        self.hold()
+        self.torn = True
+        self.cursor, self.mark, self.entered = position.after or 0, position.mark, True
+
     def fits(self, seq: int) -> bool:
         """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out."""
         # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
         return not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
 
-    def settle(self, seq: int, mark: str | None = None) -> bytes:
+    def settle(self, seq: int, mark: str | UnsetType | None = None) -> bytes:
         """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
         held, self._buffer = self._buffer or [], None
         self.cursor, self.mark, self.entered = seq, mark, True

@@ -46,6 +46,9 @@ class Line(Protocol):
     def unhurried(self) -> AbstractAsyncContextManager[None]:
         """A block for a long answer: one at a time, and not before the peer has read most of what it has."""
 
+    async def drained(self) -> None:
+        """Wait until the peer has taken most of what was pushed."""
+
     def close_soon(self, code: Close, reason: str) -> None: ...
     def answered(self) -> None:
         """The peer's pong has come."""

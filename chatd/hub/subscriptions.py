@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec.structs import replace
 
 from chatd import metrics
 from chatd.errors import ChatError, Close, LimitExceeded, NotFound, Unavailable
+from chatd.hub.replay import parts
 from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
-from chatd.model import Identity, Position
+from chatd.model import Identity, Kind, Position
 from chatd.protocol import event, text_frame
 from chatd.store.snapshots import Snapshot
 
@@ -62,7 +64,7 @@ class Subscriptions:
             subscription.torn = True  # what is being read just now must be read again
         else:
             metrics.RESETS.labels("overflow").inc()
-            subscription.hold()
+            subscription.wait_at(Position(subscription.cursor, subscription.mark))
             self._line.nursery.start_soon(self._start_over, subscription)
 
     def dropped(self, subscription: Subscription) -> None:
@@ -114,9 +116,7 @@ class Subscriptions:
             except ChatError as error:
                 self._not_entered(subscription, error)
                 raise
-            self._count(snapshot, position)
-            self._tell(event("subscribed", ref, **self._answer(subscription, snapshot)))
-            self._settle(subscription, snapshot)
+            await self._replay(subscription, snapshot, position, ref)
 
     async def prepare(self, conversation_id: int) -> tuple[Subscription, Snapshot]:
         """Join a room whose listener gets no answer: what is committed from now on is kept for it.
@@ -158,16 +158,37 @@ class Subscriptions:
                     self._not_entered(subscription, error)
                 raise
             entered = {id: s for id, s in found.rooms.items() if isinstance(s, Snapshot) and joined[id].joined}
-            for id, one in entered.items():
-                self._count(one, wanted[id])
-            rooms = {str(id): self._answer(joined[id], snapshot) for id, snapshot in entered.items()}
+            rooms = {str(id): self._part_of_ready(joined[id], s, wanted[id]) for id, s in entered.items()}
             self._tell(event("ready", ref, **ready, epoch=found.epoch, rooms=rooms))
             for conversation_id, subscription in joined.items():
                 if snapshot := entered.get(conversation_id):
-                    self._settle(subscription, snapshot)
+                    self._begin_or_wait(subscription, snapshot, wanted[conversation_id])
                 elif subscription.joined:
                     self.leave(conversation_id)
                     self._tell_unsubscribed(conversation_id, NotFound())
+        if waiting := [joined[id] for id, snapshot in entered.items() if snapshot.later]:
+            self._line.nursery.start_soon(self._follow, waiting, found.epoch)
+
+    def _part_of_ready(
+        self, subscription: Subscription, snapshot: Snapshot, position: Position
+    ) -> dict[str, Any]:
+        """A room whose changes come later stands where the client says that it stands."""
+        answer = self._answer(subscription, snapshot)
+        if snapshot.later:
+            answer |= {"seq": position.after, "mark": position.mark or None}
+        return answer
+
+    def _begin_or_wait(self, subscription: Subscription, snapshot: Snapshot, position: Position) -> None:
+        if snapshot.later:
+            subscription.wait_at(position)
+        else:
+            self._count(snapshot, position)
+            self._settle(subscription, snapshot)
+
+    async def _follow(self, waiting: Iterable[Subscription], epoch: str | None) -> None:
+        """What did not fit into a `ready`: one room after the other, as the client takes it."""
+        for subscription in waiting:
+            await self._start_over(subscription, epoch)
 
     # Snapshots.
 
@@ -200,33 +221,46 @@ class Subscriptions:
         if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # something was let go of
             self.resync(subscription)
 
-    async def _start_over(self, subscription: Subscription) -> None:
+    async def _start_over(self, subscription: Subscription, epoch: str | None = None) -> None:
         """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
         while subscription.joined and subscription.buffering:
             try:
-                await self._read_anew(subscription)
+                await self._read_anew(subscription, epoch)
             except Unavailable:
                 await trio.sleep(RESYNC_RETRY)
             except NotFound:
                 if subscription.joined:
                     self.dropped(subscription)
 
-    async def _read_anew(self, subscription: Subscription) -> None:
+    async def _read_anew(self, subscription: Subscription, epoch: str | None) -> None:
         async with self._line.unhurried():
+            if not subscription.buffering:
+                return  # the client has asked meanwhile
             position = Position(subscription.cursor, subscription.mark)
-            snapshot = await self._snapshot(subscription, position, None)
-            self._count(snapshot, position)
-            if self.flat:
-                self._catch_up_flat(snapshot)
-            else:
-                self._tell(event("subscribed", **self._answer(subscription, snapshot)))
-            self._settle(subscription, snapshot)
+            snapshot = await self._snapshot(subscription, position, epoch)
+            await self._replay(subscription, snapshot, position)
+
+    async def _replay(
+        self, subscription: Subscription, snapshot: Snapshot, position: Position, ref: Any = None
+    ) -> None:
+        """Answer with what was missed, in pieces: each when the client has taken most of the one before."""
+        self._count(snapshot, position)
+        if self.flat:
+            self._catch_up_flat(snapshot)
+        else:
+            for number, part in enumerate(parts(snapshot, self._around(subscription, snapshot))):
+                if number:
+                    await self._line.drained()
+                if not subscription.joined:
+                    return
+                self._tell(event("subscribed", None if number else ref, **self._answer(subscription, part)))
+        self._settle(subscription, snapshot)
 
     def _catch_up_flat(self, snapshot: Snapshot) -> None:
         """A flat client knows no answers: it gets the messages themselves, or has to come again."""
         if snapshot.recovered:
-            created = [change for change in snapshot.changes if change.startswith(b'{"event":"message",')]
-            self.push(b"".join(map(text_frame, created)))
+            created = [text_frame(one.payload) for one in snapshot.changes if one.kind is Kind.CREATED]
+            self.push(b"".join(created))
         else:
             self._line.close_soon(Close.OVERLOADED, "too much was missed")
 
@@ -254,6 +288,12 @@ class Subscriptions:
 
     # Telling.
 
+    def _around(self, subscription: Subscription, snapshot: Snapshot) -> int:
+        """Bytes of an answer without its changes, if there are any."""
+        if not snapshot.changes:
+            return 0
+        return len(event("subscribed", 2**53, **self._answer(subscription, replace(snapshot, changes=()))))
+
     def _answer(self, subscription: Subscription, snapshot: Snapshot) -> dict[str, Any]:
         audiences = self._services.audiences
         audiences.visit(subscription, member=snapshot.member)
@@ -264,7 +304,7 @@ class Subscriptions:
             "seq": snapshot.seq,
             "mark": snapshot.mark,
             "recovered": snapshot.recovered,
-            "changes": [msgspec.Raw(change) for change in snapshot.changes],
+            "changes": [msgspec.Raw(change.payload) for change in snapshot.changes],
             "has_more": snapshot.has_more,
             "unread": snapshot.unread,
             "receipts": snapshot.receipts,

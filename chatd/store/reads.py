@@ -70,11 +70,12 @@ def epoch_of(connection: Connection) -> str:
     return epoch
 
 
-def changes_after(connection: Connection, conversation_id: int, after: int) -> tuple[list[Change], bool]:
-    """The log after a seq, with the messages as they are now; False if that was too much for one answer."""
+def changes_after(
+    connection: Connection, conversation_id: int, after: int, space: int = limits.REPLAY_BYTES
+) -> tuple[list[Change], bool]:
+    """The log after a seq, with the messages as they are now; False if that was too much."""
     asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}
     found: list[Change] = []
-    space = limits.REPLAY_BYTES
     removed: dict[int, Message] | None = None
     for row in connection.execute(queries.CHANGES_AFTER, asked).mappings():
         kind = Kind(row["kind"])
@@ -144,7 +145,12 @@ def is_of(conversation_id: int, after: int, mark: str | None, heads: Heads, mark
 
 
 def history(
-    connection: Connection, conversation_id: int, before: int | None, after: int | None, limit: int
+    connection: Connection,
+    conversation_id: int,
+    before: int | None,
+    after: int | None,
+    limit: int,
+    space: int = limits.REPLAY_BYTES,
 ) -> Page:
     """A page in ascending id: the newest, or next to a message id; cut where it has too many bytes."""
     asked = {"conversation_id": conversation_id, "before": before, "after": after, "most": limit + 1}
@@ -152,7 +158,7 @@ def history(
     if after is not None:
         query = queries.MESSAGES_AFTER
     found: list[Message] = []
-    space, has_more = limits.REPLAY_BYTES, False
+    has_more = False
     for row in connection.execute(query, asked).mappings():
         one = message(row)
         space -= len(change_payload(Kind.CREATED, one.seq, one))

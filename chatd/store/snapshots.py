@@ -40,12 +40,15 @@ class Entry(Struct, frozen=True):
     """Somebody wants to enter rooms, (conversation_id, position, entitled).
 
     `entitled`: enough unless a row says otherwise. `epoch`: of positions without a mark; None: not told.
+    `brief`: no more than `ANSWER_BYTES` of changes are wanted of all rooms together. What does not fit is left
+    for later.
     """
 
     user_id: int
     rooms: Sequence[tuple[int, Position, bool]]
     epoch: str | None
     members_detail: int
+    brief: bool = False
 
 
 class Cursor(Struct, frozen=True):
@@ -60,6 +63,7 @@ class Snapshot(Struct, frozen=True):
     """A conversation for one user at one moment, with what was missed since a position.
 
     `mark` is that of the change `seq`. `same`: the position is in this history. `epoch`: of where it was read.
+    `later`: what was missed is left out, and still to be read.
     """
 
     conversation_id: int
@@ -69,16 +73,17 @@ class Snapshot(Struct, frozen=True):
     same: bool
     members_version: int
     recovered: bool
-    changes: list[bytes]  # events as JSON, in seq order; the newest messages if not recovered
+    changes: Sequence[Change]  # in seq order; the newest messages if not recovered
     has_more: bool
     unread: int
     receipts: list[Cursor]
+    later: bool = False
     member: bool = True  # False for who is here without a row of `chat_members`
 
     @property
     def size(self) -> int:
-        """Bytes on the wire, about."""
-        return ROOM_BYTES + sum(map(len, self.changes)) + RECEIPT_BYTES * len(self.receipts)
+        """Bytes on the wire without the changes, about."""
+        return ROOM_BYTES + RECEIPT_BYTES * len(self.receipts)
 
 
 Found = dict[int, Snapshot | NotFound]
@@ -171,22 +176,26 @@ def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
 def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed: _Missed) -> Found:
     found: Found = {}
     space = limits.READY_BYTES
+    for_changes = limits.ANSWER_BYTES
     for id, position, _ in entry.rooms:
         place = places.get(id)
         if place is None:
             found[id] = NotFound(field="conversation_id")
             continue
-        one = _snapshot(entry, place, position, cursors, missed)
+        one = _snapshot(entry, place, position, cursors, missed, for_changes)
         if one.size > space:
             one = _reduced(one, entry.user_id)
         found[id] = one
         space -= one.size
+        for_changes -= _bytes(one.changes)
     return found
 
 
-def _snapshot(entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed) -> Snapshot:
+def _snapshot(
+    entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed, space: int
+) -> Snapshot:
     same = missed.is_same(place, position, entry.epoch)
-    changes, recovered, has_more = missed.of(place, position.after, same)
+    found = missed.of(place, position.after, same, space if entry.brief else None)
     return Snapshot(
         conversation_id=place.id,
         seq=place.last_seq,
@@ -194,9 +203,10 @@ def _snapshot(entry: Entry, place: _Place, position: Position, cursors: Cursors,
         mark=place.mark,
         same=same,
         members_version=place.members_version,
-        recovered=recovered,
-        changes=changes,
-        has_more=has_more,
+        recovered=found.recovered,
+        changes=found.changes,
+        has_more=found.has_more,
+        later=found.later,
         unread=place.unread,
         receipts=cursors.get(place.id, []) if place.quiet else list(_own_cursor(entry.user_id, place)),
         member=place.state is not None,
@@ -210,14 +220,22 @@ def _own_cursor(user_id: int, place: _Place) -> Iterable[Cursor]:
 
 
 def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
-    """What is left of a snapshot that does not fit into an answer: no messages, and nobody else's receipts."""
-    return msgspec.structs.replace(
-        snapshot,
-        recovered=snapshot.recovered and not snapshot.changes,
-        changes=[],
-        has_more=bool(snapshot.changes) or snapshot.has_more,
-        receipts=[cursor for cursor in snapshot.receipts if cursor.user_id == user_id],
-    )
+    """What is left of a snapshot that does not fit into an answer: nobody else's receipts."""
+    own = [cursor for cursor in snapshot.receipts if cursor.user_id == user_id]
+    return msgspec.structs.replace(snapshot, receipts=own)
+
+
+def _bytes(changes: Sequence[Change]) -> int:
+    return sum(len(change.payload) for change in changes)
+
+
+class _Found(Struct, frozen=True):
+    """What was missed, as a snapshot has it."""
+
+    changes: Sequence[Change] = []
+    recovered: bool = True
+    has_more: bool = False
+    later: bool = False
 
 
 class _Missed:
@@ -226,7 +244,7 @@ class _Missed:
     def __init__(self, connection: Connection, epoch: str, marks: Marks) -> None:
         self.epoch = epoch
         self._connection, self._marks = connection, marks
-        self._logs: dict[tuple[int, int], tuple[list[Change], bool]] = {}
+        self._logs: dict[tuple[int, int, int], tuple[list[Change], bool]] = {}
         self._pages: dict[int, Page] = {}
 
     def is_same(self, place: _Place, position: Position, epoch: str | None) -> bool:
@@ -238,31 +256,57 @@ class _Missed:
         heads = Heads(place.last_seq, place.low_seq, place.members_version, mark=place.mark)
         return is_of(place.id, position.after, position.mark, heads, self._marks)
 
-    def of(self, place: _Place, after: int | None, same: bool) -> tuple[list[bytes], bool, bool]:
-        """(changes, recovered, has_more)"""
+    def of(self, place: _Place, after: int | None, same: bool, space: int | None) -> _Found:
+        """Without `space` all of it, to be sent in pieces; else what fits into so many bytes."""
         head = place.last_seq
         if after is None or (same and after == head):
-            return [], True, False
+            return _Found()
         if same and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
-            changes, complete = self._log(place.id, after)
+            changes, complete = self._log(place.id, after, space)
             if complete:
-                return [change.payload for change in changes], True, False
-        page = self._newest(place.id)
-        newest = [change_payload(Kind.CREATED, m.seq, m) for m in page.messages]
-        return newest, False, page.has_more
+                return _Found(changes)
+            if space is not None:
+                return _Found(later=True)
+        return self._newest_within(place.id, limits.ANSWER_BYTES if space is None else space)
 
-    def _log(self, conversation_id: int, after: int) -> tuple[list[Change], bool]:
-        key = (conversation_id, after)
+    def _log(self, conversation_id: int, after: int, space: int | None) -> tuple[Sequence[Change], bool]:
+        if space is None:
+            return self._read_log(conversation_id, after, limits.REPLAY_BYTES)
+        if space <= 0:
+            return (), False
+        changes, complete = self._read_log(conversation_id, after, limits.ANSWER_BYTES)
+        return changes, complete and _bytes(changes) <= space
+
+    def _read_log(self, conversation_id: int, after: int, most: int) -> tuple[list[Change], bool]:
+        key = (conversation_id, after, most)
         if key not in self._logs:
             if len(self._logs) >= KEPT_LOGS:
                 self._logs.clear()
-            self._logs[key] = changes_after(self._connection, conversation_id, after)
+            self._logs[key] = changes_after(self._connection, conversation_id, after, most)
         return self._logs[key]
+
+    def _newest_within(self, conversation_id: int, space: int) -> _Found:
+        """The newest messages, as many as fit."""
+        page = self._newest(conversation_id)
+        kind = Kind.CREATED
+        changes = [Change(conversation_id, m.seq, kind, change_payload(kind, m.seq, m)) for m in page.messages]
+        fitting = newest(changes, space)
+        return _Found(fitting, recovered=False, has_more=page.has_more or len(fitting) < len(changes))
 
     def _newest(self, conversation_id: int) -> Page:
         if conversation_id not in self._pages:
             if len(self._pages) >= KEPT_LOGS:
                 self._pages.clear()
-            page = history(self._connection, conversation_id, None, None, limits.FALLBACK_MESSAGES)
+            page = history(
+                self._connection, conversation_id, None, None, limits.FALLBACK_MESSAGES, limits.ANSWER_BYTES
+            )
             self._pages[conversation_id] = page
         return self._pages[conversation_id]
+
+
+def newest(changes: Sequence[Change], space: int) -> Sequence[Change]:
+    """The last of them that fit into so many bytes."""
+    start = len(changes)
+    while start and (space := space - len(changes[start - 1].payload) - 1) >= 0:
+        start -= 1
+    return changes[start:]
