@@ -23,36 +23,42 @@ from tests.faults.workload import Backend
 
 ROOM_SIZE = 10
 POSTS = 20  # a second, to any of the rooms
+HTTP_STAY = 2.0  # seconds that an HTTP connection stays after its answer, on average
 USERS = 100_000  # that clients are drawn from: tables by user grow to this, and no further
 STEADY = 5  # of the minutes, before which everything is still being filled
 
 
 class Minute(Struct):
-    """`memory` in bytes at its end, what it held at most since the start, and joins so far."""
+    """At its end: `memory` in bytes, `blocks` that Python holds, joins and HTTP connections so far."""
 
     memory: int
+    blocks: float
+    requests: int
     joins: int
     connections: float
     cpu: float
 
 
 class Churn:
-    def __init__(self, node: Pinned, rate: int, stay: float) -> None:
-        self._node, self._rate, self._stay = node, rate, stay
+    def __init__(self, node: Pinned, rate: int, stay: float, http: int) -> None:
+        self._node, self._rate, self._stay, self._http = node, rate, stay, http
         self._tokens = Tokens(SECRET)
         self._rooms = round(rate * stay / ROOM_SIZE)
-        self.joins = 0
+        self.joins = self.requests = 0
 
     async def run(self, minutes: int) -> list[Minute]:
         found: list[Minute] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._come, nursery)
             nursery.start_soon(self._post)
+            nursery.start_soon(self._ask, nursery)
             for number in range(1, minutes + 1):
                 cpu = self._node.cpu()
                 await trio.sleep(60)
                 memory, there = self._node.memory(), self._node.metric('chatd_connections{state="ready"}')
-                found.append(Minute(memory, self.joins, there, (self._node.cpu() - cpu) / 60))
+                blocks = self._node.metric("chatd_memory_blocks")
+                cpu = (self._node.cpu() - cpu) / 60
+                found.append(Minute(memory, blocks, self.requests, self.joins, there, cpu))
                 tell(f"minute {number} of {minutes}: {memory / 1e6:.0f} MB, {self.joins:,} joins")
             nursery.cancel_scope.cancel()
         return found
@@ -80,6 +86,34 @@ class Churn:
             finally:
                 line.close()
 
+    async def _ask(self, nursery: trio.Nursery) -> None:
+        """Connections that bring one request and stay a while, like those of a backend without a pool."""
+        began = trio.current_time()
+        for number in range(10**9 if self._http else 0):
+            await trio.sleep_until(began + number / self._http)
+            nursery.start_soon(self._request, number)
+
+    async def _request(self, number: int) -> None:
+        room = number % self._rooms + 1
+        text = f'{{"conversation_id":{room},"sender_id":1,"content":"{"x" * 60}"}}'
+        line, body = (
+            ("POST /api/ws/messages", text),
+            (f"GET /api/ws/conversations/{room}/messages?limit=5", ""),
+            ("POST /api/ws/tokens", '{"user_id":5}'),
+            ("GET /readyz", ""),
+            ("GET /nowhere", ""),
+            ("POST /api/ws/messages", "no JSON"),
+            ("no HTTP", ""),
+        )[number % 7]
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nX-Internal-Token: {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
+        stream = await trio.open_tcp_stream("127.0.0.1", self._node.api_port)
+        async with stream:
+            await stream.send_all((head + body).encode())
+            if not await stream.receive_some(65536):
+                raise Failure(f"{line} was not answered")
+            self.requests += 1
+            await trio.sleep(random.expovariate(1 / HTTP_STAY))
+
     async def _post(self) -> None:
         backend = Backend(TOKEN)
         while True:
@@ -94,11 +128,13 @@ class Churn:
 @click.option("--minutes", type=click.IntRange(1), default=60, show_default=True)
 @click.option("--rate", default=200, show_default=True, help="Joins a second.")
 @click.option("--stay", default=10.0, show_default=True, help="Seconds that a client stays, on average.")
-def command(minutes: int, rate: int, stay: float) -> None:
-    """Clients come and go for an hour: memory, minute by minute."""
-    allow_descriptors(round(3 * rate * stay) + 500)
+@click.option("--http", default=50, show_default=True, help="HTTP connections a second, each for one request.")
+def command(minutes: int, rate: int, stay: float, http: int) -> None:
+    """Clients and HTTP connections come and go for an hour: memory, minute by minute."""
+    allow_descriptors(round(3 * rate * stay + 5 * http * HTTP_STAY) + 500)
     cores = pin()
-    click.echo(f"churn: {rate} joins a second, each for {stay:.0f} s on average, {POSTS} posts a second")
+    click.echo(f"churn: {rate} joins a second, each for {stay:.0f} s on average, {POSTS} posts a second,")
+    click.echo(f"{http} HTTP connections a second, each for one request and {HTTP_STAY:.0f} s on average")
     click.echo(f"{pinned(cores)}\n")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chatd-benchmark-") as directory:
@@ -107,7 +143,7 @@ def command(minutes: int, rate: int, stay: float) -> None:
         )
         try:
             node.start()
-            found = trio.run(Churn(node, rate, stay).run, minutes)
+            found = trio.run(Churn(node, rate, stay, http).run, minutes)
         except* Failure as group:
             raise click.ClickException(f"this run does not count: {group.exceptions[0]}.") from None
         finally:
@@ -117,11 +153,12 @@ def command(minutes: int, rate: int, stay: float) -> None:
 
 
 def _report(found: Sequence[Minute], seconds: float) -> None:
-    click.echo(f"{'minute':>8}{'joins':>12}{'there':>8}{'memory, MB':>12}{'CPU':>7}")
+    click.echo(f"{'minute':>8}{'joins':>12}{'there':>8}{'HTTP':>10}{'memory, MB':>12}{'blocks':>12}{'CPU':>7}")
     for number, one in enumerate(found, 1):
-        if number <= STEADY or number % STEADY == 0 or number == len(found):
-            memory = f"{one.memory / 1e6:.1f}"
-            click.echo(f"{number:>8}{one.joins:>12,}{one.connections:>8.0f}{memory:>12}{one.cpu:>7.0%}")
+        memory = f"{one.memory / 1e6:.1f}"
+        click.echo(
+            f"{number:>8}{one.joins:>12,}{one.connections:>8.0f}{one.requests:>10,}{memory:>12}{one.blocks:>12,.0f}{one.cpu:>7.0%}"
+        )
     if len(found) > 2 * STEADY:
         steady = [one.memory / 1e6 for one in found[STEADY:]]
         half = len(steady) // 2

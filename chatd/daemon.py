@@ -95,11 +95,12 @@ async def run(
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
         serve_api = partial(api.serve, settings, chat, health, vitals, node)
-        api_served = await nursery.start(serve_api, api_socket, stop, api_stop)
+        leave = api.Leave(stop)
+        api_served = await nursery.start(serve_api, api_socket, leave, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(process.ping_watchdog)
         nursery.start_soon(process.follow_parent, stop)
-        await nursery.start(garbage.collect, lambda: hub.ended)
+        await nursery.start(garbage.collect, lambda: hub.ended + leave.done)
         log.info(
             "ready",
             node=node,

@@ -2,13 +2,14 @@
 
 Python itself looks when a thousand objects more were made than went. Where 10,000 connections replace their
 few objects one for one, that takes minutes, and then there are 200,000 to look at: 200 ms without service.
-Nearly everything here goes with its last reference anyway; HTTP connections and some requests leave cycles.
+Nearly everything here goes with its last reference anyway; what Quart does for a request leaves cycles.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 import structlog
@@ -16,49 +17,72 @@ import trio
 
 PAUSE = 0.003  # seconds that one look shall take: the next comes sooner or later for it, between
 SOONEST, LATEST = 0.01, 0.25  # seconds
+# What is alive at a look gets a second one: most requests have been answered by then. Only what is alive then,
+# too, counts as old and is not looked at any more.
+SECOND_LATEST = 5.0  # seconds
 
-# What has lived through one look is not looked at again, until so many connections have ended (one that was old
-# leaves 2 kB, in wsproto's decoder), or so many seconds have passed. That takes half a second for 10,000.
-ENDED_MOST, SELDOM = 20_000, 6 * 3600.0
+# The old is looked at when so many requests and connections have come and gone. That takes half a second where
+# there are 10,000 connections, so the more seldom the less it finds.
+DONE_FIRST, DONE_LEAST = 20_000, 5_000
+WORTH = 20_000  # objects, some 2 MB
+SELDOM = 6 * 3600.0  # seconds, however little is done
 
 log = structlog.get_logger()
 
 
 async def collect(
-    ended: Callable[[], int], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    done: Callable[[], int], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """For ever. `ended` tells how many connections have ended so far."""
+    """For ever. `done` tells how many requests and connections of any kind have come and gone so far."""
     gc.disable()
     try:
         _everything()
-        task_status.started()
-        await _by_the_clock(ended)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_look_at_the_young)
+            nursery.start_soon(_look_at_the_old, done, done())
+            task_status.started()
     finally:
         gc.unfreeze()
         gc.enable()
 
 
-async def _by_the_clock(ended: Callable[[], int]) -> None:
-    period, done, last = LATEST, ended(), trio.current_time()
+async def _look_at_the_young() -> None:
+    period = LATEST
+    spent, second = 0.0, trio.current_time()
     while True:
         await trio.sleep(period)
-        took = _young()
+        took = _timed(partial(gc.collect, 0))
         period = min(LATEST, max(SOONEST, period * min(2.0, PAUSE / took)))
-        if ended() - done >= ENDED_MOST or trio.current_time() - last >= SELDOM:
-            done, last = ended(), trio.current_time()
-            log.info("garbage_collected", ms=round(_everything() * 1e3))
+        spent += took
+        # A second look takes no longer than the first ones together have taken.
+        if spent >= PAUSE or trio.current_time() - second >= SECOND_LATEST:
+            await trio.lowlevel.checkpoint()
+            gc.collect(1)
+            gc.freeze()
+            spent, second = 0.0, trio.current_time()
 
 
-def _young() -> float:
+async def _look_at_the_old(done: Callable[[], int], before: int) -> None:
+    most, last = DONE_FIRST, trio.current_time()
+    while True:
+        await trio.sleep(LATEST)
+        if done() - before >= most or trio.current_time() - last >= SELDOM:
+            began = perf_counter()
+            found = _everything()
+            log.info("garbage_collected", ms=round((perf_counter() - began) * 1e3), objects=found)
+            most = max(DONE_LEAST, most // 2) if found > 2 * WORTH else most * 2 if found < WORTH else most
+            before, last = done(), trio.current_time()
+
+
+def _timed(work: Callable[[], object]) -> float:
     began = perf_counter()
-    gc.collect(0)
-    gc.freeze()
+    work()
     return perf_counter() - began
 
 
-def _everything() -> float:
-    began = perf_counter()
+def _everything() -> int:
+    """How many objects nobody held any more."""
     gc.unfreeze()
-    gc.collect()
+    found = gc.collect()
     gc.freeze()
-    return perf_counter() - began
+    return found

@@ -90,6 +90,11 @@ DB_SECONDS = Histogram(
 )
 COMMIT_SECONDS, READ_SECONDS = DB_SECONDS.labels("commit"), DB_SECONDS.labels("read")
 DB_POOL = Gauge("chatd_db_pool_in_use", "Connections that read just now", multiprocess_mode="livesum")
+BLOCKS = Gauge(
+    "chatd_memory_blocks",
+    "Pieces of memory that Python holds; level unless something is kept",
+    multiprocess_mode="livesum",
+)
 STATEMENTS = Counter("chatd_statements_total", "SQL statements, of the writer and of the readers", ["engine"])
 
 PRUNED = Counter("chatd_messages_pruned_total", "Messages that retention has removed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -78,6 +79,7 @@ class Vitals:
         metrics.ROOMS.set(len(rooms))
         metrics.SUBSCRIPTIONS.set(rooms.subscriptions)
         metrics.USERS.set(registry.present)
+        metrics.BLOCKS.set(sys.getallocatedblocks())
         metrics.DB_POOL.set(self._sources.read.in_use)
 
     async def _watch_outbox(self, backlog: Callable[[], Awaitable[tuple[int, float]]]) -> None:

@@ -47,6 +47,15 @@ class HTTPConnection(TrioASGIHTTPConnection):
         except ChatError as error:
             body.break_off(error)
 
+    async def handle_request(  # type: ignore[override]  # quart-trio hands a nursery over
+        self, nursery: trio.Nursery, request: Any, send: Any
+    ) -> None:
+        try:
+            await super().handle_request(nursery, request, send)
+        finally:
+            # Where no route was found this holds the request itself, by way of the frames that it came through.
+            request.routing_exception = None
+
     def _create_request_from_scope(self, send: Any) -> Any:
         # A target that is no path (`GET ?`, `GET http://[`) is for Quart a reason to fail before any check.
         if not self.scope["path"].startswith("/"):

@@ -86,12 +86,15 @@ class Connection:
         except* Exception as group:
             metrics.HTTP_FAILED.inc()
             log.debug("http_connection_failed", error=repr(group.exceptions[0]))
+        finally:
+            self._leave.done += 1
 
     async def _serve(self) -> None:
         try:
             while (request := await self._next_request()) is not None:
                 await self._exchange(request)
                 self._served += 1
+                self._leave.done += 1
                 if not self._begin_anew():
                     break
             else:
@@ -144,7 +147,9 @@ class Connection:
                 self._h11.receive_data(data)
             return event
         except h11.RemoteProtocolError as error:
-            raise Refusal(error.error_status_hint, "bad_request", f"This is no HTTP: {error}.") from error
+            # h11's error holds itself by way of the frames that it came through, and with them this connection.
+            said = str(error.with_traceback(None))
+            raise Refusal(error.error_status_hint, "bad_request", f"This is no HTTP: {said}.") from None
 
     # One request and its answer, as ASGI.
 

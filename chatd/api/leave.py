@@ -16,6 +16,7 @@ class Leave:
         self._leaving = leaving
         self._waits: dict[trio.CancelScope, float] = {}
         self._now = False
+        self.done = 0  # requests and connections that have come and gone
 
     @property
     def soon(self) -> bool:

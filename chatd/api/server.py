@@ -32,17 +32,16 @@ async def serve(
     vitals: Vitals,
     node: str,
     listening: socket.socket,
-    leaving: trio.Event,
+    leave: Leave,
     stop: trio.Event,
     *,
     task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `stop`, then finish what is in progress; the event given to `started` says that it is. How
-    long that may take is the caller's affair. From `leaving` on, which comes before, no connection is kept.
+    long that may take is the caller's affair.
     """
     finished = trio.Event()
     app = create_app(settings, chat, healthy, vitals, node)
-    leave = Leave(leaving)
 
     watched = listening.dup()
 
