@@ -1,10 +1,11 @@
-"""chatd.js by itself, in Node: against a scripted server, with the clock in the test's hands.
+"""chatd.js in Node: by itself against a scripted server, then with a daemon behind a network that breaks.
 
-The tests are in `tests/web/*.test.mjs`. Node is the one that Playwright brings along.
+Those against the scripted server are in `tests/web/*.test.mjs`. The examples of docs/javascript.md run, too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.node import NODE
+from tests.bad_network import CLIENT, SETTINGS, BadNetwork, faults_of, in_node, options
+from tests.conftest import Daemons
+from tests.daemon import Daemon
+from tests.node import NODE, run_script
 
 WEB = Path(__file__).parent / "web"
 NAME = re.compile(r'^\s*test\("([^"]+)"', re.MULTILINE)
+EXAMPLES = re.findall(
+    r"^```js\n(.+?)^```", (Path(__file__).parent.parent / "docs" / "javascript.md").read_text(), re.M | re.S
+)
 CASES = [
     (file.name, name) for file in sorted(WEB.glob("*.test.mjs")) for name in NAME.findall(file.read_text())
 ]
@@ -40,3 +47,81 @@ def verdicts() -> dict[tuple[str, str], str]:
 def test_chatd_js(verdicts: dict[tuple[str, str], str], file: str, name: str) -> None:
     verdict = verdicts.get((file, name), "It did not run.")
     assert verdict == "ok", verdict
+
+
+def test_a_network_that_breaks_loses_doubles_and_reorders_nothing(daemons: Daemons) -> None:
+    """Cut, reset, half-closed and silent in either way; the long form is `python -m tests.bad_network`."""
+    daemon = daemons(demo=True, **SETTINGS)
+    with BadNetwork(daemon.hub_port, life=0.3, seed=20261127) as network:
+        verdicts = in_node(options(daemon, network, 300), 90)
+    assert faults_of(verdicts) == []
+    assert sum(network.fates.values()) > 10
+
+
+# The examples of docs/javascript.md
+
+
+def test_the_first_example_talks(daemon: Daemon, conversation: int) -> None:
+    """As it stands but for its addresses, with the functions that are the application's."""
+    example = (
+        EXAMPLES[0]
+        .replace("/js/chatd.js", CLIENT.as_uri())
+        .replace("wss://chat.example.com/ws", daemon.ws_url)
+        .replace("(1", f"({conversation}")
+    )
+    printed = run_script(
+        f"""
+        import {{ setTimeout as sleep }} from "node:timers/promises";
+        const shown = [], show = ({{ content }}) => shown.push(content);
+        const showInstead = () => {{}}, leave = () => {{}}, showState = () => {{}};
+        const token = {json.dumps(daemon.token_for(5))};
+        globalThis.fetch = async (path) => new Response(path === "/chat/token" ? token : null);
+        {example}
+        while (!shown.length) await sleep(10);
+        console.log(JSON.stringify([shown, chat.userId]));
+        process.exit();
+        """,
+        30,
+    )
+    assert json.loads(printed) == [["Hello"], 5]
+
+
+def test_the_example_of_a_first_page_has_no_gap(daemon: Daemon, conversation: int) -> None:
+    """While it opens the room and pages back, much is posted, and what it has not loaded yet is edited."""
+    ids: list[int] = []
+    for first in range(0, 400, 100):
+        messages = [
+            {"conversation_id": conversation, "sender_id": 8, "content": f"{number}"}
+            for number in range(first, first + 100)
+        ]
+        answer = daemon.request("POST", "/api/ws/messages/batch", {"messages": messages})
+        ids += [result["id"] for result in answer.json["results"]]
+    script = f"""
+    import {{ setTimeout as sleep }} from "node:timers/promises";
+    const {{ Chat }} = await import({json.dumps(CLIENT.as_uri())});
+    const make = (token) => new Chat({{ url: {json.dumps(daemon.ws_url)}, token: async () => token }});
+    const chat = make({json.dumps(daemon.token_for(5))}), other = make({json.dumps(daemon.token_for(8))});
+    const connected = (one) => {{
+      one.connect();
+      return new Promise((done) => one.addEventListener("state", () => one.state === "online" && done()));
+    }};
+    await Promise.all([connected(chat), connected(other)]);
+    {EXAMPLES[1].replace("export ", "")}
+    const id = {conversation};
+    const oldest = {json.dumps(ids[:30])};
+    let talking = true, posted = 400;
+    const talk = (async () => {{ while (talking) await other.send(id, `${{posted++}}`); }})();
+    const edit = Promise.all(oldest.map((one, number) => other.edit(id, one, `${{number}}, edited`)));
+    const open = await openRoom(chat, id);
+    while (open.hasMore) await open.earlier();
+    await edit;
+    talking = false;
+    await talk;
+    while (open.messages.size < posted) await sleep(10);
+    const texts = [...open.messages].sort(([a], [b]) => a - b).map(([, {{ content }}]) => content);
+    console.log(JSON.stringify(texts));
+    process.exit();
+    """
+    texts = json.loads(run_script(script, 60))
+    assert texts == [f"{number}, edited" if number < 30 else f"{number}" for number in range(len(texts))]
+    assert len(texts) > 400

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.bad_network import SETTINGS, BadNetwork, faults_of, in_page, options
+from tests.conftest import Daemons
 from tests.daemon import Daemon
 
 try:
@@ -582,6 +584,20 @@ def test_a_throwing_listener_harms_nothing(demo: Daemon, blank: Page, room: int)
     # The cursor was moved before the listeners were called.
     assert got["messages"] == [[1, 1, "one"], [2, 2, "two"], [3, 3, "three"], [4, 4, "four"]]
     assert any("a bug in the application" in error for error in got["errors"])
+
+
+def test_a_network_that_breaks_loses_doubles_and_reorders_nothing(
+    browser: BrowserContext, daemons: Daemons
+) -> None:
+    """As `test_javascript.py` has it for Node; the long form is `python -m tests.bad_network --chromium`."""
+    daemon = daemons(demo=True, **SETTINGS)
+    page = browser.new_page()
+    page.goto(f"{daemon.url}/healthz")
+    with BadNetwork(daemon.hub_port, life=0.5, seed=20261127) as network:
+        verdicts = in_page(page, options(daemon, network, 200))
+    page.close()
+    assert faults_of(verdicts) == []
+    assert sum(network.fates.values()) > 5
 
 
 def test_an_invalid_token_stops_for_good(blank: Page, room: int) -> None:
