@@ -33,10 +33,7 @@ def issuer(settings: config.Config) -> Tokens:
     """What makes tokens as the daemon does. Raises OperatorError where it accepts none of ours."""
     secret = settings.auth.secret
     if not secret:
-        database.require(settings.database)
-        store = database.open_store(settings.database)
-        secret = store.token_secret
-        store.close()
+        secret = database.token_secret(settings.database)
     tokens = Tokens(secret, settings.auth)
     try:
         tokens.issue(1, 1)

@@ -21,7 +21,7 @@ from chatd.errors import ConfigError, OperatorError
 from chatd.model import Group
 from chatd.store import copies, migrations, schema, urls
 from chatd.store.attendance import Attendances
-from chatd.store.engine import is_sqlite, reading_engine, require_sessions, writing_engine
+from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.place import Place
 from chatd.store.reader import Reader
@@ -82,6 +82,40 @@ def migrate(config: Database) -> tuple[str | None, str]:
         return _upgrade(config, engine)
 
 
+def token_secret(config: Database) -> str:
+    """What signs tokens where the configuration names nothing. Raises OperatorError."""
+    facts = schema.facts
+    with looked_at(config) as engine, engine.connect() as connection:
+        found = connection.scalar(select(facts.c.value).where(facts.c.key == "token_secret"))
+    if found is None:
+        raise OperatorError(
+            "database.url: chatd has never served from this database, so no token would be valid."
+        )
+    return str(found)
+
+
+@contextmanager
+def looked_at(config: Database, *, newest: bool = False) -> Iterator[Engine]:
+    """An engine for the block that cannot write. `newest`: what is looked for needs this version's schema.
+
+    Raises OperatorError also for a database that is none of chatd's. It makes, migrates and changes none.
+    """
+    require(config)
+    with _told(), _disposed(looking_engine(config.url)) as engine:
+        with engine.connect() as connection:
+            found = migrations.current(connection)
+        if found is None:
+            raise OperatorError(
+                "database.url: this is no database of chatd, or chatd has never served from it."
+            )
+        if newest and found != migrations.head():
+            raise OperatorError(
+                f"database.url: the schema is at version {found}; this needs version {migrations.head()}, which"
+                " `chatd migrate` makes of it, or `chatd serve` of an SQLite database."
+            )
+        yield engine
+
+
 def require(config: Database) -> None:
     """Raises OperatorError where opening the store would make a new SQLite database."""
     name = urls.parse(config.url).database
@@ -95,14 +129,34 @@ def require(config: Database) -> None:
 @contextmanager
 def opened(config: Database) -> Iterator[Engine]:
     """An engine for the block. What a database or its URL is refused for becomes a sentence."""
+    with _told(), _disposed(writing_engine(config.url)) as engine:
+        if not is_sqlite(engine):
+            require_sessions(engine)
+        yield engine
+
+
+@contextmanager
+def changed(config: Database, *, newest: bool = True) -> Iterator[Engine]:
+    """The same for commands that change a database that is there: one of chatd's, which they do not migrate."""
+    with looked_at(config, newest=newest):
+        pass
+    with opened(config) as engine:
+        yield engine
+
+
+@contextmanager
+def _disposed(engine: Engine) -> Iterator[Engine]:
     try:
-        engine = writing_engine(config.url)
-        try:
-            if not is_sqlite(engine):
-                require_sessions(engine)
-            yield engine
-        finally:
-            engine.dispose()
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a database or its URL is refused for becomes a sentence."""
+    try:
+        yield
     except (
         SQLAlchemyError,
         psycopg.Error,

@@ -5,7 +5,9 @@ Every setting has its reason beside it. Used by the writer, the reads, the outbo
 
 from __future__ import annotations
 
+import sqlite3
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +22,14 @@ from chatd.store.sessions import Sessions
 SQLITE_BUSY_SECONDS = 5
 # KiB that the writer keeps of the file: SQLite's own 2 MiB do not hold the index ends of 300 busy rooms.
 SQLITE_WRITER_CACHE = 16 * 1024
+
+_COMMON: dict[str, Any] = {
+    "max_overflow": 0,
+    "pool_timeout": 5,
+    "hide_parameters": True,  # an error in the log tells no message's text
+    "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+    "json_deserializer": msgspec.json.decode,
+}
 
 
 def is_sqlite(engine: Engine) -> bool:
@@ -48,6 +58,22 @@ def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> En
     return engine
 
 
+def looking_engine(url: str) -> Engine:
+    """For commands that only look: it cannot write, makes no file, leaves SQLite its journal mode."""
+    parsed = urls.parse(url)
+    if parsed.get_backend_name() != "sqlite":
+        engine = _engine(url, None, name="read", pool_size=1, isolation="REPEATABLE READ")
+        return engine.execution_options(postgresql_readonly=True)
+    place = f"{Path(parsed.database or '').absolute().as_uri()}?mode=ro"
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(place, uri=True, timeout=SQLITE_BUSY_SECONDS, isolation_level=None)
+
+    engine = create_engine(parsed, creator=connect, pool_size=1, **_COMMON)
+    _begin_with(engine, "BEGIN")
+    return engine
+
+
 def _engine(url: str, shared: Sessions | None, *, name: str, pool_size: int, isolation: str) -> Engine:
     engine = _create(url, shared or Sessions(), pool_size, isolation)
     count = metrics.STATEMENTS.labels(name).inc
@@ -57,14 +83,7 @@ def _engine(url: str, shared: Sessions | None, *, name: str, pool_size: int, iso
 
 def _create(url: str, shared: Sessions, pool_size: int, isolation: str) -> Engine:
     parsed = urls.parse(url)
-    common: dict[str, Any] = {
-        "pool_size": pool_size,
-        "max_overflow": 0,
-        "pool_timeout": 5,
-        "hide_parameters": True,  # an error in the log tells no message's text
-        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
-        "json_deserializer": msgspec.json.decode,
-    }
+    common = {"pool_size": pool_size, **_COMMON}
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed, connect_args={"timeout": SQLITE_BUSY_SECONDS}, **common)
         event.listen(engine, "connect", _set_up_sqlite)

@@ -13,7 +13,7 @@ from sqlalchemy import update
 from chatd.config import Database
 from chatd.errors import OperatorError
 from chatd.store import copies, schema, urls
-from chatd.store.database import opened, require
+from chatd.store.database import changed, looked_at, require
 from chatd.store.erasure import Erasure, export, forget
 from chatd.store.retention import PAUSE, Pruner, Rules, remove_leftovers
 
@@ -45,9 +45,8 @@ def restore(config: Database, source: Path) -> Path | None:
 
 def new_epoch(config: Database) -> None:
     """Let every client start over: what they have seen is not what the database holds. Raises OperatorError."""
-    require(config)
     facts = schema.facts
-    with opened(config) as engine, engine.begin() as connection:
+    with changed(config, newest=False) as engine, engine.begin() as connection:
         renewed = update(facts).where(facts.c.key == "epoch").values(value=secrets.token_hex(8))
         if not connection.execute(renewed).rowcount:
             raise OperatorError("database.url: chatd has never served from this database.")
@@ -55,12 +54,12 @@ def new_epoch(config: Database) -> None:
 
 def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, dry: bool) -> int:
     """How many messages went, or are to go. `tell` gets (so far, all) now and then. Raises OperatorError."""
-    require(config)
-    with opened(config) as engine:
+    if dry:
+        with looked_at(config, newest=True) as engine:
+            return Pruner(engine, rules).find()
+    with changed(config) as engine:
         pruner = Pruner(engine, rules, patient=True)
         all, done = pruner.find(), 0
-        if dry:
-            return all
         while (removed := pruner.step()) is not None:
             done += removed
             tell(done, all)
@@ -72,8 +71,7 @@ def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, d
 
 def exported(config: Database, user_id: int) -> Iterator[dict[str, Any]]:
     """Raises OperatorError."""
-    require(config)
-    with opened(config) as engine:
+    with looked_at(config, newest=True) as engine:
         yield from export(engine, user_id)
 
 
@@ -90,8 +88,7 @@ def erase(
 
     For `tell` and `settle` see `Erasure`, for `anew` see `forget`.
     """
-    require(config)
-    with opened(config) as engine:
+    with changed(config) as engine:
         node = RELAYED_BY_ANYBODY if redis else None
         count = Erasure(engine, user_id, node, tell).run(settle)
         return count, forget(engine, anew=anew)

@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 from chatd.config import Database
 from chatd.errors import OperatorError
 from chatd.store import migrations, schema, urls
-from chatd.store.engine import reading_engine, writing_engine
+from chatd.store.engine import looking_engine, writing_engine
 
 COMMITS = 20  # of which the middle one counts
 BLOCK = 4096  # bytes, as a commit of SQLite writes at least
@@ -51,29 +52,50 @@ def look(config: Database) -> Found:
     if file is not None and not file.exists():
         raise OperatorError(f"there is no {file} yet")
     try:
-        reading, writing = reading_engine(config.url, 1), writing_engine(config.url)
+        reading = looking_engine(config.url)
         try:
-            return _look(reading, writing, file)
+            return _look_at_file(reading, file) if file is not None else _look_at_server(reading, config)
         finally:
             reading.dispose()
-            writing.dispose()
     except (SQLAlchemyError, TypeError, ValueError) as error:
         raise OperatorError(_first_line(error)) from error
 
 
-def _look(reading: Engine, writing: Engine, file: Path | None) -> Found:
+def _look_at_file(reading: Engine, file: Path) -> Found:
+    """It is asked whether it takes rows only if it is ours, and stays in the journal mode that it has."""
     with reading.connect() as connection:
         revision = migrations.current(connection)
     newest = migrations.head()
-    refused = _refusal(writing) if revision == newest else ""
-    if file is not None:
-        return Found(f"SQLite {sqlite3.sqlite_version}", revision, newest, refused, fsync_time(file.parent))
+    refused = _refusal_of_file(file) if revision == newest else ""
+    return Found(f"SQLite {sqlite3.sqlite_version}", revision, newest, refused, fsync_time(file.parent))
+
+
+def _refusal_of_file(file: Path) -> str:
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT INTO chat_meta VALUES ('doctor', '')")
+            connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        return str(error)
+    return ""
+
+
+def _look_at_server(reading: Engine, config: Database) -> Found:
+    with reading.connect() as connection:
+        revision = migrations.current(connection)
+    newest = migrations.head()
     with reading.connect() as connection:
         version = str(connection.exec_driver_sql("SHOW server_version").scalar()).split()[0]
         names = ("fsync", "synchronous_commit", "full_page_writes", "max_connections")
         settings = {name: str(connection.exec_driver_sql(f"SHOW {name}").scalar()) for name in names}
         ahead = _ahead(connection)
-    commit = None if refused else _commit_time(writing)
+    writing = writing_engine(config.url)
+    try:
+        refused = _refusal(writing) if revision == newest else ""
+        commit = None if refused else _commit_time(writing)
+    finally:
+        writing.dispose()
     return Found(f"PostgreSQL {version}", revision, newest, refused, commit, ahead, settings)
 
 
