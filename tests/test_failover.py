@@ -19,6 +19,7 @@ from chatd.store.urls import parse
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.replication import Address, Replication
+from tests.test_doctor import inspected, wrong
 from tests.test_store import Bench, bench, post
 
 # Seconds until posts are stored again, where the old server closes its connections or says that it is none for
@@ -181,3 +182,23 @@ def test_a_server_that_falls_silent_is_given_up_once_another_has_taken_over(
         assert newest(daemon) == "after"
     finally:
         frozen.resume()
+
+
+def test_doctor_says_what_a_failover_would_cost(replication: Replication, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, database__url=replication.url)
+
+    def said(text: str) -> str:
+        (one,) = [one for one in inspected(daemon) if text in one["found"]]
+        return str(one["level"])
+
+    assert said("followed by 1 asynchronous") == "warning"
+    replication.make_synchronous()
+    assert said("commits wait for a standby") == "ok"
+    replication.standby.stop()
+    replication.primary.wait_for("SELECT count(*) = 0 FROM pg_stat_replication")
+    assert said("each message waits for one") == "problem"
+
+
+def test_doctor_finds_no_server_that_takes_writes(replication: Replication, tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, database__url=replication.standby.url)
+    assert "read-only" in wrong(inspected(daemon))["database"]

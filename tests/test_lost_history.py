@@ -16,7 +16,7 @@ from tests.client import Client, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.replication import Replication
-from tests.test_failover import SOON, attempt, newest, post_until_stored
+from tests.test_failover import SILENT, SOON, attempt, newest, post_until_stored
 
 KEPT, LOST = 5, 5  # changes
 
@@ -147,3 +147,34 @@ async def test_a_synchronous_standby_has_what_was_acknowledged(
     stored = {row[0] for row in synchronous.primary.execute("SELECT content FROM chat_messages")}
     assert set(acknowledged) <= stored
     assert await in_thread(newest, daemon) == "after"
+
+
+@pytest.mark.parametrize("ends", ["the wait", "the server"])
+async def test_what_the_standby_lacks_is_acknowledged_to_nobody(
+    synchronous: Replication, daemons: Daemons, ends: str
+) -> None:
+    """A commit waits for the standby. Somebody ends that wait, or the server: then the row is there for all to
+    see, and a retry finds it. PostgreSQL calls the first a success."""
+    primary = synchronous.primary
+    daemon = await in_thread(daemons, database__url=synchronous.url)
+    await in_thread(daemon.post, 1, 1, "before")
+    synchronous.standby.hold()
+    async with trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            assert await in_thread(attempt, daemon, "unknown") == 503
+
+        nursery.start_soon(ask)
+        waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        await in_thread(primary.wait_for, f"SELECT count(*) = 1 {waiting}")
+        if ends == "the wait":
+            primary.execute(f"SELECT pg_cancel_backend(pid) {waiting}")
+        else:
+            await in_thread(primary.crash)
+            await in_thread(primary.start)
+    assert primary.scalar("SELECT count(*) FROM chat_messages WHERE content = 'unknown'") == 1
+    assert await in_thread(attempt, daemon, "unknown") == 503, "the retry waits for the standby, too"
+    synchronous.standby.let_go(primary)
+    await in_thread(post_until_stored, daemon, "unknown", SILENT)
+    await in_thread(synchronous.fail_over)
+    assert synchronous.primary.scalar("SELECT count(*) FROM chat_messages WHERE content = 'unknown'") == 1

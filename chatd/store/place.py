@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine, event, make_url
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.errors import DatabaseGone
+from chatd.store import urls
 from chatd.store.engine import is_sqlite
 
 Identity = tuple[int, int]
@@ -27,7 +28,7 @@ class Place:
     """The file that was under the name when this was made. For PostgreSQL there is nothing to watch."""
 
     def __init__(self, url: str) -> None:
-        parsed = make_url(url)
+        parsed = urls.parse(url)
         named = parsed.database if parsed.get_backend_name() == "sqlite" else None
         self._path = Path(named).absolute() if named else None
         self._identity = _identity(self._path) if self._path is not None else None

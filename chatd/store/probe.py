@@ -15,21 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import psycopg
 from sqlalchemy import Connection, Engine, insert
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from chatd.config import Database
 from chatd.errors import OperatorError
 from chatd.store import migrations, schema, urls
-from chatd.store.engine import looking_engine, writing_engine
+from chatd.store.engine import looking_engine, require_sessions, writing_engine
 
+SYNCHRONOUS = "synchronous_standby_names"
 COMMITS = 20  # of which the middle one counts
 BLOCK = 4096  # bytes, as a commit of SQLite writes at least
 
 
 @dataclass(frozen=True)
 class Found:
-    """`commit` is in seconds, `ahead` how far its clock is ahead of ours. `settings` are PostgreSQL's."""
+    """`commit` is in seconds, `ahead` how far its clock is ahead of ours. `settings` are PostgreSQL's, and
+    `standbys` the number of servers that follow it just now."""
 
     version: str
     revision: str | None
@@ -38,6 +41,7 @@ class Found:
     commit: float | None = None
     ahead: float | None = None
     settings: dict[str, str] | None = None
+    standbys: int = 0
 
 
 def sqlite_file(config: Database) -> Path | None:
@@ -57,7 +61,7 @@ def look(config: Database) -> Found:
             return _look_at_file(reading, file) if file is not None else _look_at_server(reading, config)
         finally:
             reading.dispose()
-    except (SQLAlchemyError, TypeError, ValueError) as error:
+    except (SQLAlchemyError, psycopg.Error, TypeError, ValueError) as error:
         raise OperatorError(_first_line(error)) from error
 
 
@@ -82,21 +86,24 @@ def _refusal_of_file(file: Path) -> str:
 
 
 def _look_at_server(reading: Engine, config: Database) -> Found:
+    require_sessions(reading)
     with reading.connect() as connection:
         revision = migrations.current(connection)
     newest = migrations.head()
     with reading.connect() as connection:
         version = str(connection.exec_driver_sql("SHOW server_version").scalar()).split()[0]
-        names = ("fsync", "synchronous_commit", "full_page_writes", "max_connections")
+        names = ("fsync", "synchronous_commit", "full_page_writes", "max_connections", SYNCHRONOUS)
         settings = {name: str(connection.exec_driver_sql(f"SHOW {name}").scalar()) for name in names}
         ahead = _ahead(connection)
+        standbys = int(connection.exec_driver_sql("SELECT count(*) FROM pg_stat_replication").scalar() or 0)
+    waits = settings[SYNCHRONOUS] and not standbys  # for a standby, and for ever
     writing = writing_engine(config.url)
     try:
         refused = _refusal(writing) if revision == newest else ""
-        commit = None if refused else _commit_time(writing)
+        commit = None if refused or waits else _commit_time(writing)
     finally:
         writing.dispose()
-    return Found(f"PostgreSQL {version}", revision, newest, refused, commit, ahead, settings)
+    return Found(f"PostgreSQL {version}", revision, newest, refused, commit, ahead, settings, standbys)
 
 
 def _refusal(engine: Engine) -> str:

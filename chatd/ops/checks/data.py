@@ -32,7 +32,7 @@ def database(case: Case) -> Iterator[Finding]:
         yield problem(
             DATABASE,
             f"{error}",
-            "See database.url, and whether the server runs; SQLite's file is made by serve.",
+            "See database.url, and whether a server runs there that takes writes; serve makes SQLite's file.",
         )
         return
     yield _schema(found)
@@ -45,6 +45,8 @@ def database(case: Case) -> Iterator[Finding]:
     if found.commit is not None:
         yield _commit(found.commit)
     yield from _settings(case, found.settings or {})
+    if found.settings:
+        yield from _standbys(found.settings[store_probe.SYNCHRONOUS], found.standbys)
     if found.ahead is not None:
         yield from _clock("PostgreSQL", found.ahead)
 
@@ -90,6 +92,24 @@ def _settings(case: Case, settings: dict[str, str]) -> Iterator[Finding]:
             DATABASE,
             f"max_connections is {settings['max_connections']}; this node alone may need {needed}",
             "Raise it in postgresql.conf, or lower database.readers or server.workers.",
+        )
+
+
+def _standbys(synchronous: str, count: int) -> Iterator[Finding]:
+    """What a failover would cost. Which standby is which only a superuser may see."""
+    if synchronous and not count:
+        yield problem(
+            DATABASE,
+            f"no standby follows, and each message waits for one ({store_probe.SYNCHRONOUS} = '{synchronous}')",
+            "Start the standby; or take the setting back, and nothing waits for one.",
+        )
+    elif synchronous:
+        yield ok(DATABASE, "commits wait for a standby: a failover to it loses nothing that was acknowledged")
+    elif count:
+        yield warning(
+            DATABASE,
+            f"followed by {count} asynchronous: a failover may lose the newest messages that were acknowledged",
+            f"Set {store_probe.SYNCHRONOUS}, unless that is meant to be; clients are told when it happens.",
         )
 
 
