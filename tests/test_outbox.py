@@ -189,3 +189,28 @@ async def test_pings_and_pongs_are_no_unfinished_messages(nursery: trio.Nursery)
             await theirs.send_all(b"\x8a\x80mask")
             await outbox.receive_some(4096)
         assert not outbox.cut
+
+
+async def test_a_goodbye_waits_for_a_slow_peer_and_not_for_a_silent_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is queued before a goodbye is sent as long as the peer takes some of it."""
+    monkeypatch.setattr("chatd.hub.outbox.LINGER_PAUSE", 0.3)
+    for reads in (True, False):
+        ours, theirs = pair(small=True)
+        async with ours, theirs:
+            async with trio.open_nursery() as connection:
+                outbox = Outbox(ours, connection, unfinished_bytes=1000, limit=10 * LIMIT)
+                await outbox.send_all(b"x" * LIMIT)
+                assert outbox.queued
+                connection.cancel_scope.cancel()
+            with trio.fail_after(5):
+                async with trio.open_nursery() as lingering:
+                    lingering.start_soon(outbox.linger)
+                    got = 0
+                    while reads and (data := await theirs.receive_some(LIMIT // 2)):
+                        got += len(data)
+                        await trio.sleep(0.01)
+                    await theirs.send_eof()
+            assert got == (LIMIT if reads else 0)
+            assert bool(outbox.queued) is not reads

@@ -195,12 +195,20 @@ class Outbox(trio.abc.Stream):
             return
         with trio.move_on_after(LINGER_SECONDS):
             try:
-                await self._flush()
-                if not self.cut and not self.peer_finished:
+                await self._flush_while_it_moves()
+                if not self._queue and not self.cut and not self.peer_finished:
                     await self._stream.send_eof()
                     await self._discard()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # the peer was faster
+
+    async def _flush_while_it_moves(self) -> None:
+        """A peer that takes nothing at all, because its link is dark, say, is not waited for."""
+        before = -1
+        while self._queue and not self.cut and (taken := self.taken()) > before:
+            before = taken
+            with trio.move_on_after(LINGER_PAUSE):
+                await self._flush()
 
     async def _discard(self) -> None:
         left = LINGER_BYTES
