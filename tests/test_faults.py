@@ -41,7 +41,7 @@ BUGS = {
     "no-revocation": ("leak", ["--cluster", "sqlite", "--fault", "calm", "--seconds", "4", *FEW]),
     "resume-by-number": (
         "moved-silently",
-        ["--cluster", "sqlite", "--fault", "half-open + rollback", "--seconds", "6", *FEW],
+        ["--cluster", "sqlite", "--fault", "rollback", "--seconds", "3", *FEW],
     ),
     "drop-what-is-numbered-again": (
         "moved-silently",

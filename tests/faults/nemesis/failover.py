@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from time import monotonic
-
 import trio
 
 from tests.faults.contents import contents, of_postgres
-from tests.faults.history import Conversation, Past
+from tests.faults.history import Conversation
+from tests.faults.nemesis.backwards import AHEAD, back_in_time
 from tests.faults.nemesis.field import Field, blocking
 from tests.replication import ReplicatedServer, Replication
 from tests.services import free_port
 
 ROUND = 8.0  # seconds from one failover to the next, about
-AHEAD = (0.5, 1.5)  # seconds of posts before a failover and after it; what a lagging standby has not received
 REPLAYED = "SELECT pg_last_wal_receive_lsn() IS NULL OR pg_last_wal_replay_lsn() >= pg_last_wal_receive_lsn()"
 
 
@@ -37,15 +35,11 @@ async def pg_failover_lagging(field: Field) -> None:
     for _ in range(rounds):
         await blocking(replication.standby.hold)
         await trio.sleep(field.dice.uniform(*AHEAD))
-        async with field.workload.going_back():
+        async with back_in_time(field) as past:
             await blocking(replication.standby.wait_for, REPLAYED)
-            copied = await blocking(contents, of_postgres(replication.standby.url))
-            at = monotonic()
+            past.copy = await blocking(contents, of_postgres(replication.standby.url))
             await blocking(_take_over, field)
-            until = monotonic()
-            held = await blocking(_contents_of_the_dead, replication.standby)
-            field.past.append(Past(at, until, held, copied))
-        await trio.sleep(field.dice.uniform(*AHEAD))
+            past.held = await blocking(_contents_of_the_dead, replication.standby)
         await blocking(_replace_the_dead, field)
     field.notes.append(f"{rounds} times")
 

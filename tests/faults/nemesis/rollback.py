@@ -2,77 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from time import monotonic
+from pathlib import Path
 
 import trio
 
-from tests.faults.contents import contents, heads, of_sqlite
+from tests.faults.contents import contents, of_sqlite
 from tests.faults.history import Past
+from tests.faults.nemesis.backwards import AHEAD, back_in_time
 from tests.faults.nemesis.field import EVERY, Field, blocking
 
-ROUND = 5.0  # seconds from one time to the next, about
-AHEAD = (1.0, 2.0)  # seconds of posts between the copy and its return, and after that
-NOTICED = 12.0  # seconds that a running chatd may take to notice: its sweep comes every 10
+ROUND = 6.0  # seconds from one time to the next, about
+NOTICED = (
+    4.0  # seconds that chatd may take to notice that its file was replaced: it looks every 2, and at a commit
+)
 KILLED = 0.5  # how often it is killed; else it is stopped
 
 
 async def rollback(field: Field) -> None:
-    """chatd is killed or stopped, the copy is put back, and chatd starts again.
-
-    Clients come back before and after the new history has passed what they have.
-    """
-    rounds = max(1, round(field.seconds / ROUND))
+    """chatd is killed or stopped, the copy is put back, and chatd starts again."""
     node = field.cluster.nodes[0]
+    rounds = max(1, round(field.seconds / ROUND))
     for _ in range(rounds):
-        async with _back_in_time(field) as put_back:
+        copy, aside = await _copy(field)
+        async with back_in_time(field) as past:
             await blocking(node.kill if field.dice.random() < KILLED else node.stop)
-            await put_back()
+            await blocking(field.cluster.put_back, copy, aside)
             await blocking(node.start)
+            await _say_what_was_held(past, copy, aside)
     field.notes.append(f"{rounds} times")
 
 
 async def rollback_live(field: Field) -> None:
-    """The copy is put back under the running chatd: it must notice, and tell all who are connected."""
-    began = trio.current_time()
-    rounds = 0
-    while rounds == 0 or trio.current_time() + NOTICED < began + field.seconds:
-        async with _back_in_time(field) as put_back:
-            await put_back()
-            back = trio.current_time()
-            as_copied = await blocking(heads, field.cluster.rows)
-            while await blocking(heads, field.cluster.rows) == as_copied:
-                if trio.current_time() > back + NOTICED:
-                    field.troubles.append(f"rollback-live: not noticed within {NOTICED:.0f} s")
-                    break
+    """The copy is put back under the running chatd. It must notice and end; its manager starts it again."""
+    node = field.cluster.nodes[0]
+    rounds = max(1, round(field.seconds / ROUND))
+    for _ in range(rounds):
+        copy, aside = await _copy(field)
+        async with back_in_time(field) as past:
+            await blocking(field.cluster.put_back, copy, aside)
+            began = trio.current_time()
+            while node.exit_code is None and trio.current_time() < began + NOTICED:
                 await trio.sleep(EVERY)
-        rounds += 1
-        field.notes.append(f"noticed within {trio.current_time() - back:.1f} s")
+            if node.exit_code is None:
+                field.troubles.append(f"rollback-live: not noticed within {NOTICED:.0f} s")
+                await blocking(node.kill)
+            await blocking(node.start)
+            await _say_what_was_held(past, copy, aside)
+    field.notes.append(f"{rounds} times")
 
 
-class _PutBack:
-    """A copy of the database, and what it holds."""
-
-    def __init__(self, field: Field) -> None:
-        self._cluster = field.cluster
-        number = len(field.past)
-        self.copy, self.aside = (self._cluster.disk / f"{name}-{number}.db" for name in ("copy", "aside"))
-
-    async def __call__(self) -> None:
-        await blocking(self._cluster.put_back, self.copy, self.aside)
-
-
-@asynccontextmanager
-async def _back_in_time(field: Field) -> AsyncIterator[_PutBack]:
-    """A copy is taken and posts go on. The block must put it back; after it the new history has begun."""
-    put_back = _PutBack(field)
-    await blocking(field.cluster.copy_sqlite, put_back.copy)
+async def _copy(field: Field) -> tuple[Path, Path]:
+    """A copy of the database, behind which posts have gone on; and where the database itself is to be put."""
+    copy, aside = (field.cluster.disk / f"{name}-{len(field.past)}.db" for name in ("copy", "aside"))
+    await blocking(field.cluster.copy_sqlite, copy)
     await trio.sleep(field.dice.uniform(*AHEAD))
-    async with field.workload.going_back():
-        at = monotonic()
-        yield put_back
-        held = await blocking(contents, of_sqlite(put_back.aside))
-        copied = await blocking(contents, of_sqlite(put_back.copy))
-        field.past.append(Past(at, monotonic(), held, copied))
-    await trio.sleep(field.dice.uniform(*AHEAD))
+    return copy, aside
+
+
+async def _say_what_was_held(past: Past, copy: Path, aside: Path) -> None:
+    past.held = await blocking(contents, of_sqlite(aside))
+    past.copy = await blocking(contents, of_sqlite(copy))
