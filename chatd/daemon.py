@@ -91,6 +91,8 @@ async def run(
         await nursery.start(vitals.run)
         if os.environ.get("CHATD_WORKER_NUMBER", "1") == "1":
             await nursery.start(Retention(settings, store.retention).run)
+            if store.wal is not None:
+                await nursery.start(store.wal.run)
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
         await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))

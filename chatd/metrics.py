@@ -97,6 +97,9 @@ BLOCKS = Gauge(
 )
 STATEMENTS = Counter("chatd_statements_total", "SQL statements, of the writer and of the readers", ["engine"])
 
+SQLITE_LOG = Gauge(
+    "chatd_sqlite_log_bytes", "Size of SQLite's log (chatd.db-wal)", multiprocess_mode="mostrecent"
+)
 PRUNED = Counter("chatd_messages_pruned_total", "Messages that retention has removed")
 
 # Messages out.

@@ -27,6 +27,7 @@ from chatd.store.place import Place
 from chatd.store.reader import Reader
 from chatd.store.retention import Retention
 from chatd.store.sessions import Sessions
+from chatd.store.wal import Wal
 from chatd.store.webhooks import Webhooks
 from chatd.store.writer import Writer
 
@@ -48,6 +49,7 @@ class Store:
         self.webhooks = Webhooks(self._writing)
         self.attendances = Attendances(self._writing)
         self.retention = Retention(self._writing)
+        self.wal = Wal(self._writing) if is_sqlite(self._writing) else None
         _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 

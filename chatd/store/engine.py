@@ -22,6 +22,8 @@ from chatd.store.sessions import Sessions
 SQLITE_BUSY_SECONDS = 5
 # KiB that the writer keeps of the file: SQLite's own 2 MiB do not hold the index ends of 300 busy rooms.
 SQLITE_WRITER_CACHE = 16 * 1024
+# Bytes of its log's file that stay when the log begins anew: it would keep the size that it once had for ever.
+SQLITE_LOG_KEPT = 16 * 1024 * 1024
 
 _COMMON: dict[str, Any] = {
     "max_overflow": 0,
@@ -118,6 +120,7 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 def _set_up_sqlite_writer(connection: Any, _record: Any) -> None:
     connection.execute(f"PRAGMA cache_size = -{SQLITE_WRITER_CACHE}")
+    connection.execute(f"PRAGMA journal_size_limit = {SQLITE_LOG_KEPT}")
     connection.execute("PRAGMA secure_delete = ON")  # zeros over what is deleted, as is Debian's default
 
 
