@@ -55,13 +55,17 @@ class Churn:
             for number in range(1, minutes + 1):
                 cpu = self._node.cpu()
                 await trio.sleep(60)
-                memory, there = self._node.memory(), self._node.metric('chatd_connections{state="ready"}')
-                blocks = self._node.metric("chatd_memory_blocks")
+                memory = self._node.memory()
+                there = await self._metric('chatd_connections{state="ready"}')
+                blocks = await self._metric("chatd_memory_blocks")
                 cpu = (self._node.cpu() - cpu) / 60
                 found.append(Minute(memory, blocks, self.requests, self.joins, there, cpu))
                 tell(f"minute {number} of {minutes}: {memory / 1e6:.0f} MB, {self.joins:,} joins")
             nursery.cancel_scope.cancel()
         return found
+
+    async def _metric(self, name: str) -> float:
+        return await trio.to_thread.run_sync(self._node.metric, name)
 
     async def _come(self, nursery: trio.Nursery) -> None:
         began = trio.current_time()

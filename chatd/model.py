@@ -122,10 +122,14 @@ class Notice(Signal, frozen=True):
 
 
 class Kick(Signal, frozen=True):
-    """End all connections of a user; `reconnect`: they may come back at once."""
+    """End the connections of a user; `reconnect`: they may come back at once.
+
+    `age`: seconds since it was asked for. Who has logged in after that is not meant.
+    """
 
     user_id: int
     reconnect: bool
+    age: float = 0.0
 
 
 class Present(Signal, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -279,6 +280,66 @@ async def test_a_removal_outlives_a_publish_that_failed(pair: Pair) -> None:
         await trio.to_thread.run_sync(pair.first.request, "DELETE", "/api/ws/conversations/1/members/2")
         ended = await there.expect("unsubscribed", patience=7)  # well before a sweep
         assert ended["code"] == "not_found"
+
+
+async def disconnect(node: Daemon, user_id: int, *, reconnect: bool = True) -> None:
+    path = f"/api/ws/users/{user_id}/disconnect"
+    answer = await trio.to_thread.run_sync(node.request, "POST", path, {"reconnect": reconnect})
+    assert answer.status == 200
+
+
+async def test_a_kick_while_redis_is_away_reaches_the_other_node_when_it_is_back(pair: Pair) -> None:
+    """Those who were there, and nobody who came after it."""
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as before, login(pair.second, 3, {"1": None}) as other:
+        await trio.to_thread.run_sync(pair.server.kill)
+        await wait_until_ready(pair.first, "degraded")
+        await disconnect(pair.first, 2)
+        async with login(pair.second, 2, {"1": None}) as after:
+            await trio.to_thread.run_sync(pair.server.start)
+            assert (await before.closed(15.0))[0] == 4003
+            await wait_until_ready(pair.second, "ok")
+            await after.request("send", conversation_id=1, content="still here")
+            await other.messages(1)
+            await disconnect(pair.first, 2)
+            assert (await after.closed(5.0))[0] == 4003
+        await disconnect(pair.first, 3, reconnect=False)
+        assert (await other.closed(5.0))[0] == 4503
+
+
+async def test_a_kick_reaches_a_node_that_is_cut_off_from_redis(pair: Pair) -> None:
+    """Its links are cut just then, and nobody else's."""
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.second, 2, {"1": None}) as there:
+        pair.second.signal(signal.SIGSTOP)
+        client = client_of(pair.server)
+        client.client_kill_filter(_type="pubsub", skipme=True)
+        await disconnect(pair.first, 2)
+        with trio.fail_after(5):
+            while not client.exists("chat.kicks"):
+                await trio.sleep(0.02)
+        for one in client.client_list():
+            if one["id"] != str(client.client_id()):
+                client.client_kill_filter(_id=one["id"])
+        client.close()
+        pair.second.signal(signal.SIGCONT)
+        assert (await there.closed(15.0))[0] == 4003
+
+
+async def test_a_receipt_outlives_a_publish_that_failed(pair: Pair) -> None:
+    await wait_until_ready(pair.first, "ok")
+    await wait_until_ready(pair.second, "ok")
+    async with login(pair.first, 2, {"1": None}) as here, login(pair.second, 3, {"1": None}) as there:
+        await post_many(pair.first, 1, ["read this"])
+        (message,) = await there.messages(1)
+        client = client_of(pair.server)
+        client.client_pause(3000, all=False)  # writes alone: the other node's links stay up
+        client.close()
+        assert (await here.request("read", conversation_id=1, id=message["id"]))["event"] == "ok"
+        receipt = await there.expect("receipt", patience=10)
+        assert (receipt["user_id"], receipt["read"]) == (2, message["id"])
 
 
 async def test_removal_works_on_the_other_nodes_live_connections(pair: Pair) -> None:

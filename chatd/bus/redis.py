@@ -27,12 +27,12 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chatd import metrics
-from chatd.bus import Receiver, give_to, payloads
+from chatd.bus import Receiver, give_to, kicks, payloads
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
 from chatd.errors import ChatError
 from chatd.limits import MAX_ID
-from chatd.model import Group, MemberChange, Signal, UserChange
+from chatd.model import Group, Kick, MemberChange, Notice, Signal, UserChange
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 PROBE = "chat.probe"  # a key that never is there
@@ -87,9 +87,10 @@ class RedisBus:
         self._outbox, self._settle = outbox, settle
         self._waiting: deque[Group] = deque()
         self._waiting_bytes = 0
-        # Rights are kept until Redis has taken them, for no outbox does. Past the bound the oldest go, for the
-        # sweep. The rest is worth nothing later: while Redis is away nobody waits for it.
-        self._rights: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
+        # Rights and receipts are kept until Redis has taken them, for no outbox does. Past the bound the oldest
+        # go, for the sweep. The rest is worth nothing later: while Redis is away nobody waits for it.
+        self._lasting: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
+        self._kicks = kicks.Kicks(node)
         self._passing: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
         self._behind = True
@@ -118,8 +119,10 @@ class RedisBus:
         self._wake.set()
 
     def _pass_on(self, signal: Signal) -> None:
-        if isinstance(signal, MemberChange | UserChange):
-            self._rights.append(signal)
+        if isinstance(signal, Kick):
+            self._kicks.put(signal)
+        elif isinstance(signal, MemberChange | UserChange) or (isinstance(signal, Notice) and signal.lasting):
+            self._lasting.append(signal)
         elif self._links["publish"]:
             self._passing.append(signal)
 
@@ -172,8 +175,10 @@ class RedisBus:
         self._fall_behind()
         self._passing.clear()
         while True:
-            if self._rights:  # first: who was removed shall not hear what comes after
-                await self._send_signals(client, self._rights)
+            if self._lasting:  # first: who was removed shall not hear what comes after
+                await self._send_signals(client, self._lasting)
+            elif self._kicks:
+                await self._kicks.send(client)
             elif self._behind:
                 await self._catch_up(client)
             elif self._waiting or self._passing:
@@ -295,20 +300,30 @@ class RedisBus:
         trimming = Trimming(self._config.stream_bytes)
         trim_what_is_there(client, STREAM, self._config.stream_bytes)
         trio.from_thread.run_sync(self._set_link, "stream", True)
+        kicked = kicks.BEGINNING  # all that are kept: each concerns older connections only
         while True:
             trio.from_thread.check_cancelled()
-            reply: Any = client.xread({STREAM: self._position}, count=READ_COUNT, block=BLOCK)
+            wanted: dict[Any, Any] = {STREAM: self._position, kicks.STREAM: kicked}
+            reply: Any = client.xread(wanted, count=READ_COUNT, block=BLOCK)
             if not reply:
                 last = _last_id(client)
                 if _order(last) < _order(self._position):
-                    self._position = last
+                    self._position, kicked = last, kicks.BEGINNING
                     trio.from_thread.run_sync(self._receiver.lost)
                 continue
-            entries = reply[0][1]
-            self._position = entries[-1][0].decode()
-            trio.from_thread.run(send.send, entries)
-            if cut := trimming.add(entries):
-                client.xtrim(STREAM, minid=cut, approximate=True)
+            for name, entries in reply:
+                if name == kicks.STREAM.encode():
+                    kicked = entries[-1][0].decode()
+                    trio.from_thread.run_sync(self._take_kicks, kicks.heard(client, entries, self._node))
+                else:
+                    self._position = entries[-1][0].decode()
+                    trio.from_thread.run(send.send, entries)
+                    if cut := trimming.add(entries):
+                        client.xtrim(STREAM, minid=cut, approximate=True)
+
+    def _take_kicks(self, heard: list[Kick]) -> None:
+        for kick in heard:
+            self._receiver.signal(kick)
 
     async def _take_batches(self, receive: trio.MemoryReceiveChannel[list[Any]]) -> None:
         own = self._node.encode()

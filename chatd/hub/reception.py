@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from chatd.chat.logins import check_standing
 from chatd.chat.presence import Presence
 from chatd.errors import Close, Revoked
@@ -50,5 +52,5 @@ class Reception:
 
     def _kick(self, kick: Kick) -> None:
         code = Close.ASKED_TO_RECONNECT if kick.reconnect else Close.REVOKED
-        for guest in self._registry.guests_of(kick.user_id):
+        for guest in self._registry.guests_of(kick.user_id, before=trio.current_time() - kick.age):
             guest.close(code, "disconnected by the backend")

@@ -6,6 +6,7 @@ Connections ask for admission, sessions register their user; the hub closes the 
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -88,7 +89,7 @@ class User:
     __slots__ = ("guests", "sends")
 
     def __init__(self, sends: TokenBucket | None) -> None:
-        self.guests: set[Guest] = set()
+        self.guests: dict[Guest, float] = {}  # and when they logged in, by trio's clock
         self.sends = sends
 
 
@@ -196,7 +197,7 @@ class Registry:
         if most and len(user.guests) >= most:
             return False
         self.present += not user.guests
-        user.guests.add(guest)
+        user.guests[guest] = trio.current_time()
         metrics.CONNECTING.dec()
         metrics.READY.inc()
         return True
@@ -209,7 +210,7 @@ class Registry:
 
     def forget(self, guest: Guest) -> None:
         user = self._users[guest.user_id]
-        user.guests.discard(guest)
+        user.guests.pop(guest, None)
         self.present -= not user.guests
         metrics.READY.dec()
         metrics.CONNECTING.inc()  # until `give_back`
@@ -237,9 +238,10 @@ class Registry:
     def users(self) -> list[int]:
         return [user_id for user_id, user in self._users.items() if user.guests]
 
-    def guests_of(self, user_id: int) -> list[Guest]:
+    def guests_of(self, user_id: int, *, before: float = math.inf) -> list[Guest]:
+        """Those who logged in `before` a moment of trio's clock."""
         user = self._users.get(user_id)
-        return list(user.guests) if user else []
+        return [guest for guest, since in user.guests.items() if since <= before] if user else []
 
     def subscriptions_of(self, user_ids: Iterable[int], conversation_id: int) -> Iterator[Subscription]:
         """Those of these users' connections that are in the conversation."""
