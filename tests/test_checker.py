@@ -25,6 +25,7 @@ from tests.faults.history import (
     Logged,
     Outcome,
     Past,
+    Picture,
     Seen,
     Stored,
     Unsubscribed,
@@ -757,3 +758,16 @@ def test_one_wrong_step_is_always_seen(
         case "drop from the log":
             history.final[0].log.remove(dice.choice(history.final[0].log))
     assert check(history).valid is False
+
+
+def test_a_wrong_picture_of_who_is_online_is_seen() -> None:
+    def judged(*pictures: Picture) -> Verdict:
+        history = plain().end()
+        history.pictures = list(pictures)
+        return check(history)
+
+    right = Picture(5.0, "the backend", [1, 2], [1, 2])
+    assert judged(right).counts["wrong-presence"] == 0
+    for seen in ([1], [1, 2, 3], []):
+        wrong = Picture(6.0, "client 3", seen, [1, 2])
+        assert judged(right, wrong).counts["wrong-presence"] == 1

@@ -29,6 +29,21 @@ CLUSTERS = {
     "three": ["--cluster", "three", "--seconds", "2", *FEW],
     "standby": ["--cluster", "standby", "--seconds", "2", *FEW],
 }
+QUICK = ["--no-presence"]  # who is online takes ten seconds to settle: runs of their own look at it
+PRESENCE = {
+    "presence of two": [
+        *("--cluster", "two", "--seconds", "3", *FEW),
+        *(
+            arg
+            for name in ("kill", "restart", "freeze", "redis-pause", "postgres-freeze")
+            for arg in ("--fault", name)
+        ),
+    ],
+    "presence of one": [
+        *("--cluster", "sqlite", "--seconds", "3", *FEW),
+        *(arg for name in ("kill", "restart", "slow-clients", "lock") for arg in ("--fault", name)),
+    ],
+}
 FREEZE = ["--cluster", "two", "--fault", "freeze"]
 # By the bug: what the checker must say, and where the bug shows.
 BUGS = {
@@ -51,6 +66,14 @@ BUGS = {
         "needless-reset",
         ["--cluster", "sqlite", "--fault", "kill", "--seconds", "3", *FEW],
     ),
+}
+
+
+PRESENCE_BUGS = {
+    "dead-node-stays-online": [
+        *("--cluster", "two", "--fault", "calm", "--fault", "kill", "--seconds", "8", *FEW)
+    ],
+    "nobody-is-seen-to-go": ["--cluster", "sqlite", "--fault", "calm", "--seconds", "4", *FEW],
 }
 
 
@@ -79,9 +102,9 @@ def run(directory: Path, arguments: list[str]) -> Ended:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The runs that the chosen tests wait for, begun together."""
-    wanted = CLUSTERS | {
-        bug: [*arguments, "--bug", bug, "--patience", "3"] for bug, (_, arguments) in BUGS.items()
-    }
+    wanted = {name: [*arguments, *QUICK] for name, arguments in CLUSTERS.items()} | PRESENCE
+    bugs = {bug: [*arguments, *QUICK] for bug, (_, arguments) in BUGS.items()} | PRESENCE_BUGS
+    wanted |= {bug: [*arguments, "--bug", bug, "--patience", "3"] for bug, arguments in bugs.items()}
     chosen = [item.callspec.params["name"] for item in request.session.items if item.fspath == request.fspath]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {name: pool.submit(run, tmp_path_factory.mktemp(name), wanted[name]) for name in chosen}
@@ -110,3 +133,21 @@ def test_a_planted_bug_is_seen(runs: dict[str, Future[Ended]], name: str) -> Non
     expected, _ = BUGS[name]
     assert result["verdict"]["valid"] is False
     assert expected in {anomaly["name"] for anomaly in result["verdict"]["anomalies"]}
+
+
+@pytest.mark.parametrize("name", PRESENCE)
+def test_who_is_online_shows_truly_after_every_fault(runs: dict[str, Future[Ended]], name: str) -> None:
+    ended = runs[name].result()
+    print(ended.printed)
+    assert ended.code == 0
+    (result,) = ended.results
+    assert all(phase["presence"] is not None for phase in result["phases"])
+
+
+@pytest.mark.parametrize("name", PRESENCE_BUGS)
+def test_a_wrong_picture_of_presence_is_seen(runs: dict[str, Future[Ended]], name: str) -> None:
+    ended = runs[name].result()
+    print(ended.printed)
+    assert ended.code == 1
+    (result,) = ended.results
+    assert "wrong-presence" in {anomaly["name"] for anomaly in result["verdict"]["anomalies"]}

@@ -45,6 +45,9 @@ def _enter_namespaces() -> None:
 @click.option("--rooms", default=20, show_default=True)
 @click.option("--clients", default=50, show_default=True, help="In each room.")
 @click.option("--rate", default=0, help="So many messages a second in batches, on top of four posters.")
+@click.option(
+    "--presence/--no-presence", default=True, help="Wait until who is online shows truly, up to 15 s."
+)
 @click.option("--patience", default=40.0, show_default=True, help="Seconds for clients to catch up after it.")
 @click.option("--seed", type=int, help="Of all that is random; printed.")
 @click.option("--bug", help="Plant a bug in chatd: the run must fail.")
@@ -58,6 +61,7 @@ def main(
     rooms: int,
     clients: int,
     rate: int,
+    presence: bool,
     patience: float,
     seed: int | None,
     bug: str | None,
@@ -77,7 +81,7 @@ def main(
             click.echo(
                 f"\n{kind}: {rooms * clients:,} clients in {rooms} rooms, {seconds:.0f} s a fault, seed {seed}"
             )
-            plan = Plan(kind, phases, seconds, seed, rooms, clients, patience, bug, rate)
+            plan = Plan(kind, phases, seconds, seed, rooms, clients, patience, bug, rate, presence)
             results.append(_run(plan, keep))
             click.echo("\n" + "\n".join(table(results[-1])))
     if report:

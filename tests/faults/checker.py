@@ -7,6 +7,7 @@
     needless-reset                                                          what one client was given
     delivered-not-durable, inconsistent-seq                                 what all were given
     leak                                                                    who may not hear it
+    wrong-presence                                                          who shows online and is not
     unseen                                                                  who has not everything in the end
 
 A request without an answer is *unknown*: it may have happened, or not, or happen yet. None of these takes it
@@ -70,6 +71,7 @@ def check(history: History) -> Verdict:
         *deliveries(facts),
         *leaks(facts),
         *convergence(facts, readers),
+        *wrong_pictures(history),
     ]
     outcomes = Counter(attempt.outcome for attempt in history.attempts)
     verdict = Verdict(
@@ -84,6 +86,14 @@ def check(history: History) -> Verdict:
     for client in history.clients:
         _count(client, verdict)
     return verdict
+
+
+def wrong_pictures(history: History) -> Iterator[Anomaly]:
+    """Who shows online and is not, or is connected and does not show, long enough after a fault."""
+    for one in history.pictures:
+        if one.seen != one.true:
+            what = f"{one.whose} sees {one.seen}, and connected are {one.true}"
+            yield Anomaly("wrong-presence", 0, one.at, what)
 
 
 def _gone(facts: Facts, op: Operation, ack: Attempt) -> bool:

@@ -120,8 +120,10 @@ class Node(Daemon):
 
 
 class Cluster:
-    def __init__(self, kind: str, directory: Path, bug: str | None = None) -> None:
+    def __init__(self, kind: str, directory: Path, bug: str | None = None, **settings: Any) -> None:
+        """`settings` are those of all nodes, beside where their services are."""
         self.kind, self._directory, self._bug = kind, directory, bug
+        self._settings = settings
         self._stack = ExitStack()
         self.redis: RedisServer | None = None
         self.postgres: PostgresServer | None = None  # the primary, where there are two of them
@@ -132,7 +134,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         with ExitStack() as stack:
-            settings = self._services(stack)
+            settings = self._services(stack) | self._settings
             for number in range(1, NODES.get(self.kind, 1) + 1):
                 place = self._directory / f"node-{number}"
                 place.mkdir()

@@ -169,6 +169,15 @@ class Past(Struct):
     copy: list[Conversation]
 
 
+class Picture(Struct, array_like=True):
+    """Who was online for somebody (`whose`) some time after a fault, and who was connected in truth."""
+
+    at: float
+    whose: str
+    seen: list[int]
+    true: list[int]
+
+
 class History(Struct):
     """A whole run. `settled`: when the load had ended and every client had had its time to catch up.
 
@@ -180,6 +189,7 @@ class History(Struct):
     final: list[Conversation]
     settled: float
     past: list[Past] = []
+    pictures: list[Picture] = []
 
 
 def save(path: Path, what: Struct) -> None:

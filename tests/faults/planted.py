@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -18,12 +19,13 @@ from chatd import cli
 from chatd.bus import payloads
 from chatd.chat.conversations import Conversations
 from chatd.hub import fanout, sweep
+from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.pieces import Piece
 from chatd.hub.repair import Repairs
 from chatd.hub.rooms import Room, Subscription
 from chatd.model import MemberChange
-from chatd.store import reads, snapshots
+from chatd.store import attendance, reads, snapshots
 from chatd.store.transaction import Step, Transaction
 from chatd.store.writer import Submission, Writer
 
@@ -206,6 +208,40 @@ def everybody_starts_over() -> None:
     replace(snapshots._Missed, "is_same", lambda original: nobody)
 
 
+def dead_node_stays_online() -> None:
+    """G9: what a node had that is gone is removed, and nobody puts it into doubt."""
+
+    def end(original: Any) -> Any:
+        def patched(*arguments: Any) -> Any:
+            with patched_doubt():
+                return original(*arguments)
+
+        return patched
+
+    @contextmanager
+    def patched_doubt() -> Iterator[None]:
+        before, attendance._doubt = attendance._doubt, lambda *_: None
+        try:
+            yield
+        finally:
+            attendance._doubt = before
+
+    replace(attendance, "_end", end)
+
+
+def nobody_is_seen_to_go() -> None:
+    """G9: clients hear of who comes, and not of who goes."""
+
+    def changed(original: Any) -> Any:
+        def patched(self: Any, change: Any) -> None:
+            if change.present:
+                original(self, change)
+
+        return patched
+
+    replace(Audiences, "_changed", changed)
+
+
 BUGS = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -216,6 +252,8 @@ BUGS = {
         no_buffering,
         no_hole_repair,
         no_revocation,
+        dead_node_stays_online,
+        nobody_is_seen_to_go,
         resume_by_number,
         drop_what_is_numbered_again,
         everybody_starts_over,

@@ -20,7 +20,8 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from tests.faults import crowd, nemesis
+from tests.backend import serving
+from tests.faults import crowd, nemesis, presence
 from tests.faults.checker import Verdict, check
 from tests.faults.cluster import SECRET, Cluster, Node
 from tests.faults.contents import contents, heads
@@ -29,6 +30,7 @@ from tests.faults.links import Links
 from tests.faults.member import Spec
 from tests.faults.nemesis.clients import HALF_OPEN_SOURCE, SILENCE
 from tests.faults.nemesis.field import Field, blocking
+from tests.faults.presence import Presence
 from tests.faults.workload import FLAPPED, Backend, Workload
 
 FINISH_SECONDS = 25.0  # for what was begun when the load ends: a write is answered in 15
@@ -50,6 +52,7 @@ class Plan(Struct):
     patience: float  # seconds that clients have to catch up
     bug: str | None = None
     rate: int = 0  # messages a second in batches, on top of the posters'
+    presence: bool = True  # wait after each fault until every picture of who is online has come true
 
 
 class Phase(Struct):
@@ -71,6 +74,7 @@ class Phase(Struct):
     notes: list[str] = []
     anomalies: dict[str, int] = {}
     gone: int = 0
+    presence: float | None = None  # until every picture of who is online was true
 
 
 class Result(Struct):
@@ -134,17 +138,24 @@ class Run:
         self._phases: list[Phase] = []
         self._troubles: list[str] = []
         self._past: list[Past] = []
+        self._presence: Presence | None = None
 
     async def run(self) -> Result:
         plan = self._plan
         with ExitStack() as stack:
-            cluster = await blocking(stack.enter_context, Cluster(plan.kind, self._directory, plan.bug))
+            told = stack.enter_context(serving())
+            settings = presence.settings_of(told) if plan.presence else {}
+            cluster = Cluster(plan.kind, self._directory, plan.bug, **settings)
+            await blocking(stack.enter_context, cluster)
             workload = Workload(cluster.api_ports, plan.rooms, POSTERS, plan.seed, plan.rate)
             links = Links(cluster.ports)
             async with trio.open_nursery() as nursery:
                 await nursery.start(links.run)
                 crowds = await blocking(stack.enter_context, self._crowds(cluster, links))
                 nursery.start_soon(self._look, cluster.nodes)
+                if plan.presence:
+                    self._presence = Presence(told, cluster.ports, cluster.api_ports, SECRET, SILENCE)
+                    await nursery.start(self._presence.run)
                 await self._settle(cluster, crowds)  # everybody is there
                 for name in plan.phases:
                     await self._phase(name, cluster, crowds, workload, links)
@@ -203,6 +214,8 @@ class Run:
         attempts = len(workload.attempts)
         for one in crowds:
             await blocking(one.do, "load")
+        if self._presence is not None:
+            self._presence.load()
         async with trio.open_nursery() as nursery:
             await nursery.start(workload.run, FINISH_SECONDS)
             field = Field(
@@ -218,6 +231,8 @@ class Run:
             for one in crowds:
                 await blocking(one.do, "quiet")
         phase.settled = await self._settle(cluster, crowds)
+        if self._presence is not None:
+            phase.presence = await self._presence.settle(backend=not self._past)
         phase.ended = monotonic()
         _sum_up(phase, workload, attempts)
         phase.repaired, phase.started_over = (
@@ -227,6 +242,8 @@ class Run:
         self._phases.append(phase)
         settled = "not settled" if phase.settled is None else f"settled after {phase.settled:.1f} s"
         notes = f" ({', '.join(phase.notes)})" if phase.notes else ""
+        if phase.presence is not None:
+            settled += f", presence after {phase.presence:.1f} s"
         self._tell(f"{name}: {phase.acknowledged:,} acknowledged, {settled}{notes}")
 
     async def _settle(self, cluster: Cluster, crowds: Sequence[Process]) -> float | None:
@@ -273,7 +290,8 @@ class Run:
         ]
         attempts = workload.attempts + [a for result in results for a in result.attempts]
         clients = [client for result in results for client in result.clients]
-        return History(attempts, clients, await blocking(contents, cluster.rows), settled, self._past)
+        pictures = self._presence.pictures if self._presence is not None else []
+        return History(attempts, clients, await blocking(contents, cluster.rows), settled, self._past, pictures)
 
     def _result(self, verdict: Verdict, history: History, troubles: list[str]) -> Result:
         for at in verdict.gone:
