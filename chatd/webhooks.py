@@ -158,6 +158,7 @@ class Lane:
     def __init__(self, webhooks: Webhooks, *, again: bool) -> None:
         self._webhooks, self._again = webhooks, again
         self._health = Health()
+        self._unsettled: tuple[list[int], list[Failed], list[int]] | None = None  # the database was away
         self._wake = trio.Event()
 
     def wake(self) -> None:
@@ -173,6 +174,7 @@ class Lane:
 
     async def _deliver_some(self, stop: trio.Event) -> int:
         self._wake = trio.Event()
+        await self._settle()
         left = deque(await self._claim())
         claimed = len(left)
         until = trio.current_time() + WORK
@@ -182,10 +184,18 @@ class Lane:
             for _ in range(min(AT_ONCE, claimed)):
                 nursery.start_soon(self._deliver_each, left, done, failed, until, stop)
         if claimed:
-            await self._webhooks.table.settle(done, failed, [one.id for one in left])
+            self._unsettled = done, failed, [one.id for one in left]
+            await self._settle()
+        return claimed
+
+    async def _settle(self) -> None:
+        """What was not noted in time is claimed again when its lease is over: so it is tried again first."""
+        if self._unsettled is not None:
+            _, failed, _ = self._unsettled
+            await self._webhooks.table.settle(*self._unsettled)
+            self._unsettled = None
             if any(one.again_in is None for one in failed):
                 self._webhooks.count_soon()
-        return claimed
 
     async def _claim(self) -> list[Waiting]:
         table, lease = self._webhooks.table, WORK + self._webhooks.timeout + SETTLE

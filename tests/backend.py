@@ -43,6 +43,8 @@ def serving() -> Iterator[Backend]:
             size = int(self.headers.get("Content-Length", "0"))
             headers = {name.lower(): value for name, value in self.headers.items()}
             asked = Asked(self.command, self.path, headers, self.rfile.read(size))
+            if len(asked.body) < size:
+                return  # who asked was killed in the middle
             backend.asked.append(asked)
             time.sleep(backend.pause)
             status, body, *more = backend.answer(asked)

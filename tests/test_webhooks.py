@@ -26,7 +26,7 @@ from chatd.store import schema
 from chatd.store.commands import Create, Notify
 from chatd.store.database import migrate, open_store
 from chatd.store.webhooks import Failed, Waiting
-from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, REST_MOST, RETRY_MOST
+from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST
 from chatd.webhooks import Webhooks as Deliveries
 from tests.backend import Asked, Backend, serving
 from tests.client import login
@@ -400,6 +400,55 @@ def test_the_table_is_claimed_once(database_url: str) -> None:
 
     trio.run(main)
     store.close()
+
+
+async def test_a_claim_whose_answer_was_lost_delays_nothing(database_url: str) -> None:
+    store = open_store(Database(url=database_url))
+    writer = store.writer(node=None, on_commit=lambda group: None)
+    table = store.webhooks
+    real = table._in_thread
+
+    async def committed_but_not_answered(*arguments: Any) -> Any:
+        await real(*arguments)
+        raise Unavailable
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(writer.run)
+        await writer.submit([Notify(event="user.online", body=b"1")]).outcomes()
+        table._in_thread = committed_but_not_answered  # type: ignore[method-assign]
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await table.claim(10, lease=60, again=False)
+        table._in_thread = real  # type: ignore[method-assign]
+        (found,) = await table.claim(10, lease=60, again=False)
+        assert found.body == b"1"
+        assert await table.claim(10, lease=60, again=False) == []
+        nursery.cancel_scope.cancel()
+    store.close()
+
+
+async def test_what_became_of_events_is_noted_when_the_database_is_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    table, away = Table(), True
+    settle = table.settle
+
+    async def sometimes(*arguments: Any) -> None:
+        if away:
+            raise Unavailable
+        await settle(*arguments)
+
+    async def fetch(*_: Any, **__: Any) -> Answer:
+        return Answer(200, b"")
+
+    table.settle = sometimes  # type: ignore[method-assign]
+    table.add(b"1")
+    async with delivering(table, fetch):
+        await trio.sleep(10)
+        assert table._out
+        away = False
+        await trio.sleep(LOOK + 0.1)
+        assert not table._out
 
 
 # The hook.

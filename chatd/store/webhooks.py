@@ -57,17 +57,29 @@ class Webhooks:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)
+        # Leases of claims whose COMMIT was not answered: nobody has these events, if it was committed.
+        self._unsure: set[str] = set()
 
     async def claim(self, most: int, lease: float, *, again: bool) -> list[Waiting]:
         """The next that are due: those that failed before (`again`), or those never tried.
 
         Nobody else gets them for `lease` seconds. Raises Unavailable.
         """
-        return await self._in_thread(_claim, most, lease, again)
+        return await self._claiming(_claim, most, lease, again)
 
     async def claim_some(self, lease: float, *, again: bool) -> list[Waiting]:
         """The oldest and the newest of each kind: where all fail, one of these may not."""
-        return await self._in_thread(_claim_some, lease, again)
+        return await self._claiming(_claim_some, lease, again)
+
+    async def _claiming(self, work: Callable[..., list[Waiting]], *arguments: Any) -> list[Waiting]:
+        unsure, attempted = list(self._unsure), list[str]()
+        try:
+            found = await self._in_thread(work, *arguments, unsure, attempted)
+        except Unavailable:
+            self._unsure.update(attempted)
+            raise
+        self._unsure.difference_update(unsure)
+        return found
 
     async def settle(self, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int] = ()) -> None:
         """`untried` are free again. Raises Unavailable: what was delivered may be delivered again then."""
@@ -93,22 +105,31 @@ def _due(clock: Clock, again: bool) -> ColumnElement[bool]:
     return (webhooks.c.dead == false()) & (webhooks.c.due_at <= clock()) & tried
 
 
-def _claim(connection: Connection, most: int, lease: float, again: bool) -> list[Waiting]:
+def _claim(
+    connection: Connection, most: int, lease: float, again: bool, unsure: list[str], attempted: list[str]
+) -> list[Waiting]:
     clock = Clock(connection)
+    _free(connection, webhooks.c.due_at.in_(unsure), clock, unsure)
     wanted = _due(clock, again)
     if again:
         wanted &= webhooks.c.due_at > LONG_AGO  # the index leads past those that were never tried
-    return _take(connection, wanted, most, clock(lease))
+    return _take(connection, wanted, most, clock(lease), attempted)
 
 
-def _claim_some(connection: Connection, lease: float, again: bool) -> list[Waiting]:
+def _claim_some(
+    connection: Connection, lease: float, again: bool, unsure: list[str], attempted: list[str]
+) -> list[Waiting]:
     clock = Clock(connection)
+    _free(connection, webhooks.c.due_at.in_(unsure), clock, unsure)
     ends = select(func.min(webhooks.c.id), func.max(webhooks.c.id)).where(_due(clock, again))
     ids = {id for row in connection.execute(ends.group_by(webhooks.c.event)) for id in row}
-    return _take(connection, _due(clock, again) & webhooks.c.id.in_(ids), len(ids), clock(lease)) if ids else []
+    wanted = _due(clock, again) & webhooks.c.id.in_(ids)
+    return _take(connection, wanted, len(ids), clock(lease), attempted) if ids else []
 
 
-def _take(connection: Connection, wanted: ColumnElement[bool], most: int, until: str) -> list[Waiting]:
+def _take(
+    connection: Connection, wanted: ColumnElement[bool], most: int, until: str, attempted: list[str]
+) -> list[Waiting]:
     due = (
         select(webhooks.c.id, webhooks.c.event, webhooks.c.body, webhooks.c.attempts)
         .where(wanted)
@@ -119,6 +140,7 @@ def _take(connection: Connection, wanted: ColumnElement[bool], most: int, until:
     found = [Waiting(*row) for row in connection.execute(due)]
     if found:
         ids = [one.id for one in found]
+        attempted.append(until)
         connection.execute(update(webhooks).where(webhooks.c.id.in_(ids)).values(due_at=until))
     return found
 
@@ -143,14 +165,18 @@ _FAIL = (
 )
 
 
+def _free(connection: Connection, those: ColumnElement[bool], clock: Clock, wanted: Sequence[object]) -> None:
+    if wanted:
+        connection.execute(_FREE.where(those), {"at_once": LONG_AGO, "now": clock()})
+
+
 def _settle(
     connection: Connection, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int]
 ) -> None:
     clock = Clock(connection)
     if done:
         connection.execute(delete(webhooks).where(webhooks.c.id.in_(done)))
-    if untried:
-        connection.execute(_FREE.where(webhooks.c.id.in_(untried)), {"at_once": LONG_AGO, "now": clock()})
+    _free(connection, webhooks.c.id.in_(untried), clock, untried)
     for one in failed:
         gone = one.again_in is None
         row = {"key": one.id, "due": clock(one.again_in or 0), "gone": gone, "why": one.error[:ERROR_CHARS]}
