@@ -46,7 +46,7 @@ format: $(VENV)/dev  ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-faults: $(VENV)/dev  ## break what can break under load, for half an hour, and check the guarantees
+faults: $(VENV)/dev  ## break what can break under load, for 40 minutes, and check the guarantees
 	@sh tests/install.sh
 	@$(BIN)/python -m tests.faults $(or $(ARGS),--pairs 6)
 

@@ -37,6 +37,8 @@ class Daemon:
     `open_files` is the most that it may have open, if not as many as this process.
     """
 
+    start_seconds = START_SECONDS
+
     def __init__(self, directory: Path, *, demo: bool = False, open_files: int = 0, **settings: Any) -> None:
         self.directory = directory
         self._arguments = ["serve", "--demo"] if demo else ["serve"]
@@ -98,7 +100,7 @@ class Daemon:
                 stderr=log,
                 pass_fds=self._inherited,
             )
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise AssertionError(f"chatd ended with {self._process.returncode}:\n{self.log}")

@@ -42,6 +42,8 @@ NODES = {"two": 2, "three": 3, "standby": 2}  # else it is one, on SQLite
 class Node(Daemon):
     """A chatd that may have a bug planted, or a clock of its own. `ended` counts ends that were not good."""
 
+    start_seconds = 60  # a thousand clients that want to come back take their time, too
+
     def __init__(self, directory: Path, name: str, bug: str | None, **settings: Any) -> None:
         super().__init__(
             directory,
@@ -170,7 +172,7 @@ class Cluster:
         self.replication = stack.enter_context(Replication(self._directory / "postgres"))
         self.postgres = self.replication.primary
         stack.callback(self._close_standbys)
-        return f"postgresql://chatd@/chatd?host=127.0.0.1:{self.replication.primary.port}&host=127.0.0.1:{self.replication.standby.port}&target_session_attrs=read-write"
+        return self.replication.url
 
     def _close_standbys(self) -> None:
         for server in self._standbys:
