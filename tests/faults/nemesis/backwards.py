@@ -39,7 +39,8 @@ async def _passed(field: Field, past: Past) -> None:
     with trio.move_on_after(PASSED) as patience:
         while True:
             now = await blocking(heads, field.cluster.rows)
-            if all(now.get(place.id, (0, None))[0] > place.last_seq for place in past.held):
+            spoken_in = [place for place in past.held if place.last_seq]
+            if all(now.get(place.id, (0, None))[0] > place.last_seq for place in spoken_in):
                 return
             await trio.sleep(EVERY)
     if patience.cancelled_caught:
