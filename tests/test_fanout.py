@@ -215,6 +215,59 @@ async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: py
     await repairs.heard(*range(1, 401))
 
 
+# Histories.
+
+
+async def until(condition: Callable[[], object], patience: float = 3.0) -> None:
+    with trio.fail_after(patience):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+async def test_an_echo_is_held_against_the_database_once(repairs: Repairs) -> None:
+    """It could be of another history. It is not, so nobody is told to start over."""
+    repairs.fanout.changes(repairs.changes[:200])
+    await repairs.heard(*range(1, 201))
+    database = watched(repairs)
+    repairs.fanout.changes(repairs.changes[50:80])
+    await repairs.heard(*range(1, 401))  # what was read with it
+    assert (database.asked, repairs.ear.resynced) == (["missing"], [])
+    repairs.fanout.changes(repairs.changes[200:])  # the bus brings it too
+    await wait_all_tasks_blocked()
+    assert database.asked == ["missing"]
+
+
+async def test_the_first_change_of_another_history_starts_the_room_over(repairs: Repairs) -> None:
+    repairs.fanout.changes(repairs.changes)
+    await repairs.heard(*range(1, 401))
+    rewind(repairs, 300)
+    late = repairs.changes[350]
+    repairs.fanout.changes([replace(late, seq=301, mark="another", previous=repairs.changes[299].mark)])
+    await until(lambda: repairs.ear.resynced)
+    room = repairs.fanout.rooms.get(1)
+    assert room is not None
+    assert (room.head, room.mark) == (300, repairs.changes[299].mark)
+    await until(lambda: not room.behind and not room.repairing)
+    assert len(repairs.ear.resynced) == 1
+
+
+async def test_the_sweep_finds_that_the_database_went_back(repairs: Repairs) -> None:
+    repairs.fanout.changes(repairs.changes)
+    await repairs.heard(*range(1, 401))
+    await repairs.fanout.sweep.once()
+    await wait_all_tasks_blocked()
+    assert not repairs.ear.resynced
+    rewind(repairs, 300)
+    await repairs.fanout.sweep.once()
+    await until(lambda: repairs.ear.resynced)
+
+
+def rewind(repairs: Repairs, seq: int) -> None:
+    with repairs.store._writing.begin() as connection:
+        connection.exec_driver_sql(f"DELETE FROM chat_changes WHERE seq > {seq}")
+        connection.exec_driver_sql(f"UPDATE chat_conversations SET last_seq = {seq}, marked_seq = {seq}")
+
+
 # Doubt: what comes after a removal that nobody told us of.
 
 

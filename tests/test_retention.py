@@ -353,3 +353,25 @@ async def nothing_runs(b: Bench) -> None:
     with trio.fail_after(10):
         while b.store.retention._thread.borrowed_tokens:
             await trio.sleep(0.02)
+
+
+async def test_a_cursor_at_the_cut_still_proves_itself(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change at the cut stays in the log without its message, also when that is the last one."""
+    monkeypatch.setattr(retention, "BATCH", 3)
+    async with bench(database_url) as b:
+        for number in range(10):
+            await b.do(post(f"{number}"))
+        marks = [None, *(group.changes[0].mark for group in b.groups)]
+        for keep in (6, 6, 3, 1):
+            prune(b, messages=keep)
+            low = b.scalar("SELECT low_seq FROM chat_conversations")
+            assert low == 10 - keep
+            assert b.scalar("SELECT count(*) FROM chat_changes") == keep + 1
+            for seq in range(low, 11):
+                found = await snapshot_of(b, 1, seq, mark=marks[seq])
+                assert (found.recovered, len(found.changes)) == (True, 10 - seq)
+                assert not (await snapshot_of(b, 1, seq, mark="another")).recovered
+            assert not (await snapshot_of(b, 1, low - 1, mark=marks[low - 1])).recovered
+            assert (await b.store.read(reads.missing, 1, low, marks[low])).same

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatd.hub.pieces import Piece, pieces
-from chatd.hub.rooms import BUFFER_BYTES, Membership, Room, Rooms, Subscription
+from chatd.hub.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
 from chatd.model import Change, Kind
 
 
@@ -158,6 +158,102 @@ def test_a_flat_listener_gets_new_messages_only() -> None:
     subscription = live(ear, cursor=1)
     subscription.deliver(Piece([change(1), change(2), change(3, Kind.EDITED), change(4)]))
     assert ear.seqs == [2, 4]
+
+
+# Histories. A change of one is its mark: the letter of the history, and its seq.
+
+
+def marked(history: str, seq: int, fork: int = 0) -> Change:
+    """Up to the fork all histories are one."""
+
+    def mark(seq: int) -> str | None:
+        return f"{history if seq > fork else 'a'}{seq}" if seq else None
+
+    return Change(1, seq, Kind.CREATED, str(seq).encode(), 0, mark(seq), mark(seq - 1))
+
+
+def at(head: int, history: str = "a") -> Room:
+    room = Room(1)
+    room.open(head, marked(history, head).mark, 0)
+    return room
+
+
+def test_a_change_that_follows_another_one_is_not_taken() -> None:
+    room = at(5)
+    assert room.accept([marked("b", 6)]) == []
+    assert room.stale
+    assert room.behind
+    assert not room.in_doubt, "it is the history that is doubted, not who may hear it"
+    assert [c.mark for c in room.accept([marked("a", 6)])] == ["a6"]
+
+
+def test_an_old_change_that_is_known_is_no_surprise() -> None:
+    room = at(5)
+    room.accept([marked("a", 5)])
+    assert not room.stale, "it is the head"
+    room.remember([marked("a", 3), marked("a", 4)])
+    room.accept([marked("a", 4), marked("a", 3)])
+    assert not room.stale, "a repair had brought them"
+    room.accept([Change(1, 2, Kind.CREATED, b"2")])
+    assert not room.stale, "what an outbox brings late says nothing"
+
+
+@pytest.mark.parametrize("seq", [5, 4, 1])
+def test_an_old_change_of_another_history_makes_a_room_doubt(seq: int) -> None:
+    room = at(5)
+    room.remember([marked("a", 4)])
+    room.accept([marked("b", seq)])
+    assert room.stale
+
+
+def test_what_a_repair_brought_is_remembered_within_bounds() -> None:
+    room = at(1000)
+    room.remember([marked("a", seq) for seq in range(1, 1001)])
+    assert room._repaired is not None
+    assert list(room._repaired) == list(range(1001 - REMEMBERED, 1001))
+
+
+def test_a_room_begins_anew_below_where_it_was() -> None:
+    room = at(9)
+    room.accept([marked("a", 11)])
+    slow = Subscription(room, Ear(), entitled=True)
+    room.begin_anew(5, "a5", 3)
+    assert (room.head, room.mark, room.members_version, room.ahead) == (5, "a5", 3, {})
+    assert room.behind, "what was committed meanwhile has to be read"
+    assert slow.fits(5)
+    assert [c.mark for c in room.accept([marked("b", 6, fork=5)])] == ["b6"]
+
+
+def test_a_snapshot_of_another_history_makes_a_room_doubt() -> None:
+    room = at(5)
+    room.open(5, "a5", 0)
+    assert not room.stale
+    room.open(5, "b5", 0)
+    assert room.stale
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_subscription_takes_nothing_that_follows_another_change(flat: bool) -> None:
+    """It was answered from the new history, and its room still tells the old one."""
+    for run in ([6, 7], [4, 5, 6], [5, 6]):
+        ear = Ear(flat=flat)
+        subscription = Subscription(Room(1), ear, entitled=True)
+        subscription.settle(5, "b5")
+        subscription.deliver(Piece([marked("a", seq) for seq in run]))
+        assert (ear.seqs, ear.resyncs, subscription.cursor) == ([], 1, 5)
+        subscription.deliver(Piece([marked("b", seq) for seq in run]))
+        assert (ear.seqs, ear.resyncs) == ([seq for seq in run if seq > 5], 1)
+
+
+@given(st.data(), st.integers(0, 9))
+def test_whatever_comes_a_room_tells_one_history(data: st.DataObject, fork: int) -> None:
+    changes = {(h, seq): marked(h, seq, fork) for h in "ab" for seq in range(1, 13)}
+    order = data.draw(st.lists(st.sampled_from(sorted(changes)), max_size=60))
+    room, told = at(0), []
+    for key in order:
+        told += [change.mark for change in room.accept([changes[key]])]
+    histories = [[changes[h, seq].mark for seq in range(1, len(told) + 1)] for h in "ab"]
+    assert told in histories
 
 
 def test_a_long_run_is_cut_into_pieces() -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
 import trio
@@ -568,3 +569,61 @@ async def test_each_statement_with_a_list_takes_a_long_one(database_url: str) ->
                         connection.execute(one, {key: given[key] for key in asked})
                     tried += 1
         assert tried >= 10
+
+
+# Marks.
+
+
+async def test_a_mark_decides_and_the_epoch_is_not_looked_at(database_url: str) -> None:
+    async with bench(database_url) as b:
+        for content in "abcdef":
+            await b.do(post(content))
+        changes = [change for group in b.groups for change in group.changes]
+        marks = [change.mark for change in changes]
+        assert len(set(marks)) == 6, "each transaction has its own"
+        assert [change.previous for change in changes] == [None, *marks[:-1]]
+        for same_epoch in (True, False):
+            for seq, mark in enumerate(marks, 1):
+                own = await snapshot_of(b, 1, seq, mark=mark, same_epoch=same_epoch)
+                assert (own.recovered, own.seq, own.mark) == (True, 6, marks[-1])
+                told = [msgspec.json.decode(change)["mark"] for change in own.changes]
+                assert told == marks[seq:]
+                for other in (marks[seq % 6], "x", None):
+                    assert not (await snapshot_of(b, 1, seq, mark=other, same_epoch=same_epoch)).recovered
+            assert not (await snapshot_of(b, 1, 7, mark="x", same_epoch=same_epoch)).recovered
+            assert not (await snapshot_of(b, 1, 0, mark="x", same_epoch=same_epoch)).recovered
+
+
+async def test_one_transaction_has_one_mark_and_its_changes_are_chained(database_url: str) -> None:
+    async with bench(database_url) as b:
+        await b.do(post("1"), post("other", conversation_id=2))
+        await b.do(post("2"), post("3"), post("other", conversation_id=2))
+        (first, second) = ([c for c in group.changes if c.conversation_id == 1] for group in b.groups)
+        assert second[0].mark == second[1].mark != first[0].mark
+        assert [change.previous for change in second] == [first[0].mark, second[0].mark]
+
+
+async def test_a_version_before_marks_writes_beside(database_url: str) -> None:
+    """Its changes have none. Nobody takes the mark of an older change for theirs."""
+    async with bench(database_url) as b:
+        await b.do(post("marked"))
+        (first,) = b.groups[0].changes
+        with b.store._writing.begin() as connection:
+            for statement in (
+                "INSERT INTO chat_changes (conversation_id, seq, kind, message_id) VALUES (1, 2, 'edited', 1)",
+                "UPDATE chat_conversations SET last_seq = 2 WHERE id = 1",
+            ):
+                connection.exec_driver_sql(statement)
+        assert (await snapshot_of(b, 1, 2)).mark is None
+        assert (await snapshot_of(b, 1, 1, mark=first.mark)).recovered
+        assert (await snapshot_of(b, 1, 2, mark=None)).recovered
+        assert not (await snapshot_of(b, 1, 2, mark=first.mark)).recovered
+        await b.do(SetMember(conversation_id=1, user_id=3, state=State.ACTIVE))
+        assert (await snapshot_of(b, 1, 2)).mark is None, "a member is no change"
+        await b.do(post("marked again"))
+        (third,) = b.groups[-1].changes
+        assert (third.seq, third.previous) == (3, None)
+        assert (await snapshot_of(b, 1, 2, mark=None)).recovered
+        missing = await b.store.read(reads.missing, 1, 1, first.mark)
+        assert missing.same
+        assert [(c.mark, c.previous) for c in missing.changes] == [(None, first.mark), (third.mark, None)]
