@@ -92,7 +92,7 @@ async def test_what_happens_is_counted(daemons: Daemons) -> None:
     assert await count("chatd_messages_delivered_total", source="replay") == 2
     assert await count("chatd_recoveries_total", recovered="true") == 1
     assert await count("chatd_recoveries_total", recovered="false") == 1
-    assert await count("chatd_resets_total", reason="missed_too_much") == 1
+    assert await count("chatd_resets_total", reason="other_history") == 1
     assert await count("chatd_connections_opened_total") == 3
     assert await count("chatd_delivery_lag_seconds_count") == 1
     assert await count("chatd_db_duration_seconds_count", op="commit") >= 2

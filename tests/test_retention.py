@@ -88,14 +88,14 @@ async def test_what_has_happened_to_an_old_message_cuts_nobody_off(database_url:
         for cursor in range(4, 9):
             back = await snapshot_of(b, 9, cursor)
             assert back.recovered
-            changes = [msgspec.json.decode(change) for change in back.changes]
+            changes = [msgspec.json.decode(change.payload) for change in back.changes]
             assert [change["seq"] for change in changes] == list(range(cursor + 1, 10))
             for change in changes[-4:]:
                 assert (change["event"], change["content"], change["meta"]) == ("message.deleted", None, None)
                 assert (change["user_id"], change["type"]) == (1, "text")
                 assert change["created_at"] == OLD
                 assert change["deleted_at"] > OLD
-        by_id = [msgspec.json.decode(change)["id"] for change in (await snapshot_of(b, 9, 5)).changes]
+        by_id = [msgspec.json.decode(change.payload)["id"] for change in (await snapshot_of(b, 9, 5)).changes]
         assert by_id == [old[0], old[1], old[2], old[0]]
         assert not (await snapshot_of(b, 9, 3)).recovered
         mark = b.scalar("SELECT mark FROM chat_changes WHERE seq = 5")

@@ -586,7 +586,7 @@ async def test_a_mark_decides_and_the_epoch_is_not_looked_at(database_url: str) 
             for seq, mark in enumerate(marks, 1):
                 own = await snapshot_of(b, 1, seq, mark=mark, same_epoch=same_epoch)
                 assert (own.recovered, own.seq, own.mark) == (True, 6, marks[-1])
-                told = [msgspec.json.decode(change)["mark"] for change in own.changes]
+                told = [msgspec.json.decode(change.payload)["mark"] for change in own.changes]
                 assert told == marks[seq:]
                 for other in (marks[seq % 6], "x", None):
                     assert not (await snapshot_of(b, 1, seq, mark=other, same_epoch=same_epoch)).recovered

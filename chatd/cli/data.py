@@ -58,12 +58,13 @@ def backup(path: Path | None, target: Path) -> None:
 
 @main.command()
 @click.argument("source", type=FILE, required=False)
-@click.option("--new-epoch", is_flag=True, help="After PostgreSQL's own restore: let every client start over.")
+@click.option("--new-epoch", is_flag=True, help="After PostgreSQL's own restore: let older clients start over.")
 @with_config
 def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
     """Put a backup in the place of the database. chatd must not run; the old database is kept beside it.
 
-    Clients that come back start over (`recovered: false`): what they have seen since the backup is not there.
+    Clients that come back start over (`recovered: false`), unless they prove by a mark that the backup has all
+    that they have seen.
     """
     settings = settings_of(path)
     if new_epoch == (source is not None):
@@ -71,7 +72,7 @@ def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
     _tidy_up_when_terminated()
     if source is None:
         maintenance.new_epoch(settings.database)
-        click.echo("Every client will start over, from its next connection on. Restart chatd.")
+        click.echo("Clients that keep no marks will start over, from their next connection on. Restart chatd.")
         return
     kept = maintenance.restore(settings.database, source)
     click.echo(f"Restored {source}." + (f" The database that was there is {kept} now." if kept else ""))

@@ -89,8 +89,8 @@ def check(path: Path) -> str:
 def replace(target: Path, source: Path) -> Path | None:
     """Put a copy in the place of a database that nobody uses; where the old one is now, if there was one.
 
-    The copy gets an epoch of its own, so that clients start over. Raises OperatorError, and has changed nothing
-    then.
+    The copy gets an epoch of its own, so that clients without marks start over. Raises OperatorError, and has
+    changed nothing then.
     """
     check(source)
     if target.exists():

@@ -44,7 +44,10 @@ def restore(config: Database, source: Path) -> Path | None:
 
 
 def new_epoch(config: Database) -> None:
-    """Let every client start over: what they have seen is not what the database holds. Raises OperatorError."""
+    """Let clients that keep no marks start over: what they have seen may not be what the database holds.
+
+    Raises OperatorError.
+    """
     facts = schema.facts
     with changed(config, newest=False) as engine, engine.begin() as connection:
         renewed = update(facts).where(facts.c.key == "epoch").values(value=secrets.token_hex(8))
