@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -58,6 +59,56 @@ def test_a_network_that_breaks_loses_doubles_and_reorders_nothing(daemons: Daemo
     assert sum(network.fates.values()) > 10
 
 
+def test_a_database_that_is_put_back_replaces_what_is_held(daemons: Daemons) -> None:
+    """The new history has passed the client's cursor when it comes back: only the mark can tell."""
+    daemon = daemons(rooms__access="open")
+    for number in range(3):
+        daemon.post(1, 8, f"kept {number}")
+    daemon.stop()
+    saved = {path: path.read_bytes() for path in daemon.directory.glob("chatd.db*")}
+    daemon.start()
+    for number in range(3):
+        daemon.post(1, 8, f"lost {number}")
+    script = f"""
+    import {{ setTimeout as sleep }} from "node:timers/promises";
+    const {{ Chat }} = await import({json.dumps(CLIENT.as_uri())});
+    const token = async () => {json.dumps(daemon.token_for(5))};
+    const chat = new Chat({{ url: {json.dumps(daemon.ws_url)}, token, longestWait: 200 }});
+    let held = new Map();
+    const room = chat.join(1, {{ after: 0 }});
+    room.addEventListener("message", ({{ detail }}) => held.set(detail.seq, detail.content));
+    room.addEventListener("reset", ({{ detail }}) => {{
+      held = new Map(detail.messages.map(({{ seq, content }}) => [seq, content]));
+    }});
+    chat.connect();
+    setTimeout(() => process.exit(1), 120_000);
+    for (const head of [6, 9]) {{
+      while (room.cursor !== head || chat.state !== "online") await sleep(10);
+      console.log(JSON.stringify([...held.values()]));
+    }}
+    process.exit();
+    """
+    with subprocess.Popen([NODE, "--input-type=module", "--eval", script], stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        try:
+            kept = [f"kept {number}" for number in range(3)]
+            assert json.loads(client.stdout.readline()) == kept + [f"lost {number}" for number in range(3)]
+            client.send_signal(signal.SIGSTOP)
+            daemon.kill()
+            for path in daemon.directory.glob("chatd.db*"):
+                path.unlink()
+            for path, content in saved.items():
+                path.write_bytes(content)
+            daemon.start()
+            other = [f"other {number}" for number in range(6)]
+            for text in other:
+                daemon.post(1, 8, text)
+            client.send_signal(signal.SIGCONT)
+            assert json.loads(client.stdout.readline()) == kept + other
+        finally:
+            client.kill()
+
+
 # The examples of docs/javascript.md
 
 
@@ -87,15 +138,13 @@ def test_the_first_example_talks(daemon: Daemon, conversation: int) -> None:
 
 
 def test_the_example_of_a_first_page_has_no_gap(daemon: Daemon, conversation: int) -> None:
-    """While it opens the room and pages back, much is posted, and what it has not loaded yet is edited."""
-    ids: list[int] = []
+    """While each page is on its way more is posted, and the oldest message of the page is edited."""
     for first in range(0, 400, 100):
         messages = [
             {"conversation_id": conversation, "sender_id": 8, "content": f"{number}"}
             for number in range(first, first + 100)
         ]
-        answer = daemon.request("POST", "/api/ws/messages/batch", {"messages": messages})
-        ids += [result["id"] for result in answer.json["results"]]
+        daemon.request("POST", "/api/ws/messages/batch", {"messages": messages})
     script = f"""
     import {{ setTimeout as sleep }} from "node:timers/promises";
     const {{ Chat }} = await import({json.dumps(CLIENT.as_uri())});
@@ -107,21 +156,23 @@ def test_the_example_of_a_first_page_has_no_gap(daemon: Daemon, conversation: in
     }};
     await Promise.all([connected(chat), connected(other)]);
     {EXAMPLES[1].replace("export ", "")}
-    const id = {conversation};
-    const oldest = {json.dumps(ids[:30])};
-    let talking = true, posted = 400;
-    const talk = (async () => {{ while (talking) await other.send(id, `${{posted++}}`); }})();
-    const edit = Promise.all(oldest.map((one, number) => other.edit(id, one, `${{number}}, edited`)));
+    const id = {conversation}, edited = new Set(), history = chat.history.bind(chat);
+    let posted = 400;
+    chat.history = async (...asked) => {{
+      const page = await history(...asked), [oldest] = page.messages;
+      edited.add(oldest.content);
+      await other.edit(id, oldest.id, `${{oldest.content}}, edited`);
+      for (let count = 0; count < 5; count++) await other.send(id, `${{posted++}}`);
+      return page;
+    }};
     const open = await openRoom(chat, id);
     while (open.hasMore) await open.earlier();
-    await edit;
-    talking = false;
-    await talk;
     while (open.messages.size < posted) await sleep(10);
     const texts = [...open.messages].sort(([a], [b]) => a - b).map(([, {{ content }}]) => content);
-    console.log(JSON.stringify(texts));
+    console.log(JSON.stringify([texts, [...edited]]));
     process.exit();
     """
-    texts = json.loads(run_script(script, 60))
-    assert texts == [f"{number}, edited" if number < 30 else f"{number}" for number in range(len(texts))]
-    assert len(texts) > 400
+    texts, edited = json.loads(run_script(script, 30))
+    numbers = [str(number) for number in range(len(texts))]
+    assert texts == [f"{number}, edited" if number in edited else number for number in numbers]
+    assert (len(texts), len(edited)) == (440, 8)
