@@ -15,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from chatd.config import Database
 from chatd.errors import ChatError, Unavailable
-from chatd.hub.fanout import Fanout
+from chatd.hub.fanout import Announcement, Fanout
 from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
 from chatd.model import Change, Group, Kind, MemberChange, State
 from chatd.protocol import text_frame
@@ -448,3 +448,17 @@ async def test_an_ephemeral_event_is_offered_a_message_is_pushed(repairs: Repair
         while not slow.heard:
             await trio.sleep(0.005)
     assert slow.heard == text_frame(b'{"event":"message"}')
+
+
+async def test_what_is_announced_in_one_go_is_merged_up_to_a_bound(repairs: Repairs) -> None:
+    """Twenty events of 60 kB as one push would cut who reads; small ones still go together."""
+    pushed: list[int] = []
+    repairs.ear.offer = lambda frames: not pushed.append(len(frames))  # type: ignore[method-assign]
+    for _ in range(20):
+        repairs.fanout.announce(Announcement(1, b"x" * 60_000, ephemeral=True))
+    for _ in range(100):
+        repairs.fanout.announce(Announcement(1, b"x" * 100, ephemeral=True))
+    await wait_all_tasks_blocked()
+    assert sum(pushed) == 20 * 60_000 + 100 * 100
+    assert max(pushed) <= 65_536
+    assert len(pushed) == 21  # the last large one has room for some of the small

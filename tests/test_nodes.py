@@ -12,6 +12,8 @@ import redis
 import trio
 from sqlalchemy import create_engine, text
 
+from chatd.bus.redis import fitting_count
+from chatd.bus.signals import WaitingSignals
 from tests.client import Client, login
 from tests.daemon import Daemon
 from tests.services import PostgresServer, RedisServer
@@ -368,3 +370,28 @@ def insert_as_a_dead_node(connection: Any, conversation: int, seq: int, *, told:
     ]
     for statement in statements[:-1] if told else statements:
         connection.execute(text(statement), {"c": conversation, "s": seq, "p": payload})
+
+
+def test_signals_that_wait_for_redis_are_bounded_in_bytes() -> None:
+    """A custom event has 64 KiB: ten thousand of them would be 640 MB."""
+    waiting = WaitingSignals()
+    signals = [number.to_bytes(4, "big") * 16_000 for number in range(1000)]
+    for one in signals:
+        waiting.append(one)
+    kept = []
+    while taken := waiting.first():
+        assert sum(map(len, taken)) <= 256 * 1024
+        waiting.append(b"comes meanwhile") if not kept else None
+        waiting.done(taken)
+        kept += taken
+    assert sum(map(len, kept)) <= 8 * 1024 * 1024 + 15
+    assert kept[:-1] == signals[-len(kept) + 1 :]
+    for number in range(20_000):
+        waiting.append(b"%d" % number)
+    assert len(waiting) == 10_000
+
+
+def test_a_read_of_the_stream_is_bounded_in_bytes_by_what_came_before() -> None:
+    small, large = [(b"1-0", {b"m": b"x" * 200})], [(b"1-0", {b"m": b"x" * 50_000})]
+    assert (fitting_count(small), fitting_count(large)) == (1000, 41)
+    assert fitting_count([(b"1-0", {b"m": b"x" * 5_000_000})]) == 1

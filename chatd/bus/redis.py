@@ -16,7 +16,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
 from typing import Any, Protocol
 
 import redis
@@ -28,6 +27,7 @@ from redis.retry import Retry
 
 from chatd import metrics
 from chatd.bus import Receiver, give_to, kicks, payloads
+from chatd.bus.signals import WaitingSignals
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
 from chatd.errors import ChatError
@@ -39,9 +39,8 @@ PROBE = "chat.probe"  # a key that never is there
 
 QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
 PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the loop waiting for the interpreter
-PIPELINE = 1000  # signals in one
-SIGNALS_KEPT = 10_000  # of each kind that wait for Redis, some 100 bytes each
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
+READ_BYTES = 2 * 1024 * 1024  # of one, about: Redis counts entries, so the size of the last ones is the guess
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
 SOCKET_TIMEOUT = 2.0  # seconds
 BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
@@ -89,9 +88,8 @@ class RedisBus:
         self._waiting_bytes = 0
         # Rights and receipts are kept until Redis has taken them, for no outbox does. Past the bound the oldest
         # go, for the sweep. The rest is worth nothing later: while Redis is away nobody waits for it.
-        self._lasting: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
+        self._lasting, self._passing = WaitingSignals(), WaitingSignals()
         self._kicks = kicks.Kicks(node)
-        self._passing: deque[Signal] = deque(maxlen=SIGNALS_KEPT)
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
         self._behind = True
         self._relayed = 0  # own outbox rows up to here are published
@@ -122,9 +120,9 @@ class RedisBus:
         if isinstance(signal, Kick):
             self._kicks.put(signal)
         elif isinstance(signal, MemberChange | UserChange) or (isinstance(signal, Notice) and signal.lasting):
-            self._lasting.append(signal)
+            self._lasting.append(payloads.signal(self._node, signal))
         elif self._links["publish"]:
-            self._passing.append(signal)
+            self._passing.append(payloads.signal(self._node, signal))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -248,22 +246,18 @@ class RedisBus:
                 pipeline.publish(MESSAGES, payloads.with_node(payload, node))
             pipeline.execute()
 
-    async def _send_signals(self, client: redis.Redis, waiting: deque[Signal]) -> None:
-        taken = list(islice(waiting, PIPELINE))
-        if not taken:
+    async def _send_signals(self, client: redis.Redis, waiting: WaitingSignals) -> None:
+        if not (taken := waiting.first()):
             return
 
         def send() -> None:
             with client.pipeline(transaction=False) as pipeline:
                 for signal in taken:
-                    pipeline.publish(SIGNALS, payloads.signal(self._node, signal))
+                    pipeline.publish(SIGNALS, signal)
                 pipeline.execute()
 
         await self._in_thread(send)
-        for signal in taken:
-            # Those that came meanwhile may have pushed these out already.
-            if waiting and waiting[0] is signal:
-                waiting.popleft()
+        waiting.done(taken)
 
     async def _relay_foreign(self) -> None:
         """What dead nodes left: `_catch_up` relays it with our own."""
@@ -300,11 +294,12 @@ class RedisBus:
         trimming = Trimming(self._config.stream_bytes)
         trim_what_is_there(client, STREAM, self._config.stream_bytes)
         trio.from_thread.run_sync(self._set_link, "stream", True)
+        count = READ_COUNT // 10  # until something is known of their size
         kicked = kicks.BEGINNING  # all that are kept: each concerns older connections only
         while True:
             trio.from_thread.check_cancelled()
             wanted: dict[Any, Any] = {STREAM: self._position, kicks.STREAM: kicked}
-            reply: Any = client.xread(wanted, count=READ_COUNT, block=BLOCK)
+            reply: Any = client.xread(wanted, count=count, block=BLOCK)
             if not reply:
                 last = _last_id(client)
                 if _order(last) < _order(self._position):
@@ -316,6 +311,7 @@ class RedisBus:
                     kicked = entries[-1][0].decode()
                     trio.from_thread.run_sync(self._take_kicks, kicks.heard(client, entries, self._node))
                 else:
+                    count = fitting_count(entries)
                     self._position = entries[-1][0].decode()
                     trio.from_thread.run(send.send, entries)
                     if cut := trimming.add(entries):
@@ -342,8 +338,10 @@ class RedisBus:
             trio.from_thread.check_cancelled()
             got = pubsub.get_message(timeout=BLOCK / 1000)
             batch: list[dict[str, Any]] = []
-            while got is not None and len(batch) < READ_COUNT:
+            size = 0
+            while got is not None and len(batch) < READ_COUNT and size < READ_BYTES:
                 batch.append(got)
+                size += len(got["data"])
                 got = pubsub.get_message(timeout=0)
             if batch:
                 trio.from_thread.run_sync(self._take_published, batch)
@@ -379,6 +377,12 @@ def client_of(config: Redis) -> redis.Redis:
 
 def _size(group: Group) -> int:
     return sum(len(change.payload) for change in group.changes)
+
+
+def fitting_count(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> int:
+    """How many entries like these make up `READ_BYTES`."""
+    size = sum(len(value) for _, fields in entries for value in fields.values())
+    return max(1, min(READ_COUNT, READ_BYTES * len(entries) // max(size, 1)))
 
 
 def _last_id(client: redis.Redis) -> str:

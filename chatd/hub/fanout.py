@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from chatd import metrics
 from chatd.errors import Unavailable
-from chatd.hub.pieces import Piece, pieces
+from chatd.hub.pieces import PIECE_BYTES, Piece, pieces
 from chatd.hub.repair import RETRY, Repaired, Repairs, StartOver
 from chatd.hub.rooms import Room, Rooms, Subscription
 from chatd.hub.sweep import Sweep, check_rights
@@ -131,7 +131,11 @@ class Fanout:
             return False
         self._queued += len(item.frame)
         last = self._queue[-1] if self._queue else None
-        if isinstance(last, Announcement) and last.way == item.way:
+        if (
+            isinstance(last, Announcement)
+            and len(last.frame) + len(item.frame) <= PIECE_BYTES
+            and last.way == item.way
+        ):
             last.frame += item.frame
         else:
             self._put(item)
