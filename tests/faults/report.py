@@ -1,8 +1,15 @@
-"""What a run came to, for a person."""
+"""What a run came to, for a person.
+
+`python -m tests.faults.report FILE` prints the tables of docs/faults.md from what `--json` has written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
 
 from tests.faults.runner import Phase, Result
 
@@ -13,48 +20,83 @@ LEAKED = ("leak",)
 MOVED = ("moved-silently",)
 COUNTED = (*LOST, *DOUBLED, *SKIPPED, *LEAKED, *MOVED)
 SHOWN = 12  # anomalies that are printed
+FAULT = 30  # characters of the longest pair
 
-_HEAD = (
-    f"{'fault':<30}{'ack’ed':>8}{'unknown':>8}{'lost':>6}{'doubled':>8}{'skipped':>8}{'leaked':>7}"
-    f"{'moved':>6}{'other':>6}{'gone':>6}{'repaired':>9}{'afresh':>7}{'away':>8}{'p50':>8}{'p99':>8}{'settled':>9}{'peak':>8}"
-)
 _LEGEND = (
     "moved: clients that were given another history and not told; gone: acknowledged writes that were lost",
     "with a database that went back; repaired: holes read from the database; afresh: subscriptions told to",
-    "start over; away: longest time without an acknowledgement while four posters were posting; p50, p99: of",
-    "acknowledged posts; settled: from the end of the load until every client had everything; peak: memory of",
-    "the larger chatd.",
+    "start over; away: longest time without an acknowledgement while four posters were posting; p50 / p99: of",
+    "acknowledged posts; settled: from the end of the load until every client had everything; presence: from",
+    "then until everybody, the backend too, saw truly who is online; peak: memory of the largest chatd.",
 )
 
 
+def _count(*names: str) -> Callable[[Phase], str]:
+    return lambda phase: str(sum(phase.anomalies.get(name, 0) for name in names))
+
+
+def _other(phase: Phase) -> str:
+    return str(sum(count for name, count in phase.anomalies.items() if name not in COUNTED))
+
+
+def _seconds(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.1f} s"
+
+
+# By the heading: how wide, and what a phase has to say.
+_COLUMNS: dict[str, tuple[int, Callable[[Phase], str]]] = {
+    "ack’ed": (8, lambda phase: f"{phase.acknowledged:,}"),
+    "unknown": (8, lambda phase: f"{phase.unknown:,}"),
+    "lost": (5, _count(*LOST)),
+    "doubled": (8, _count(*DOUBLED)),
+    "skipped": (8, _count(*SKIPPED)),
+    "leaked": (7, _count(*LEAKED)),
+    "moved": (6, _count(*MOVED)),
+    "other": (6, _other),
+    "gone": (6, lambda phase: f"{phase.gone:,}"),
+    "repaired": (9, lambda phase: f"{phase.repaired:,}"),
+    "afresh": (7, lambda phase: f"{phase.started_over:,}"),
+    "away": (8, lambda phase: f"{phase.unavailable:.2f} s"),
+    "p50 / p99": (14, lambda phase: f"{phase.median * 1000:.0f} / {phase.p99 * 1000:.0f} ms"),
+    "settled": (8, lambda phase: _seconds(phase.settled, "never")),
+    "presence": (9, lambda phase: _seconds(phase.presence, "–")),
+    "peak": (7, lambda phase: f"{phase.peak / 2**20:.0f} MB"),
+}
+
+
 def table(result: Result) -> Iterator[str]:
-    verdict = result.verdict
-    yield _HEAD
+    yield f"{'fault':<{FAULT}}" + "".join(f"{name:>{width}}" for name, (width, _) in _COLUMNS.items())
     for phase in result.phases:
-        yield _row(phase)
+        yield f"{phase.name:<{FAULT}}" + "".join(f"{say(phase):>{width}}" for width, say in _COLUMNS.values())
     yield ""
     yield from _LEGEND
-    yield (
-        f"{verdict.acknowledged:,} acknowledged, {verdict.unknown:,} unknown, {verdict.failed:,} refused;"
-        f" {verdict.received:,} changes received over {verdict.connections:,} connections,"
-        f" {verdict.resumed:,} of them resumed; {verdict.removed:,} removals."
-        f" Valid: {'yes' if result.valid else 'NO'}."
-    )
-    for anomaly in verdict.anomalies[:SHOWN]:
+    yield _summary(result)
+    for anomaly in result.verdict.anomalies[:SHOWN]:
         yield f"  {anomaly.name} in conversation {anomaly.conversation}: {anomaly.sentence}"
     for trouble in result.troubles:
         yield f"  crashed: {trouble}"
 
 
-def _row(phase: Phase) -> str:
-    def count(names: tuple[str, ...]) -> int:
-        return sum(phase.anomalies.get(name, 0) for name in names)
+def markdown(result: Result) -> Iterator[str]:
+    yield f"**`{result.plan.kind}`.** {_summary(result)}"
+    yield ""
+    yield "| " + " | ".join(["", *_COLUMNS]) + " |"
+    yield "|---" * (len(_COLUMNS) + 1) + "|"
+    for phase in result.phases:
+        yield "| " + " | ".join([phase.name, *(say(phase) for _, say in _COLUMNS.values())]) + " |"
+    yield ""
 
-    other = sum(phase.anomalies.values()) - count(COUNTED)
-    settled = "never" if phase.settled is None else f"{phase.settled:.1f} s"
+
+def _summary(result: Result) -> str:
+    verdict = result.verdict
     return (
-        f"{phase.name:<30}{phase.acknowledged:>8,}{phase.unknown:>8,}{count(LOST):>6}{count(DOUBLED):>8}"
-        f"{count(SKIPPED):>8}{count(LEAKED):>7}{count(MOVED):>6}{other:>6}{phase.gone:>6}{phase.repaired:>9,}{phase.started_over:>7,}"
-        f"{phase.unavailable:>6.2f} s{phase.median * 1000:>5.0f} ms{phase.p99 * 1000:>5.0f} ms"
-        f"{settled:>9}{phase.peak / 2**20:>5.0f} MB"
+        f"{verdict.acknowledged:,} acknowledged, {verdict.unknown:,} unknown, {verdict.failed:,} refused;"
+        f" {verdict.received:,} changes received over {verdict.connections:,} connections,"
+        f" {verdict.resumed:,} of them resumed; {verdict.removed:,} removals."
+        f" Valid: {'yes' if result.valid else 'NO'}."
     )
+
+
+if __name__ == "__main__":
+    for one in msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[Result]):
+        print("\n".join(markdown(one)))
