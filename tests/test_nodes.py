@@ -265,7 +265,8 @@ async def test_a_removal_that_redis_did_not_take_is_seen_before_the_next_message
         await expect_all(there, ["heard"])
         with pair.engine.begin() as connection:  # by a node whose link to Redis is cut
             connection.execute(text("INSERT INTO chat_members VALUES (1, 2, 'removed', NULL, NULL, now())"))
-            connection.execute(text("UPDATE chat_conversations SET members_version = members_version + 1"))
+            versions = "members_version = members_version + 1, removed_version = members_version + 1"
+            connection.execute(text(f"UPDATE chat_conversations SET {versions}"))
         await post_many(pair.second, 1, ["unheard"])
         await post_many(pair.first, 1, ["unheard too"])
         assert (await there.expect("unsubscribed", patience=1))["code"] == "not_found"

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from chatd.bus.redis import LOST, STREAM, client_of
+from chatd.bus.client import LOST, STREAM, client_of
 from chatd.config import Redis
 from chatd.errors import OperatorError
 

@@ -17,7 +17,7 @@ import redis
 import structlog
 from msgspec import Struct
 
-from chatd.bus.redis import LOST, client_of
+from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.errors import Unavailable
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 
-from chatd.bus.redis import LOST, client_of
+from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.errors import OperatorError
 

@@ -22,11 +22,10 @@ import redis
 import structlog
 import trio
 from msgspec import UNSET, UnsetType
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from chatd import metrics
 from chatd.bus import Receiver, give_to, kicks, payloads
+from chatd.bus.client import LOST, MESSAGES, SIGNALS, STREAM, client_of, last_id, order
 from chatd.bus.signals import WaitingSignals
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
@@ -34,7 +33,6 @@ from chatd.errors import ChatError
 from chatd.limits import MAX_ID
 from chatd.model import Group, Kick, MemberChange, Notice, Signal, UserChange
 
-STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 PROBE = "chat.probe"  # a key that never is there
 
 QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
@@ -42,13 +40,10 @@ PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the l
 READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
 READ_BYTES = 2 * 1024 * 1024  # of one, about: Redis counts entries, so the size of the last ones is the guess
 BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
-SOCKET_TIMEOUT = 2.0  # seconds
 BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
 RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect, doubled each time, with jitter
+OUTBOX_RETRY = 1.0  # seconds between attempts to read the outbox, while the database is away
 RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
-
-# Redis is gone, or there is no descriptor left to reach it with: redis-py reads a file of its own to connect.
-LOST = (redis.RedisError, OSError)
 
 log = structlog.get_logger()
 
@@ -93,7 +88,7 @@ class RedisBus:
         # True until everything committed before has been read from the outbox: then order is kept by its ids.
         self._behind = True
         self._relayed = 0  # own outbox rows up to here are published
-        self._wake = trio.Event()
+        self._wake, self._passes = trio.Event(), trio.Event()
         self._links: dict[str, bool | None] = {"publish": None, "stream": None, "pubsub": None}
         self.up = False
         self._position = ""
@@ -123,6 +118,7 @@ class RedisBus:
             self._lasting.append(payloads.signal(self._node, signal))
         elif self._links["publish"]:
             self._passing.append(payloads.signal(self._node, signal))
+        self._passes.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
@@ -142,8 +138,6 @@ class RedisBus:
                 await link(client)
             except LOST as error:
                 self._set_link(name, False, str(error))
-            except ChatError as error:  # the outbox could not be read: the database's trouble, not Redis's
-                log.warning("outbox_unavailable", error=str(error))
             finally:
                 client.close()
             if trio.current_time() - started > RETRY_MOST:
@@ -170,26 +164,57 @@ class RedisBus:
             self._receiver.links(self.up)
 
     async def _publish_link(self, client: redis.Redis) -> None:
+        """What passes goes its own way: it needs no database, and does not wait for one that is away."""
         self._fall_behind()
         self._passing.clear()
+        await self._in_thread(client.setrange, PROBE, 0, b"")  # as below
+        self._set_link("publish", True)
+        failures: list[Exception] = []
+
+        async def keep(part: Callable[[redis.Redis], Awaitable[None]]) -> None:
+            try:
+                await part(client)
+            except LOST as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep, self._publish_groups)
+            nursery.start_soon(keep, self._publish_passing)
+        raise failures[0]
+
+    async def _publish_groups(self, client: redis.Redis) -> None:
         while True:
             if self._lasting:  # first: who was removed shall not hear what comes after
                 await self._send_signals(client, self._lasting)
-            elif self._kicks:
-                await self._kicks.send(client)
             elif self._behind:
-                await self._catch_up(client)
-            elif self._waiting or self._passing:
-                if self._waiting:
-                    await self._publish_waiting(client)
-                await self._send_signals(client, self._passing)
+                await self._try_to_catch_up(client)
+            elif self._waiting:
+                await self._publish_waiting(client)
             else:
                 self._wake = trio.Event()
                 with trio.move_on_after(RELAY_EVERY):
                     await self._wake.wait()
                 if not self._wake.is_set():
                     await self._in_thread(client.ping)
-            self._set_link("publish", True)
+
+    async def _publish_passing(self, client: redis.Redis) -> None:
+        while True:
+            if self._kicks:
+                await self._kicks.send(client)
+            elif self._passing:
+                await self._send_signals(client, self._passing)
+            else:
+                self._passes = trio.Event()
+                await self._passes.wait()
+
+    async def _try_to_catch_up(self, client: redis.Redis) -> None:
+        try:
+            await self._catch_up(client)
+        except ChatError as error:  # the outbox could not be read: the database's trouble, not Redis's
+            log.warning("outbox_unavailable", error=str(error))
+            self._behind = True
+            await trio.sleep(OUTBOX_RETRY)
 
     def _fall_behind(self) -> None:
         """Let go of what waits: it is in the outbox, and read from there in order."""
@@ -288,8 +313,8 @@ class RedisBus:
         raise failure
 
     def _read_stream(self, client: redis.Redis, send: trio.MemorySendChannel[list[Any]]) -> None:
-        last = _last_id(client)
-        if not self._position or _order(last) < _order(self._position):
+        last = last_id(client)
+        if not self._position or order(last) < order(self._position):
             self._position = last  # the first start, or a flush: what was missed is found by the sweep
         trimming = Trimming(self._config.stream_bytes)
         trim_what_is_there(client, STREAM, self._config.stream_bytes)
@@ -301,8 +326,8 @@ class RedisBus:
             wanted: dict[Any, Any] = {STREAM: self._position, kicks.STREAM: kicked}
             reply: Any = client.xread(wanted, count=count, block=BLOCK)
             if not reply:
-                last = _last_id(client)
-                if _order(last) < _order(self._position):
+                last = last_id(client)
+                if order(last) < order(self._position):
                     self._position, kicked = last, kicks.BEGINNING
                     trio.from_thread.run_sync(self._receiver.lost)
                 continue
@@ -364,17 +389,6 @@ class RedisBus:
         return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))
 
 
-def client_of(config: Redis) -> redis.Redis:
-    return redis.Redis.from_url(
-        config.url,
-        protocol=2,  # RESP3 builds a log line for every pub/sub message
-        retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
-        socket_timeout=SOCKET_TIMEOUT,
-        socket_connect_timeout=SOCKET_TIMEOUT,
-        health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
-    )
-
-
 def _size(group: Group) -> int:
     return sum(len(change.payload) for change in group.changes)
 
@@ -383,13 +397,3 @@ def fitting_count(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> int:
     """How many entries like these make up `READ_BYTES`."""
     size = sum(len(value) for _, fields in entries for value in fields.values())
     return max(1, min(READ_COUNT, READ_BYTES * len(entries) // max(size, 1)))
-
-
-def _last_id(client: redis.Redis) -> str:
-    newest: Any = client.xrevrange(STREAM, count=1)
-    return newest[0][0].decode() if newest else "0-0"
-
-
-def _order(stream_id: str) -> tuple[int, int]:
-    time, _, number = stream_id.partition("-")
-    return int(time), int(number)

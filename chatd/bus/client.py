@@ -1,0 +1,37 @@
+"""How chatd speaks to Redis: a client whose retries and reconnects are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from chatd.config import Redis
+
+STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
+SOCKET_TIMEOUT = 2.0  # seconds
+# Redis is gone, or there is no descriptor left to reach it with: redis-py reads a file of its own to connect.
+LOST = (redis.RedisError, OSError)
+
+
+def client_of(config: Redis) -> redis.Redis:
+    return redis.Redis.from_url(
+        config.url,
+        protocol=2,  # RESP3 builds a log line for every pub/sub message
+        retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
+        socket_timeout=SOCKET_TIMEOUT,
+        socket_connect_timeout=SOCKET_TIMEOUT,
+        health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
+    )
+
+
+def last_id(client: redis.Redis) -> str:
+    newest: Any = client.xrevrange(STREAM, count=1)
+    return newest[0][0].decode() if newest else "0-0"
+
+
+def order(stream_id: str) -> tuple[int, int]:
+    time, _, number = stream_id.partition("-")
+    return int(time), int(number)
