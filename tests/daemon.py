@@ -37,7 +37,7 @@ class Daemon:
     `open_files` is the most that it may have open, if not as many as this process.
     """
 
-    start_seconds = START_SECONDS
+    start_seconds, stop_seconds = START_SECONDS, STOP_SECONDS
 
     def __init__(self, directory: Path, *, demo: bool = False, open_files: int = 0, **settings: Any) -> None:
         self.directory = directory
@@ -115,12 +115,12 @@ class Daemon:
         """SIGTERM; returns the exit code."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(STOP_SECONDS)
+        return self._process.wait(self.stop_seconds)
 
     def kill(self) -> None:
         assert self._process is not None
         self._process.kill()
-        self._process.wait(STOP_SECONDS)
+        self._process.wait(self.stop_seconds)
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -128,7 +128,7 @@ class Daemon:
 
     def wait(self) -> int:
         assert self._process is not None
-        return self._process.wait(STOP_SECONDS)
+        return self._process.wait(self.stop_seconds)
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
