@@ -57,7 +57,7 @@ _COLUMNS: dict[str, tuple[int, Callable[[Phase], str]]] = {
     "repaired": (9, lambda phase: f"{phase.repaired:,}"),
     "afresh": (7, lambda phase: f"{phase.started_over:,}"),
     "away": (8, lambda phase: f"{phase.unavailable:.2f} s"),
-    "p50 / p99": (14, lambda phase: f"{phase.median * 1000:.0f} / {phase.p99 * 1000:.0f} ms"),
+    "p50 / p99": (17, lambda phase: f"{phase.median * 1000:.0f} / {phase.p99 * 1000:.0f} ms"),
     "settled": (8, lambda phase: _seconds(phase.settled, "never")),
     "presence": (9, lambda phase: _seconds(phase.presence, "–")),
     "peak": (7, lambda phase: f"{phase.peak / 2**20:.0f} MB"),
