@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,46 @@ async def test_s8_who_guesses_is_slowed_and_nobody_else(daemons: Daemons) -> Non
     for _ in range(10):
         assert await try_to("guess", "192.0.2.1") == ("unauthorized", 4500)
     assert await try_to("guess", "192.0.2.1") == ("rate_limited", 4006)
-    assert await try_to(good, "192.0.2.1") == ("rate_limited", 4006)
-    assert await try_to(good, "192.0.2.2") == ("ready", 0)
+    assert await try_to(good, "192.0.2.1") == ("ready", 0)  # who shares the address, behind a NAT
+    assert await try_to("guess", "192.0.2.2") == ("unauthorized", 4500)
+
+
+async def test_s8_the_failures_of_others_end_no_live_connection(daemons: Daemons) -> None:
+    daemon = daemons(limits__trusted_proxies="127.0.0.1", limits__failed_logins_per_minute=1)
+    headers = [(b"X-Forwarded-For", b"192.0.2.1")]
+    token = daemon.token_for(7)
+    async with connect(daemon.ws_url, extra_headers=headers) as live:
+        await live.next()
+        assert (await live.request("auth", token=token))["event"] == "ready"
+        for code in (4500, 4006, 4006):
+            async with connect(daemon.ws_url, extra_headers=headers) as guesser:
+                await guesser.next()
+                await guesser.request("auth", token="guess")
+                assert (await guesser.closed())[0] == code
+        assert (await live.request("refresh", token=token))["event"] == "ok"
+
+
+async def test_s8_a_household_is_one_guesser_however_many_addresses_it_has(daemons: Daemons) -> None:
+    daemon = daemons(limits__trusted_proxies="127.0.0.1", limits__failed_logins_per_minute=3)
+    codes = []
+    for address in (*(f"2001:db8:0:1::{n}" for n in range(5)), "2001:db8:0:2::1"):
+        headers = [(b"X-Forwarded-For", address.encode())]
+        async with connect(daemon.ws_url, extra_headers=headers) as guesser:
+            await guesser.next()
+            await guesser.request("auth", token="guess")
+            codes.append((await guesser.closed())[0])
+    assert codes == [4500] * 3 + [4006] * 2 + [4500]
+
+
+async def test_s9_each_proxy_may_add_a_line(daemons: Daemons) -> None:
+    """HAProxy's `option forwardfor` does, behind a load balancer: its clients are not all one."""
+    daemon = daemons(limits__trusted_proxies="127.0.0.1,10.0.0.0/8", limits__connections_per_address=1)
+    async with AsyncExitStack() as held:
+        for client in range(3):
+            lines = [f"203.0.113.{client}:5000", "10.0.0.5"]
+            headers = [(b"X-Forwarded-For", line.encode()) for line in lines]
+            guest = await held.enter_async_context(connect(daemon.ws_url, extra_headers=headers))
+            assert (await guest.next())["event"] == "hello"
 
 
 async def test_s9_s10_s16_limits_are_said_with_their_codes(daemons: Daemons) -> None:

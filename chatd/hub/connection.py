@@ -41,6 +41,7 @@ ANSWER_TIMEOUT = 2.0  # seconds for commands at the writer, before a goodbye
 PACE_BYTES = 32 * 1024  # of a long answer that may still wait when more of it is read and sent
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
 ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
+FORWARDED_FOR = b"x-forwarded-for"
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
 
 # What peers bring about: they vanish, dawdle, or send what is no WebSocket. The last is raised by the library's
@@ -139,7 +140,7 @@ def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
     if not _refusals.take(trio.current_time()):
         origin = next((value for name, value in request.headers if name.lower() == b"origin"), b"")
         advice = {"advice": "add it to hub.origins"} if refusal.reason == "foreign_origin" else {}
-        log.warning("handshake_refused", reason=refusal.reason, origin=repr(origin[:200]), **advice)
+        log.warning("handshake_refused", reason=refusal.reason, origin=origin[:200].decode("latin-1"), **advice)
 
 
 async def _refuse(request: WebSocketRequest, refusal: Refused) -> None:
@@ -153,6 +154,7 @@ def _read(request: WebSocketRequest) -> Handshake:
         parts = urlsplit(request.path)
     except ValueError:
         raise Refused(404, "not_found") from None
+    forwarded = [value.decode("latin-1") for name, value in request.headers if name.lower() == FORWARDED_FOR]
     scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
     return Handshake(
         path=parts.path,
@@ -160,7 +162,7 @@ def _read(request: WebSocketRequest) -> Handshake:
         host=request._event.host,  # the pinned version has no public name for it
         origin=headers.get(b"origin"),
         bearer=credentials.strip() if scheme.lower() == "bearer" else None,
-        forwarded_for=headers.get(b"x-forwarded-for", ""),
+        forwarded_for=",".join(forwarded),  # each proxy may have added a line of its own
         subprotocols=request.proposed_subprotocols,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 import trio
 from msgspec import Struct
 
-from chatd import metrics
+from chatd import addresses, metrics
 from chatd.chat.presence import USERS, Presence
 from chatd.config import Config, is_loopback
 from chatd.errors import Close
+from chatd.hub.guesses import Guesses
 from chatd.hub.rooms import Subscription
 from chatd.limits import TokenBucket
 from chatd.model import Identity
 from chatd.settings import Settings
 
 PATH = "/ws"
-ADDRESSES = 10_000  # whose failed logins are remembered; beyond it the oldest are let off
 
 
 class Handshake(Struct, frozen=True):
@@ -100,7 +100,7 @@ class Registry:
         self.present = 0  # users who are connected
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
-        self._failures: OrderedDict[str, TokenBucket] = OrderedDict()  # failed logins by address
+        self.guesses = Guesses()
         settings.follow(self._apply)
 
     def _apply(self, config: Config) -> None:
@@ -108,7 +108,7 @@ class Registry:
         self._limits, self._origins = config.limits, config.hub.origins
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
         self._handshakes = _bucket(config.limits.handshakes_per_second)
-        self._failures.clear()
+        self.guesses.allow(config.limits.failed_logins_per_minute)
         for user in self._users.values():
             user.sends = _bucket(config.limits.sends_per_second)
 
@@ -116,7 +116,7 @@ class Registry:
 
     def admit(self, handshake: Handshake, address: str) -> Admission:
         """Raises Refused. The admission must be given back."""
-        limits = self._limits
+        limits, address = self._limits, addresses.counted_as(address)
         if handshake.path != PATH:
             raise Refused(404, "not_found")
         if handshake.origin is not None and not self._may_come_from(handshake.origin, handshake.host):
@@ -151,40 +151,15 @@ class Registry:
 
     def address_of(self, peer: str, forwarded_for: str) -> str:
         """The peer's address; the one that a trusted proxy forwards for, if the peer is one."""
-        for claimed in reversed([part.strip() for part in forwarded_for.split(",") if part.strip()]):
-            if not self._is_proxy(peer):
-                break
-            peer = claimed
-        return peer
+        return addresses.client_of(peer, forwarded_for, self._proxies)
 
-    def _is_proxy(self, address: str) -> bool:
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        # A socket for both families sees IPv4 peers as ::ffff:192.0.2.1.
-        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        return any(parsed in network for network in self._proxies)
-
-    # Who guesses.
-
-    def login_wait(self, address: str) -> float:
-        """0.0, or the seconds until somebody at this address may try to log in again."""
-        bucket = self._failures.get(address)
-        return bucket.wait(trio.current_time()) if bucket else 0.0
-
-    def login_failed(self, address: str) -> None:
-        """Behind a proxy that is not trusted everybody has its address: this machine's never counts."""
-        most = self._limits.failed_logins_per_minute
-        if not most or self._is_proxy(address) or is_loopback(address):
-            return
-        now = trio.current_time()
-        bucket = self._failures.get(address)
-        if bucket is None:
-            bucket = self._failures[address] = TokenBucket(most / 60, most, now)
-            if len(self._failures) > ADDRESSES:
-                self._failures.popitem(last=False)
-        bucket.take(now)
+    def guesser(self, address: str) -> str | None:
+        """Under which key failed logins from there count. None for this machine and for proxies: behind one
+        that is not trusted everybody has its address.
+        """
+        if is_loopback(address) or addresses.is_in(addresses.parse(address), self._proxies):
+            return None
+        return addresses.counted_as(address)
 
     # Who is connected.
 
@@ -223,9 +198,7 @@ class Registry:
     def tidy(self) -> None:
         """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
         now = trio.current_time()
-        for address, bucket in list(self._failures.items()):
-            if not bucket.used(now):
-                del self._failures[address]
+        self.guesses.tidy()
         for user_id, user in list(self._users.items()):
             if not user.guests and not (user.sends and user.sends.used(now)):
                 del self._users[user_id]

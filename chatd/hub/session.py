@@ -219,13 +219,23 @@ class Session:
         self._services.registry.appear(self)  # not before: a banned user is never online
 
     async def _verify(self, token: str) -> Identity:
-        if wait := self._services.registry.login_wait(self._address):
-            metrics.RATE_LIMITED.labels("logins").inc()
-            raise RateLimited("too many failed logins from here", retry_after=round(wait, 3))
-        if self.identity is None:
-            # It has come in time; how long the answer takes is not the client's fault.
-            self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
-        return await self._chat.logins.verify(token)
+        """Who is in already is no guesser, whatever others do at the same address."""
+        if self.identity is not None:
+            return await self._chat.logins.verify(token)
+        # It has come in time; how long the answer takes is not the client's fault.
+        self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
+        registry = self._services.registry
+        guesses, guesser = registry.guesses, registry.guesser(self._address)
+        try:
+            async with guesses.turn(guesser):
+                return await self._chat.logins.verify(token)
+        except TokenExpired:  # which nobody gets by guessing
+            raise
+        except Unauthorized:
+            if wait := guesses.failed(guesser):
+                metrics.RATE_LIMITED.labels("logins").inc()
+                raise RateLimited("too many failed logins from here", retry_after=round(wait, 3)) from None
+            raise
 
     def _refuse_login(self, error: ChatError, ref: Any, *, first: bool) -> None:
         """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
@@ -239,8 +249,6 @@ class Session:
                 code=error.code,
                 reason=str(error),
             )
-            if not isinstance(error, TokenExpired):  # which nobody gets by guessing
-                self._services.registry.login_failed(self._address)
             self.close(error.close, str(error))
         elif isinstance(error, RateLimited):
             self.close(Close.TOO_MANY_REQUESTS, str(error))
