@@ -24,6 +24,8 @@ AT_ONCE = 2  # gathered reads on their way: one that takes long does not hold up
 GATHER = 0.005  # seconds to wait for others, if the last came no longer ago: a crowd is on its way
 GATHERED = 200  # the weight of one of them: 10 ms of SQL, some of which keeps the loop from the interpreter
 
+_LOST = (DBAPIError, PoolTimeout, Strayed, OSError)  # the last: there is no descriptor left to connect with
+
 T = TypeVar("T")
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -64,16 +66,9 @@ class Reader:
                 if strayed(connection):
                     raise Strayed
                 return answer
-        except (
-            DBAPIError,
-            PoolTimeout,
-            Strayed,
-            OSError,
-        ) as error:  # OSError: no descriptor left to connect with
+        except _LOST as error:
             # A pooled connection that died while idle says so at its first use; a read can be repeated.
-            ended = isinstance(error, Strayed) or (
-                isinstance(error, DBAPIError) and error.connection_invalidated
-            )
+            ended = isinstance(error, Strayed) or getattr(error, "connection_invalidated", False)
             if again and ended:
                 return self._run(read, arguments, again=False)
             _unavailable.warn(read=read.__name__, error=type(getattr(error, "orig", error)).__name__)

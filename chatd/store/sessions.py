@@ -71,14 +71,14 @@ class Sessions:
         self.doubted = False  # whether it is time to `look`
         self._lock = threading.Lock()
         self._generation = 0
-        self._timeline: int | None = None
+        self._timeline: int | None = None  # the newest session's, and
+        self._sure = False  # whether nothing was wrong with that server since
         self._lines: dict[socket.socket, int] = {}  # of the open sessions, with their generations
         self._connect: Callable[[], psycopg.Connection[Any]] | None = None
 
     def watch(self, engine: Engine, connect: Callable[[], psycopg.Connection[Any]]) -> None:
         """`connect` opens a session beside the engine's own."""
         self._connect = connect
-        event.listen(engine, "do_connect", self._stamp)
         event.listen(engine, "connect", self._set_up)
         event.listen(engine, "checkout", self._check_out)
         event.listen(engine, "close", self._close)
@@ -104,24 +104,21 @@ class Sessions:
         told = driver.info.parameter_status
         return any(told(name) == "on" for name in _READ_ONLY)
 
-    def _stamp(self, _dialect: Any, record: Any, _args: Any, _parameters: Any) -> None:
-        # Before it is connected: what ends all sessions meanwhile ends this one too.
-        record.info["generation"] = self._generation
-
     def _set_up(self, driver: Any, record: Any) -> None:
         info = record.info
         prepare(driver)
         info["timeline"] = timeline = _timeline(driver)
-        if (generation := self._compare(timeline)) is not None:
-            info["generation"] = generation
-        info["sessions"] = self
+        info["generation"] = self._compare(timeline)
+        info["sessions"], info["fresh"] = self, True
         driver.add_notice_handler(partial(_notice, info))
         info["line"] = line = socket.socket(fileno=os.dup(driver.fileno()))
         with self._lock:
             self._lines[line] = info["generation"]
 
     def _check_out(self, driver: Any, record: Any, _proxy: Any) -> None:
-        if self.has_strayed(driver, record.info):
+        # One that was opened for this is the best there is: SQLAlchemy gives up where it is refused, too. If it
+        # has strayed already, who uses it finds out, or the next one does.
+        if not record.info.pop("fresh", False) and self.has_strayed(driver, record.info):
             raise DisconnectionError("this session leads to a server that another one has taken over from")
 
     def _close(self, _driver: Any, record: Any) -> None:
@@ -134,24 +131,38 @@ class Sessions:
     def _judge(self, context: Any) -> None:
         if getattr(context.original_exception, "sqlstate", None) in NOT_FOR_US:
             context.is_disconnect = True
-        if context.is_disconnect:
+        connection = context.connection  # None where there was none yet
+        if context.is_disconnect and connection is not None and not connection.invalidated:
             with self._lock:
-                self._generation += 1
+                # What an older one says is no news: all of its kind end, and newer ones are of another server.
+                if connection.info.get("generation") == self._generation:
+                    self._generation += 1
+                    self._sure = False
 
-    def _compare(self, timeline: int | None) -> int | None:
-        """The new generation, where a session has found another timeline than those before it."""
+    def _compare(self, timeline: int | None) -> int:
+        """The generation of a session that has found this timeline."""
         with self._lock:
-            before, self._timeline = self._timeline, timeline
-            if timeline == before:
-                return None
-            self._generation += 1
-            old = [line for line, generation in self._lines.items() if generation < self._generation]
-            for line in old:  # somebody may wait for an answer that never comes
-                with suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)
+            before = self._timeline
+            if timeline is None or timeline == before:
+                self._sure = True
+                return self._generation
+            if before is not None and timeline < before and self._sure:
+                return (
+                    self._generation - 1
+                )  # an old primary that still runs; the sessions before are the right ones
+            self._timeline, self._sure = timeline, True
             if before is not None:
-                log.warning("database_failed_over", timeline=timeline, before=before, sessions_ended=len(old))
+                self._generation += 1
+                self._cut_off_older(timeline, before)
             return self._generation
+
+    def _cut_off_older(self, timeline: int, before: int) -> None:
+        """Somebody may wait there for an answer that never comes."""
+        old = [line for line, generation in self._lines.items() if generation < self._generation]
+        for line in old:
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
+        log.warning("database_failed_over", timeline=timeline, before=before, sessions_ended=len(old))
 
 
 def strayed(connection: Connection) -> bool:
