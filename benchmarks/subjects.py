@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,15 @@ from benchmarks.daemons import SECRET, Pinned, process_cpu
 from benchmarks.peers.peer import Peer, Publisher, Running
 from benchmarks.servers import ROOM, Command, Go, Prepare, messages
 from chatd.auth.tokens import Tokens
-from chatd.model import Kind, Message
-from chatd.protocol import change_payload, text_frame
+from chatd.protocol import text_frame
 from tests.daemon import TOKEN
 from tests.services import free_port
 
 SIZE = 200  # bytes of an event
-CONTENT = "x" * 56  # which makes a flat message of about that size
+CONTENT = "x" * 38  # which makes a flat message of about that size
 TOKEN_SECONDS = 24 * 3600
 END_SECONDS = 10.0
+WITNESS_SECONDS = 60.0  # until the witness has what was published
 
 
 class Service(ABC):
@@ -96,16 +96,27 @@ class Daemon(Subject):
             node = Pinned(Path(directory), core, **settings)
             try:
                 node.start()
-                yield _DaemonService(node)
+                with closing(_DaemonService(node)) as service:
+                    yield service
             finally:
                 node.close()
 
 
 class _DaemonService(Service):
+    """A witness in the room says which bytes each client must get: nobody can foretell a change's mark."""
+
     def __init__(self, node: Pinned) -> None:
         self.node, self.port = node, node.hub_port
         self._tokens = Tokens(SECRET)
         self._http = HTTPConnection("127.0.0.1", node.api_port)
+        self._witness = socket.create_connection(("127.0.0.1", self.port), WITNESS_SECONDS)
+        self.enter(self._witness, 0)
+        self._seen = self._witness.makefile("rb")
+
+    def close(self) -> None:
+        self._seen.close()
+        self._witness.close()
+        self._http.close()
 
     def pids(self) -> list[int]:
         return [self.node.pid]
@@ -117,25 +128,31 @@ class _DaemonService(Service):
         if not pause:
             return self._post_batch(count)
         began = time.monotonic()
-        sent = []
+        answers = []
         for number in range(count):
             time.sleep(max(0.0, began + number * pause - time.monotonic()))
-            sent.append(self._frame(self._post("/api/ws/messages", self._message())))
-        return b"".join(sent)
+            answers.append(self._post("/api/ws/messages", self._message()))
+        return self._frames(answers)
 
     def _post_batch(self, count: int) -> bytes:
         answer = self._post("/api/ws/messages/batch", {"messages": [self._message()] * count})
-        return b"".join(self._frame(result) for result in answer["results"])
+        return self._frames(answer["results"])
 
     @staticmethod
     def _message() -> dict[str, Any]:
         return {"conversation_id": ROOM, "sender_id": 1, "content": CONTENT}
 
-    @staticmethod
-    def _frame(answer: dict[str, Any]) -> bytes:
-        id, seq, created_at = answer["id"], answer["seq"], answer["created_at"]
-        message = Message(ROOM, id, 1, "text", CONTENT, None, created_at, seq, None)
-        return text_frame(change_payload(Kind.CREATED, seq, message))
+    def _frames(self, answers: Sequence[dict[str, Any]]) -> bytes:
+        """As the witness got them. Raises Failure if they are not the answers' messages, in their order."""
+        frames = []
+        for answer in answers:
+            text = wire.next_text(self._seen)
+            found = json.loads(text)
+            wanted = {"event": "message", "content": CONTENT} | {name: answer[name] for name in ("id", "seq")}
+            if any(found.get(name) != value for name, value in wanted.items()):
+                raise Failure(f"the witness got {found}, not {wanted}")
+            frames.append(text_frame(text))
+        return b"".join(frames)
 
     def _post(self, path: str, body: Any) -> Any:
         headers = {"X-Internal-Token": TOKEN, "Content-Type": "application/json"}

@@ -40,15 +40,16 @@ def _upgraded(replies: BufferedReader) -> None:
 
 def _entered(replies: BufferedReader, room: int) -> None:
     """`hello`, then `ready` with the room in it."""
-    found = [_next_text(replies), _next_text(replies)]
+    found = [next_text(replies), next_text(replies)]
     if not found[1].startswith(b'{"event":"ready"') or b'"rooms":{"%d":' % room not in found[1]:
         raise Failure(f"a client was not let in: {found}")
 
 
-def _next_text(replies: BufferedReader) -> bytes:
+def next_text(replies: BufferedReader) -> bytes:
+    """The text of the next frame, of less than 64 KiB. Raises Failure for another one."""
     first, size = replies.read(2) or (0, 0)
     if first != 0x81 or size > 126:
-        raise Failure(f"a client was not let in: a frame begins with {first:#x} {size:#x}")
+        raise Failure(f"a text frame was expected, and one began with {first:#x} {size:#x}")
     return replies.read(int.from_bytes(replies.read(2), "big") if size == 126 else size)
 
 
