@@ -101,7 +101,7 @@ async def run(
         api_served = await nursery.start(serve_api, api_socket, leave, api_stop)
         await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
         nursery.start_soon(process.ping_watchdog)
-        nursery.start_soon(process.follow_parent, stop)
+        nursery.start_soon(process.follow_parent, stop, partial(_let_go, hub, leave))
         await nursery.start(garbage.collect, lambda: hub.ended + leave.done)
         log.info(
             "ready",
@@ -183,6 +183,11 @@ def _writer_and_bus(
         return writer, bus
     bus = RedisBus(config.redis, receiver, node=node, outbox=store.outbox, settle=writer.settle)
     return writer, bus
+
+
+def _let_go(hub: Hub, leave: api.Leave) -> None:
+    hub.let_go()
+    leave.let_go()
 
 
 def _sources(parts: Parts, store: Store, *, redis: bool) -> Sources:

@@ -15,7 +15,7 @@ def main(descriptors: list[int], program: list[str]) -> None:
     aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, last) for descriptor in descriptors]
     for number, descriptor in enumerate(aside, first):
         os.dup2(descriptor, number)
-    os.closerange(last, max(aside) + 1)
+    os.closerange(last, max(aside + descriptors) + 1)  # a worker that lets go of a socket has no second one
     os.environ["LISTEN_PID"] = str(os.getpid())
     os.execv(program[0], program)
 

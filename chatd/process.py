@@ -55,19 +55,36 @@ def end_anyhow_after(seconds: float) -> None:
     timer.start()
 
 
-async def follow_parent(stop: trio.Event) -> None:
+async def follow_parent(stop: trio.Event, let_go: Callable[[], None]) -> None:
     """A worker whose parent was killed ends as with SIGTERM: nobody is left to end it, or to start it again.
+    But at first it lets go of its listening sockets, for the next parent needs the addresses at once.
 
-    It asks, instead of having a signal sent (PR_SET_PDEATHSIG): that one comes when the *thread* that started a
-    process ends, and trio starts processes in threads.
+    No signal is sent for it (PR_SET_PDEATHSIG): that one comes when the *thread* that started a process ends,
+    and trio starts processes in threads.
     """
     parent = os.environ.get("CHATD_WORKER_PARENT")
     if parent is None:
         return
-    while os.getppid() == int(parent):  # noqa: ASYNC110  # nobody sets an event any more
-        await trio.sleep(PARENT_PERIOD)
+    await _end_of(int(parent))
     log.error("parent_gone")
+    let_go()
     stop.set()
+
+
+async def _end_of(parent: int) -> None:
+    try:
+        descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return
+    except OSError:  # there is no descriptor left, or the system has none of these
+        while os.getppid() == parent:  # noqa: ASYNC110  # nobody sets an event any more
+            await trio.sleep(PARENT_PERIOD)
+        return
+    try:
+        if os.getppid() == parent:  # else it is another process that has its number now
+            await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def ping_watchdog() -> None:

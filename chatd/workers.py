@@ -28,13 +28,14 @@ from chatd import systemd
 from chatd.config import Config
 from chatd.errors import ConfigError, OperatorError
 from chatd.listen import open_sockets
+from chatd.worker import Worker
 
-START_PATIENCE = 120.0  # seconds until a worker must be ready
 WATCHDOG = 30.0  # seconds that a worker's loop may stand still, unless systemd gives this process another time
 ABORT_GRACE = 5.0  # seconds to write where it was stuck
-STOP_PATIENCE = 35.0  # seconds beyond the drain window, unless a worker asks for more: theirs are 23
+STOP_PATIENCE = 35.0  # seconds beyond the drain window, unless a worker asks for more: theirs are 25
 STOP_GRACE = 5.0  # seconds beyond what a worker asks for
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 10.0  # seconds until a restart, doubled each time
+ALONE_MOST = 1.0  # the same where no worker serves or starts: then one of them is tried again sooner
 LATE = 1.0  # seconds after a deadline: whoever notices it so late was away itself
 LONG_LIFE = 30.0  # seconds after which an end has nothing to do with the one before it
 LONGEST_DIRECTORY = 90  # bytes: the kernel takes 107 with the name of a socket in it
@@ -75,42 +76,6 @@ async def run(
         return await Crew(config, sockets, directory, read_again, on_ready).run()
 
 
-class Worker:
-    """One of the processes: what it said last, and until when it must say something again."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.process: trio.Process | None = None
-        self.ready = False
-        self.status = "starting"
-        self.missed_reload = False
-        self.patience = trio.CancelScope()
-
-    def begin(self, process: trio.Process) -> None:
-        self.process = process
-        self.missed_reload = False
-        self.ready, self.status = False, "starting"
-        self.patience = trio.CancelScope(deadline=trio.current_time() + START_PATIENCE)
-
-    def ended(self) -> None:
-        self.process = None
-        self.ready, self.status = False, "ended"
-
-    def give(self, seconds: float) -> None:
-        """So much more time. A stop that takes long was announced: no later ping shortens it."""
-        self.patience.deadline = max(self.patience.deadline, trio.current_time() + seconds)
-
-    def reload(self) -> None:
-        """Now, or once it is ready: it may have read the old configuration, and would die of the signal."""
-        self.missed_reload = not self.ready
-        if self.ready:
-            self.signal(signal.SIGHUP)
-
-    def signal(self, number: int) -> None:
-        if self.process is not None:
-            self.process.send_signal(number)
-
-
 class Crew:
     """The workers, and how they start and end together."""
 
@@ -128,6 +93,8 @@ class Crew:
         period = systemd.watchdog_period()
         self._watchdog = WATCHDOG if period is None else 2 * period
         self._complete = False  # all were ready once: what ends from now on has a configuration that works
+        self._alone = BACKOFF_FIRST  # seconds until the next attempt where nobody serves
+        self._news = trio.Event()  # a worker has ended, or all are to stop; then another takes its place
         self._stop = trio.Event()
         self._patience = trio.CancelScope()  # with all of them, once they are to stop
         self._exit_code = 0
@@ -168,36 +135,67 @@ class Crew:
                 delay = BACKOFF_FIRST
             again_in = delay * random.uniform(0.5, 1)
             log.error("worker_ended", worker=worker.number, code=code, again_in=round(again_in, 2))
-            with trio.move_on_after(again_in):
-                await self._stop.wait()
+            await self._back_off(worker, again_in)
             delay = min(2 * delay, BACKOFF_MOST)
+
+    async def _back_off(self, worker: Worker, seconds: float) -> None:
+        """Wait before the next start. Where nobody serves one of those who wait is next, and soon."""
+        until = trio.current_time() + seconds
+        try:
+            while not self._stop.is_set() and trio.current_time() < until:
+                if not worker.next and not any(one.process or one.next for one in self._workers):
+                    worker.next = True
+                    until = min(until, trio.current_time() + self._alone)
+                    self._alone = min(2 * self._alone, ALONE_MOST)
+                with trio.move_on_at(until):
+                    await self._news.wait()
+        finally:
+            worker.next = False
+
+    def _tell(self) -> None:
+        """Those who back off look again whether somebody serves."""
+        self._news.set()
+        self._news = trio.Event()
 
     async def _live(self, worker: Worker) -> tuple[bool, int]:
         """One life: whether it was ever ready, and its exit code, which is negative for a signal."""
         path = self._directory / f"worker-{worker.number}"
-        with _notify_socket(path) as notified:
-            try:
+        try:
+            with _notify_socket(path) as notified:
                 process = await self._start(worker, path)
-            except OSError as error:  # no memory, no place in the table of processes: later perhaps
-                log.error("worker_not_started", worker=worker.number, error=str(error))
-                return False, -1
-            worker.begin(process)
-            if self._stop.is_set():  # which was while it started
-                worker.signal(signal.SIGTERM)
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._hear, worker, notified)
-                    await self._watch(worker, process)
-                    nursery.cancel_scope.cancel()
-            finally:
-                with trio.CancelScope(shield=True):
-                    process.kill()  # nothing, if it has ended
-                    await process.wait()
-                was_ready = worker.ready
-                worker.ended()
-                mark_process_dead(worker.number, str(self._directory))  # type: ignore[no-untyped-call]
+                return await self._accompany(worker, process, notified)
+        except OSError as error:  # no memory, no descriptor, no place in the table of processes: later perhaps
+            log.error("worker_not_started", worker=worker.number, error=str(error))
+            return False, -1
+
+    async def _accompany(
+        self, worker: Worker, process: trio.Process, notified: trio.socket.SocketType
+    ) -> tuple[bool, int]:
+        worker.begin(process)
+        if self._stop.is_set():  # which was while it started
+            worker.signal(signal.SIGTERM)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hear, worker, notified)
+                await self._watch(worker, process)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()  # nothing, if it has ended
+                await process.wait()
+            was_ready = worker.ready
+            worker.ended()
+            self._tell()
+            self._forget_numbers(worker)
         assert process.returncode is not None
         return was_ready, process.returncode
+
+    def _forget_numbers(self, worker: Worker) -> None:
+        """Its gauges. Somebody may tidy up where they lie: that is no reason to end."""
+        try:
+            mark_process_dead(worker.number, str(self._directory))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            log.warning("metrics_not_removed", worker=worker.number, error=str(error))
 
     async def _watch(self, worker: Worker, process: trio.Process) -> None:
         """Until it has ended, or has said nothing for too long and is ended."""
@@ -260,6 +258,7 @@ class Crew:
     def _heard(self, worker: Worker, key: str, value: str) -> None:
         if key == "READY":
             worker.ready = True
+            self._alone = BACKOFF_FIRST
             if worker.missed_reload:
                 worker.reload()
             worker.patience.deadline = trio.current_time() + self._watchdog
@@ -321,6 +320,7 @@ class Crew:
     def _stop_all(self, number: int) -> None:
         if not self._stop.is_set():
             self._stop.set()
+            self._tell()
             log.info("workers_stopping")
             # While this process listens the kernel takes connections, for nobody.
             for _, one in self._sockets:
@@ -363,10 +363,10 @@ def _directory() -> Iterator[Path]:
 def _notify_socket(path: Path) -> Iterator[trio.socket.SocketType]:
     """Where one worker reports in one life: what its forerunner still said is not heard."""
     path.unlink(missing_ok=True)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    bound.bind(str(path))
-    with trio.socket.from_stdlib_socket(bound) as notified:
-        yield notified
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
+        bound.bind(str(path))
+        with trio.socket.from_stdlib_socket(bound) as notified:
+            yield notified
 
 
 def _share(limit: int, workers: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from tests.services import free_port
 
 TOKEN = "a-token-for-tests"
-START_SECONDS = 20
+START_SECONDS = 60
 STOP_SECONDS = 20
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,18 +13,22 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from chatd import workers
-from chatd.config import Config, Limits
+from chatd.config import Config, Limits, Server
+from chatd.errors import OperatorError
+from chatd.listen import open_socket
+from chatd.worker import Worker
 from tests.client import Client, login
 from tests.daemon import TOKEN, Daemon
 from tests.services import RedisServer
 
-PATIENCE = 20.0  # seconds for what takes a start, on a busy machine
+PATIENCE = 60.0  # seconds for what takes a start, on a busy machine
 WATCHDOG = 3.0  # seconds
 
 # What a worker does before it becomes chatd, so that a test can hold it up or make it fail.
@@ -429,6 +434,74 @@ async def test_a_worker_that_cannot_come_back_is_tried_again_and_again(crews: Cr
     assert [line["code"] for line in ends[:4]] == [-signal.SIGKILL, 78, 78, 78]
     waits = [line["again_in"] for line in ends[:4]]
     assert all(0.05 * 2**n <= waited <= 0.1 * 2**n for n, waited in enumerate(waits)), waits
+
+
+async def test_where_nobody_serves_the_next_start_is_soon(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """One at a time; the others go on waiting, so that a machine in trouble is not busy with starts."""
+    crew = workers.Crew(Config(server=Server(workers=3)), [], tmp_path, Config, lambda: None)
+    first, second, third = crew._workers
+    over: dict[int, float] = {}
+
+    async def back_off(worker: Worker) -> None:
+        await crew._back_off(worker, 8.0)
+        over[worker.number] = trio.current_time()
+
+    async with trio.open_nursery() as nursery:
+        began = trio.current_time()
+        for worker in (first, second, third):
+            nursery.start_soon(back_off, worker)
+        await trio.sleep(workers.ALONE_MOST)
+        (number,) = over
+        assert over[number] - began <= workers.BACKOFF_FIRST
+        started = crew._workers[number - 1]
+        started.process = cast(trio.Process, object())  # it starts, or serves: nobody else is in a hurry
+        await trio.sleep(2.0)
+        assert len(over) == 1
+        started.ended()
+        crew._tell()
+        await trio.sleep(workers.ALONE_MOST)
+        assert len(over) == 2
+        nursery.cancel_scope.cancel()
+
+
+def test_a_place_that_is_tidied_away_ends_nobody_but_the_next_start(crews: Crews) -> None:
+    crew = crews().start()
+    shared = Path(environ(crew.workers[1])["PROMETHEUS_MULTIPROC_DIR"])
+    shutil.rmtree(shared)
+    killed = crew.workers[1]
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: crew.lines("worker_not_started"))
+    assert runs(crew.pid)
+    shared.mkdir()
+    crew.wait_for_workers(killed)
+
+
+async def test_workers_without_a_parent_leave_the_addresses_to_the_next(crews: Crews) -> None:
+    """At once, and not when they have sent their clients away."""
+    crew = await started(crews(server__drain_window=300))
+    pids = list(crew.workers.values())
+    async with guest(crew, 1, 1, None) as here, guest(crew, 2, 2, None) as there:
+        await trio.to_thread.run_sync(crew.kill)
+        for client in (here, there):
+            await client.expect("reconnect")
+        await trio.to_thread.run_sync(wait_for, lambda: len(crew.lines("parent_gone")) == 2)
+        for port in (crew.hub_port, crew.api_port):
+            await trio.to_thread.run_sync(wait_for, partial(is_free, port))
+        assert not gone(*pids)
+
+
+def is_free(port: int) -> bool:
+    try:
+        open_socket("hub.bind", f"127.0.0.1:{port}").close()
+    except OperatorError:
+        return False
+    return True
+
+
+def runs(pid: int) -> bool:
+    return state(pid) not in "ZX"
 
 
 def test_workers_need_redis(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ end of the process, or of the client, comes between.
 from __future__ import annotations
 
 import os
+import socket
 from math import inf
 from typing import Any
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ import h11
 import msgspec
 import structlog
 import trio
-from hypercorn.config import Config
+from hypercorn.config import Config, Sockets
 
 from chatd import metrics
 from chatd.api.bodies import RESPONSE_SECONDS
@@ -45,9 +46,13 @@ log = structlog.get_logger()
 
 
 class Settings(Config):
-    """Hypercorn's, and what it hands on to each connection."""
+    """Hypercorn's, with the socket that it listens on, and what it hands on to each connection."""
 
     leave: Leave
+    listening: socket.socket
+
+    def create_sockets(self) -> Sockets:
+        return Sockets([], [self.listening], [])
 
 
 class Refusal(Exception):

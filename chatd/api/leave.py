@@ -16,6 +16,7 @@ class Leave:
         self._leaving = leaving
         self._waits: dict[trio.CancelScope, float] = {}
         self._now = False
+        self.full = trio.Event()  # nobody more is accepted
         self.done = 0  # requests and connections that have come and gone
 
     @property
@@ -26,7 +27,12 @@ class Leave:
     def now(self) -> bool:
         return self._now
 
+    def let_go(self) -> None:
+        """Accept nobody any more, and leave the address to others."""
+        self.full.set()
+
     def at_once(self) -> None:
+        self.let_go()
         self._now = True
         now = trio.current_time()
         for scope, last in self._waits.items():

@@ -20,6 +20,7 @@ from chatd.settings import Settings
 from chatd.vitals import Vitals
 
 FOR_EVER = 1e9  # seconds; the daemon has deadlines of its own
+SETTLE = 0.1  # seconds until Hypercorn has stopped accepting
 LAST_ACCEPTS = 1.0  # seconds for those who had connected already when the daemon stops
 
 hypercorn.trio.run.TCPServer = connection.Connection  # type: ignore  # Hypercorn offers no other way in
@@ -43,22 +44,33 @@ async def serve(
     finished = trio.Event()
     app = create_app(settings, chat, healthy, vitals, node)
 
-    watched = listening.dup()
+    accepted = trio.Event()
 
-    async def all_are_in() -> None:
-        """Until `stop`, and until who had connected before has been accepted."""
+    async def end() -> None:
         await stop.wait()
         leave.at_once()
+
+    async def all_are_in() -> None:
+        """Until nobody more is accepted, and who had connected before is in."""
+        await leave.full.wait()
         with trio.move_on_after(LAST_ACCEPTS):
-            while somebody_waits(watched):
+            while somebody_waits(listening):
                 await trio.lowlevel.checkpoint()
+        accepted.set()
+
+    async def close() -> None:
+        """Hypercorn holds its socket as long as it has connections."""
+        await accepted.wait()
+        await trio.sleep(SETTLE)
+        listening.close()
 
     try:
-        with watched:
-            async with trio.open_nursery() as nursery:
-                run = partial(hypercorn.trio.serve, app, _settings(listening, leave))
-                await nursery.start(partial(run, shutdown_trigger=all_are_in))
-                task_status.started(finished)
+        async with trio.open_nursery() as nursery:
+            run = partial(hypercorn.trio.serve, app, _settings(listening, leave))
+            await nursery.start(partial(run, shutdown_trigger=all_are_in))
+            nursery.start_soon(end)
+            nursery.start_soon(close)
+            task_status.started(finished)
     finally:
         finished.set()
 
@@ -66,7 +78,7 @@ async def serve(
 def _settings(listening: socket.socket, leave: Leave) -> connection.Settings:
     settings = connection.Settings()
     settings.leave = leave
-    settings.bind = [f"fd://{listening.detach()}"]
+    settings.listening = listening
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise
     settings.graceful_timeout = FOR_EVER
     settings.include_server_header = False

@@ -50,6 +50,7 @@ class Hub:
         self._served = 0  # now, those in their handshake among them
         self._deserted = trio.Event()  # nobody is connected any more; for a drain
         self._accepting = trio.CancelScope()
+        self._listeners: Sequence[trio.SocketListener] = ()
 
     async def serve(
         self,
@@ -61,7 +62,7 @@ class Hub:
         """Accept until `drain`, as many as there are places; the connections live in this nursery until they
         end or it is cancelled.
         """
-        self._places = trio.Semaphore(places)
+        self._places, self._listeners = trio.Semaphore(places), listeners
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             task_status.started()
@@ -79,6 +80,12 @@ class Hub:
             if not self.connections:
                 self._deserted.set()
             self._places.release()
+
+    def let_go(self) -> None:
+        """Accept nobody any more, and leave the addresses to others."""
+        self._accepting.cancel()
+        for one in self._listeners:
+            one.socket.close()
 
     def drain_window(self) -> float:
         """Seconds that `drain` takes: as configured, longer for very many."""
