@@ -59,19 +59,22 @@ async def serve(
         accepted.set()
 
     async def close() -> None:
-        """Hypercorn holds its socket as long as it has connections."""
+        """Hypercorn itself would hold the socket as long as it has connections."""
         await accepted.wait()
         await trio.sleep(SETTLE)
         listening.close()
 
     try:
-        async with trio.open_nursery() as nursery:
-            run = partial(hypercorn.trio.serve, app, _settings(listening, leave))
-            await nursery.start(partial(run, shutdown_trigger=all_are_in))
-            nursery.start_soon(end)
-            nursery.start_soon(close)
-            task_status.started(finished)
+        async with trio.open_nursery() as beside:
+            async with trio.open_nursery() as nursery:
+                run = partial(hypercorn.trio.serve, app, _settings(listening, leave))
+                await nursery.start(partial(run, shutdown_trigger=all_are_in))
+                beside.start_soon(end)
+                beside.start_soon(close)
+                task_status.started(finished)
+            beside.cancel_scope.cancel()
     finally:
+        listening.close()
         finished.set()
 
 
