@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import trio
 
 from tests.client import connect, login
@@ -185,3 +187,23 @@ async def test_a_flat_client_hears_messages_and_nothing_else(daemons, conversati
 async def test_a_token_in_the_url_is_refused_unless_allowed(daemon: Daemon) -> None:
     async with connect(f"{daemon.ws_url}?token=x&conversation_id=1") as client:
         assert (await client.closed())[0] == 4500
+
+
+async def test_an_answer_that_comes_late_goes_to_nobody_else(daemon: Daemon, conversation: int) -> None:
+    """A client vanishes while its command waits for the database; the next ones get its descriptor."""
+    daemon.post(conversation, 5, "the room is there")
+    with sqlite3.connect(daemon.directory / "chatd.db", isolation_level=None) as lock:
+        async with login(daemon, 4711, {conversation: None}) as gone:
+            lock.execute("BEGIN IMMEDIATE")
+            await gone.send("send", ref="gone", conversation_id=conversation, content="late")
+            await gone.request("ping")  # the writer has the command now
+            await gone.ws._stream.aclose()  # without a goodbye
+            with trio.fail_after(5):
+                while not any("4711" in line and "closed" in line for line in daemon.log.splitlines()):
+                    await trio.sleep(0.01)
+        async with login(daemon, 1) as first, login(daemon, 2) as second, login(daemon, 3) as third:
+            lock.execute("ROLLBACK")
+            await trio.to_thread.run_sync(daemon.post, conversation, 5, "committed after it")
+            for client in (first, second, third):
+                await client.silence(0.1)
+    lock.close()

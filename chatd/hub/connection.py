@@ -70,31 +70,46 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     """
     outbox: Outbox | None = None
     try:
-        async with trio.open_nursery() as nursery:
-            # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
-            most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
-            outbox = Outbox(stream, nursery, unfinished_bytes=most)
-            try:
-                if opened := await _shake_hands(services, stream, outbox, nursery):
-                    connection, session, admission = opened
-                    del opened  # a frame that lives as long as a connection keeps no more than it needs
-                    with admission:
-                        connected[connection] = None
-                        try:
-                            await connection.run(session)
-                        finally:
-                            del connected[connection]
-            finally:
-                nursery.cancel_scope.cancel()
-    except* _EXPECTED as group:
-        metrics.FAILED.inc()
-        log.debug("connection_failed", error=_innermost(group))
-    except* Exception as group:
-        # A mistake of ours, or of a library: still one connection's matter.
-        metrics.FAILED.inc()
-        _broken.warn(error=_innermost(group), exc_info=group)
-    if outbox is not None:
-        await outbox.linger()
+        try:
+            async with trio.open_nursery() as nursery:
+                # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
+                most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
+                outbox = Outbox(stream, nursery, unfinished_bytes=most)
+                await _talk(services, stream, connected, outbox, nursery)
+        except* _EXPECTED as group:
+            metrics.FAILED.inc()
+            log.debug("connection_failed", error=_innermost(group))
+        except* Exception as group:
+            # A mistake of ours, or of a library: still one connection's matter.
+            metrics.FAILED.inc()
+            _broken.warn(error=_innermost(group), exc_info=group)
+        if outbox is not None:
+            await outbox.linger()
+    finally:
+        if outbox is not None:
+            outbox.let_go()
+
+
+async def _talk(
+    services: Services,
+    stream: trio.SocketStream,
+    connected: dict[Connection, None],
+    outbox: Outbox,
+    nursery: trio.Nursery,
+) -> None:
+    """From the handshake to the goodbye. Nothing of this connection runs in the nursery after that."""
+    try:
+        if opened := await _shake_hands(services, stream, outbox, nursery):
+            connection, session, admission = opened
+            del opened  # a frame that lives as long as a connection keeps no more than it needs
+            with admission:
+                connected[connection] = None
+                try:
+                    await connection.run(session)
+                finally:
+                    del connected[connection]
+    finally:
+        nursery.cancel_scope.cancel()
 
 
 async def _shake_hands(

@@ -233,6 +233,15 @@ class Outbox(trio.abc.Stream):
         except OSError:
             pass  # the peer was faster
 
+    def let_go(self) -> None:
+        """Write no more, whoever still has an answer for this peer: the writer may commit its command later.
+
+        The socket is closed after this, and the next file that is opened may get the same descriptor.
+        """
+        self.ended = self._said_goodbye = self.cut = True
+        self._queue = _NOTHING
+        self._queued = 0
+
     # trio.abc.Stream, for trio-websocket: its handshake, pongs and goodbyes go the same way.
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
