@@ -49,7 +49,7 @@ CONNECT: dict[str, Any] = {
 # SQLSTATEs that say: this server is not for you. It takes no writes, stops, starts, or has lost the database.
 NOT_FOR_US = frozenset({"25006", "57P01", "57P02", "57P03", "57P04", "57P05"})
 # PostgreSQL 14 and newer report these by themselves whenever they change: to look at them costs nothing.
-_READ_ONLY = ("in_hot_standby", "default_transaction_read_only")
+_STANDBY, _READ_ONLY = b"in_hot_standby", b"default_transaction_read_only"
 # Right at once after a promotion (pg_control_checkpoint() tells the old timeline until the next checkpoint),
 # and every role may ask it.
 _TIMELINE = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int"
@@ -101,8 +101,8 @@ class Sessions:
     def has_strayed(self, driver: Any, info: dict[str, Any]) -> bool:
         if info["generation"] != self._generation:
             return True
-        told = driver.info.parameter_status
-        return any(told(name) == "on" for name in _READ_ONLY)
+        told = driver.pgconn.parameter_status
+        return b"on" in (told(_STANDBY), told(_READ_ONLY))
 
     def _set_up(self, driver: Any, record: Any) -> None:
         info = record.info
