@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from chatd.chat.leases import Life
-from chatd.chat.presence import FORGET, ROOMS, SAY, SILENT, SLICE, TELL_ALL, USERS, Presence, Transition
+from chatd.chat.presence import FORGET, GATHER, ROOMS, SAY, SILENT, SLICE, TELL_ALL, USERS, Presence, Transition
 from chatd.model import Present, Signal
 from tests.client import connect, login
 from tests.conftest import Daemons, Deployment
@@ -340,6 +340,29 @@ async def test_nothing_is_kept_of_who_has_gone(
             await trio.sleep(TELL_ALL)
             await world.pass_on()
         assert (len(a._versions), len(b._versions), len(b._nodes["a"].entries)) == (0, 0, 0)
+        nursery.cancel_scope.cancel()
+
+
+async def test_two_that_forget_the_same_do_not_hinder_each_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A whole set no longer names those who are gone, in the moment in which this node forgets them itself.
+
+    Their versions are old at once where the other node's clock is behind.
+    """
+    node = Presence("a", lambda signal: None)
+    users = range(1, 50_001)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(node.run)
+        node.hear(Present("b", [(USERS, user, 1, 1) for user in users]))
+        node.hear(Present("b", [(USERS, user, 0, 2) for user in users]))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(node._nodes["b"].entries) == len(users)
+        node.tell_all_soon()
+        await trio.sleep(GATHER)  # both begin now
+        node.hear(Present("b", [], (1, 0, 1)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (len(node._nodes["b"].entries), len(node.present(USERS))) == (0, 0)
         nursery.cancel_scope.cancel()
 
 

@@ -216,7 +216,8 @@ class Presence:
 
     async def _drop(self, node: _Node, keys: Sequence[Key]) -> None:
         for count, key in enumerate(keys, 1):
-            if node.entries.pop(key).connections:
+            entry = node.entries.pop(key, None)  # None: `_forget_versions` was faster, at a checkpoint
+            if entry is not None and entry.connections:
                 self._count(key, -1, self._versions.get(key, 0) + 1)
             if count % SLICE == 0:
                 await trio.lowlevel.checkpoint()
