@@ -47,6 +47,11 @@ class TokenBucket:
             return 0.0
         return (1 - self._level) / self._rate
 
+    def charge(self, amount: float, now: float) -> None:
+        """For what was done already: also more than there is, which the next ones wait for."""
+        self._refill(now)
+        self._level = max(self._level - amount, -self._burst)
+
     def used(self, now: float) -> bool:
         """Whether it is not full again yet."""
         self._refill(now)

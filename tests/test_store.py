@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,12 +23,23 @@ from sqlalchemy import ClauseElement, event, text
 from chatd.config import Database
 from chatd.errors import ChatError, ConfigError, Unavailable
 from chatd.model import Group, Position, State
-from chatd.store import queries, reads, schema, snapshots, statements
-from chatd.store.commands import Changed, Create, Created, Delete, Edit, MemberSet, Rights, SetMember
+from chatd.store import packing, queries, reads, schema, snapshots, statements
+from chatd.store.commands import (
+    AnyCommand,
+    Changed,
+    Create,
+    Created,
+    Delete,
+    Edit,
+    MemberSet,
+    Notify,
+    Rights,
+    SetMember,
+)
 from chatd.store.database import Store, open_store
 from chatd.store.engine import writing_engine
 from chatd.store.snapshots import Entry
-from chatd.store.writer import QUEUE, Writer
+from chatd.store.writer import QUEUE, QUEUE_BYTES, Writer
 
 
 class Bench:
@@ -291,6 +303,46 @@ async def test_a_full_queue_answers_unavailable(tmp_path: Path) -> None:
         writer.submit([post()])
     assert refused.value.details["retry_after"] > 0
     store.close()
+
+
+async def test_the_bound_counts_all_that_waits_in_bytes(tmp_path: Path) -> None:
+    store = open_store(Database(url=f"sqlite:///{tmp_path}/chatd.db"))
+    writer = store.writer(node=None, on_commit=lambda _: None)
+    command = post(meta=["x" * 8000])
+    with pytest.raises(Unavailable):
+        for _ in range(5000):
+            writer.submit([command])
+    assert 3000 < len(writer._waiting) < QUEUE_BYTES / 8000
+    store.close()
+
+
+async def test_meta_waits_as_small_as_it_came(tmp_path: Path) -> None:
+    """8 kB of it may be thousands of lists, which take twenty times as much memory when decoded."""
+    store = open_store(Database(url=f"sqlite:///{tmp_path}/chatd.db"))
+    writer = store.writer(node=None, on_commit=lambda _: None)
+    text = b"[" + b"[]," * 2700 + b"[]]"
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            writer.submit([post(meta=msgspec.json.decode(text))])
+        assert tracemalloc.get_traced_memory()[0] < 20 * 20_000
+    finally:
+        tracemalloc.stop()
+        store.close()
+
+
+@pytest.mark.parametrize(
+    "big",
+    [
+        post(content="x" * 1_000_000),
+        post(content="\U0001f600" * 250_000),
+        post(meta=["x" * 1_000_000]),
+        Edit(message_id=1, meta={"k": "x" * 1_000_000}),
+        Notify(event="message.created", body=b"x" * 1_000_000),
+    ],
+)
+def test_a_command_counts_with_all_that_is_in_it(big: AnyCommand) -> None:
+    assert 1_000_000 <= packing.size(packing.pack(big)) < 1_010_000
 
 
 async def test_who_waits_too_long_is_told_that_the_outcome_is_unknown(

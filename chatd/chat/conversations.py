@@ -12,8 +12,9 @@ from chatd.model import Identity, Position
 from chatd.settings import Settings
 from chatd.store import people, reads
 from chatd.store.commands import Rights
+from chatd.store.gathered import Gathered
 from chatd.store.people import Place
-from chatd.store.reader import Gathered, Reader
+from chatd.store.reader import Reader
 from chatd.store.snapshots import Entered, Entry, Snapshot, logins
 
 
@@ -21,7 +22,7 @@ class Conversations:
     def __init__(self, read: Reader, settings: Settings, presence: Presence) -> None:
         self._presence = presence
         self._read = read
-        self._enter: Gathered[Entry, Entered] = Gathered(read, logins, _weight)
+        self._enter: Gathered[Entry, Entered] = Gathered(read, logins, _weight, _user)
         self._settings = settings
         self._open = settings.now.rooms.access == "open"
 
@@ -78,3 +79,7 @@ class Conversations:
 def _weight(entry: Entry) -> int:
     """Of a gathered read: a room whose changes may have to be read too counts four times."""
     return 1 + sum(1 if position.after is None else 4 for _, position, _ in entry.rooms)
+
+
+def _user(entry: Entry) -> int:
+    return entry.user_id

@@ -9,6 +9,7 @@ from chatd.limits import TokenBucket
 WAITING = 32  # requests of one connection; it is not read from while so many wait
 PER_SECOND = 50  # requests of one connection, on average; a chat client needs one or two
 BURST = 300  # a client that comes back subscribes to all of its rooms at once
+ROOMS_EACH = 10  # rooms that a login may enter for one request
 STRIKES = 100  # refusals for rate before the connection is closed; one a second is forgiven
 
 
@@ -26,6 +27,10 @@ class Requests:
     def take(self) -> float:
         """0.0, or the seconds until there may be another."""
         return self._bucket.take(trio.current_time())
+
+    def charge_rooms(self, rooms: int) -> None:
+        """A login costs what it reads: one that enters a thousand rooms is not one request."""
+        self._bucket.charge(rooms / ROOMS_EACH, trio.current_time())
 
     def strike(self) -> bool:
         """One was refused for its rate: whether that was one too many."""

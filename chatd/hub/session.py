@@ -198,6 +198,7 @@ class Session:
         first = self.identity is None
         try:
             await self._log_in(command)
+            self._requests.charge_rooms(self._rooms.asked_by(command))
         except LOGIN_ERRORS as error:
             self._refuse_login(error, command.ref, first=first)
 

@@ -19,7 +19,7 @@ from chatd.hub.replay import parts
 from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
 from chatd.model import Identity, Kind, Position
-from chatd.protocol import event, text_frame
+from chatd.protocol import Auth, event, text_frame
 from chatd.store.snapshots import Snapshot
 
 SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
@@ -97,6 +97,10 @@ class Subscriptions:
             if not presence:
                 self._services.audiences.unwatch(subscription)
         return subscription
+
+    def asked_by(self, command: Auth) -> int:
+        """How many rooms this login, which was answered, has read."""
+        return len(self._inbox) if command.rooms == "*" else len(command.rooms or ())
 
     def get(self, conversation_id: int) -> Subscription | None:
         return self._rooms.get(conversation_id)

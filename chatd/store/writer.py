@@ -22,6 +22,7 @@ from chatd.logs import Recurring
 from chatd.model import Group, now
 from chatd.store import statements
 from chatd.store.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
+from chatd.store.packing import pack, size, unpack
 from chatd.store.place import Place
 from chatd.store.sessions import Sessions, Strayed, strayed, unreplicated
 from chatd.store.transaction import Transaction
@@ -29,7 +30,8 @@ from chatd.store.transaction import Transaction
 GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
 # What may wait: a few seconds of a slow disk, and no more memory than a daemon can spare.
 QUEUE = 10_000  # commands, and
-QUEUE_CHARS = 16 * 1024 * 1024  # characters of their contents
+QUEUE_BYTES = 32 * 1024 * 1024  # of memory, all that is in them
+GROUP_BYTES = 2 * 1024 * 1024  # of one commit: for its time `meta` is decoded, and takes many times as much
 DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
 OVERDUE_TICK = 0.5  # seconds between looks at who has waited for so long
 APART_WAIT = 100  # ms for a conversation's lock, once some of a group could not be had in time
@@ -67,11 +69,11 @@ class Submission:
     Its outcomes come once: from the commit, or from the writer's clock when that takes too long.
     """
 
-    __slots__ = ("_done", "_outcomes", "_then", "chars", "commands", "deadline")
+    __slots__ = ("_done", "_outcomes", "_then", "bytes", "commands", "deadline")
 
     def __init__(self, commands: Sequence[AnyCommand], then: Then | None) -> None:
-        self.commands = commands
-        self.chars = sum(map(_chars, commands))
+        self.commands = [pack(command) for command in commands]
+        self.bytes = sum(map(size, self.commands))
         self.deadline = trio.current_time() + DEADLINE
         self._outcomes: Sequence[Outcome] | None = None
         self._then = then
@@ -105,11 +107,6 @@ class Submission:
         return outcome
 
 
-def _chars(command: AnyCommand) -> int:
-    written = command.content if isinstance(command, Create | Edit) else None
-    return len(written) if isinstance(written, str) else 0
-
-
 class Writer:
     """`failing`: the last write found no database that takes any. It is tried again also when nobody writes."""
 
@@ -132,7 +129,7 @@ class Writer:
         self._waiting: deque[Submission] = deque()
         self._committing: list[Submission] = []
         self._committing_since: float | None = None
-        self._count = self._chars = 0
+        self._count = self._bytes = 0
         self.failing = False
         self._settled: set[int] = set()
         self._thread = trio.CapacityLimiter(1)
@@ -149,11 +146,11 @@ class Writer:
         if self._closed:
             raise Unavailable("the daemon is stopping")
         submission = Submission(commands, then)
-        count, chars = self._count + len(commands), self._chars + submission.chars
-        if self._waiting and (count > QUEUE or chars > QUEUE_CHARS):
+        count, memory = self._count + len(commands), self._bytes + submission.bytes
+        if self._waiting and (count > QUEUE or memory > QUEUE_BYTES):
             raise Unavailable("too many writes are waiting")
         self._waiting.append(submission)
-        self._count, self._chars = count, chars
+        self._count, self._bytes = count, memory
         self._wake.set()
         return submission
 
@@ -228,12 +225,15 @@ class Writer:
 
     def _take(self) -> list[Submission]:
         taken: list[Submission] = []
-        count = 0
-        while self._waiting and (not taken or count + len(self._waiting[0].commands) <= GROUP):
+        count = memory = 0
+        while self._waiting:
+            following = self._waiting[0]
+            count, memory = count + len(following.commands), memory + following.bytes
+            if taken and (count > GROUP or memory > GROUP_BYTES):
+                break
             taken.append(self._waiting.popleft())
-            count += len(taken[-1].commands)
-            self._chars -= taken[-1].chars
-        self._count -= count
+            self._count -= len(following.commands)
+            self._bytes -= following.bytes
         return taken
 
     async def _commit_group(self, submissions: list[Submission]) -> None:
@@ -311,7 +311,9 @@ class Writer:
         with self._engine.connect() as connection, connection.begin() as transaction:
             if lock_wait is not None:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {lock_wait}")
-            written = Transaction(connection, self._node, self._hooked).run(commands, settled)
+            written = Transaction(connection, self._node, self._hooked).run(
+                [unpack(command) for command in commands], settled
+            )
             if self.failing and not commands:  # an empty transaction would succeed on a full disk
                 connection.execute(
                     statements.SET_FACT[connection.dialect.name], {"key": "tried", "value": now()}
