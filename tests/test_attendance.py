@@ -16,7 +16,7 @@ from chatd.chat.presence import ROOMS, USERS, Presence
 from chatd.config import Database
 from chatd.errors import Unavailable
 from chatd.store import schema
-from chatd.store.attendance import Change, Lease, LeaseLost, Seen
+from chatd.store.attendance import SLICE, Attendances, Change, Lease, LeaseLost, Seen
 from chatd.store.database import Store, open_store
 from tests.backend import Backend as HttpBackend
 from tests.backend import serving
@@ -101,6 +101,27 @@ class Cluster:
 @pytest.fixture
 async def cluster(store: Store, nursery: trio.Nursery) -> Cluster:
     return Cluster(store, nursery)
+
+
+async def test_two_nodes_that_write_the_same_users_do_not_wait_for_each_other(
+    store: Store, database_url: str
+) -> None:
+    """Users who move from one node to the other change on both, and are due at different moments there."""
+    other = open_store(Database(url=database_url))
+
+    async def write(table: Attendances, number: int) -> None:
+        lease = Lease(f"lease-{number}", f"node-{number}")
+        for _ in range(50):
+            changes = [Change((USERS, user), True, 9 + (user + number) % 2) for user in range(SLICE)]
+            await table.turn(lease, changes, None)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write, store.attendances, 0)
+        nursery.start_soon(write, other.attendances, 1)
+    other.close()
+    with store._writing.connect() as connection:
+        moments = connection.execute(select(schema.attendance.c.due_at).order_by("id")).scalars().all()
+    assert len(moments) == SLICE and len(set(moments)) <= 2 and None not in moments
 
 
 async def test_users_who_come_and_go_on_several_nodes(cluster: Cluster) -> None:

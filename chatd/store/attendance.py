@@ -154,8 +154,10 @@ def _write(connection: Connection, lease: str, changes: Sequence[Change], clock:
         connection.execute(_APPEAR[dialect], as_parameter(there) | {"lease": lease})
     if gone := [change.key for change in changes if not change.present]:
         connection.execute(_VANISH[dialect], as_parameter(gone) | {"lease": lease})
-    for due_in in {change.due_in for change in changes}:
-        _doubt(connection, [change.key for change in changes if change.due_in == due_in], clock(due_in))
+    # The first statement is about all keys, so that their rows are locked in one order: no two nodes wait for
+    # each other. Those that are due later are put off by the statements after it.
+    for due_in in sorted({change.due_in for change in changes}):
+        _doubt(connection, [change.key for change in changes if change.due_in >= due_in], clock(due_in))
 
 
 def _doubt(connection: Connection, keys: Collection[Key], due_at: str) -> None:
@@ -214,7 +216,7 @@ def _tidy(connection: Connection) -> None:
     connection.execute(delete(attendance).where(key.in_(some.limit(10 * SLICE)), long_gone))
 
 
-# Statements, by the name of the dialect. Keys are written in one order: no two nodes wait for each other.
+# Statements, by the name of the dialect. Each writes its keys in one order: no two nodes wait for each other.
 
 _INTO: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 _ALWAYS = literal_column("1") == literal_column("1")  # SQLite takes ON CONFLICT for a join's ON without a WHERE
