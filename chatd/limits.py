@@ -47,6 +47,11 @@ class TokenBucket:
             return 0.0
         return (1 - self._level) / self._rate
 
+    def level(self, now: float) -> float:
+        """How many there are to take."""
+        self._refill(now)
+        return self._level
+
     def charge(self, amount: float, now: float) -> None:
         """For what was done already: also more than there is, which the next ones wait for."""
         self._refill(now)

@@ -19,6 +19,7 @@ import trio
 from chatd import systemd
 from chatd.config import Config, split_bind
 from chatd.errors import OperatorError
+from chatd.lobby import Lobby
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
@@ -41,23 +42,31 @@ IN_A_ROW = 16  # connections that are accepted without a pause where more wait t
 
 RESERVED = 256  # descriptors that are left to the API, the database and Redis, or
 RESERVED_SHARE = 4  # a quarter of them, where there are few
+LOOK = 0.05  # seconds between looks for a place, where there is none
 RAISED_MOST = 1_048_576  # where the hard limit is none
 
 
 class Gate(trio.abc.Listener[trio.SocketStream]):
     """A listener with room for so many connections. Beyond it the others wait in the kernel's backlog.
 
-    `crowd` tells how many clients there are, so that of several workers the one with few is the first.
+    `crowd` tells how many clients there are, so that of several workers the one with few is the first. In the
+    `lobby` are those who make room for others.
     """
 
     def __init__(
-        self, listener: trio.SocketListener, places: trio.Semaphore, crowd: Callable[[], int] = lambda: 0
+        self,
+        listener: trio.SocketListener,
+        places: trio.Semaphore,
+        crowd: Callable[[], int] = lambda: 0,
+        lobby: Lobby | None = None,
     ) -> None:
-        self._listener, self._places, self._crowd = listener, places, crowd
+        self._listener, self._places, self._crowd, self._lobby = listener, places, crowd, lobby
         self._in_a_row = IN_A_ROW
 
     async def accept(self) -> trio.SocketStream:
         """The caller gives the place back with `places.release()` when the connection has ended."""
+        if self._lobby is not None:
+            await self._make_room(self._lobby)
         await self._places.acquire()
         try:
             if SHARED:
@@ -66,6 +75,14 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
         except BaseException:
             self._places.release()
             raise
+
+    async def _make_room(self, lobby: Lobby) -> None:
+        """Where there is none for who comes next, one of those who say nothing goes."""
+        while lobby.full or not self._places.value:
+            await trio.lowlevel.wait_readable(self._listener.socket)
+            if lobby.make_room():
+                return
+            await trio.sleep(LOOK)
 
     async def _wait_for_turn(self) -> None:
         while self._in_a_row >= IN_A_ROW or not somebody_waits(self._listener.socket):

@@ -7,7 +7,7 @@ handshakes, and the outbox below nothing of WebSocket but that its own frames pa
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, urlsplit
 
@@ -33,6 +33,7 @@ from chatd.hub.services import Services
 from chatd.hub.session import Session
 from chatd.hub.trivial import TrivialSession
 from chatd.limits import TokenBucket
+from chatd.lobby import Stay, key_of
 from chatd.logs import Recurring
 from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
 
@@ -69,13 +70,15 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     caller closes the stream.
     """
     outbox: Outbox | None = None
+    stay: Stay | None = None
     try:
         try:
             async with trio.open_nursery() as nursery:
                 # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
                 most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
                 outbox = Outbox(stream, nursery, unfinished_bytes=most)
-                await _talk(services, stream, connected, outbox, nursery)
+                stay = Stay(services.lobby, stream, key_of(stream), outbox.abort)
+                await _talk(services, stay, connected, outbox, nursery)
         except* _EXPECTED as group:
             metrics.FAILED.inc()
             log.debug("connection_failed", error=_innermost(group))
@@ -86,20 +89,22 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
         if outbox is not None:
             await outbox.linger()
     finally:
+        if stay is not None:
+            stay.leave()
         if outbox is not None:
             outbox.let_go()
 
 
 async def _talk(
     services: Services,
-    stream: trio.SocketStream,
+    stay: Stay,
     connected: dict[Connection, None],
     outbox: Outbox,
     nursery: trio.Nursery,
 ) -> None:
     """From the handshake to the goodbye. Nothing of this connection runs in the nursery after that."""
     try:
-        if opened := await _shake_hands(services, stream, outbox, nursery):
+        if opened := await _shake_hands(services, stay, outbox, nursery):
             connection, session, admission = opened
             del opened  # a frame that lives as long as a connection keeps no more than it needs
             with admission:
@@ -113,7 +118,7 @@ async def _talk(
 
 
 async def _shake_hands(
-    services: Services, stream: trio.SocketStream, outbox: Outbox, nursery: trio.Nursery
+    services: Services, stay: Stay, outbox: Outbox, nursery: trio.Nursery
 ) -> tuple[Connection, Session, Admission] | None:
     """None for a peer who was refused, and told so."""
     registry = services.registry
@@ -128,15 +133,16 @@ async def _shake_hands(
         )
         try:
             handshake = _read(request)
-            peer = str(stream.socket.getpeername()[0])
+            peer = str(stay.stream.socket.getpeername()[0])
             address = registry.address_of(peer, handshake.forwarded_for)
+            stay.enter(registry.guesser(address) or "")
             admission = registry.admit(handshake, address)
         except Refused as refusal:
             metrics.REJECTED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
             await _refuse(request, refusal)
             return None
-        connection = Connection(outbox, nursery, flat=handshake.flat)
+        connection = Connection(outbox, nursery, stay.leave, flat=handshake.flat)
         kind = TrivialSession if handshake.flat else Session
         session = kind(services, connection, handshake, address)
         try:
@@ -194,13 +200,14 @@ class Connection:
 
     __slots__ = (
         *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
-        *("name", "nursery", "offer", "push", "reply"),
+        *("known", "name", "nursery", "offer", "push", "reply"),
     )
 
     _ws: WebSocketConnection
 
-    def __init__(self, outbox: Outbox, nursery: trio.Nursery, *, flat: bool) -> None:
-        """`open` must follow, before anything is pushed."""
+    def __init__(self, outbox: Outbox, nursery: trio.Nursery, known: Callable[[], None], *, flat: bool) -> None:
+        """`open` must follow, before anything is pushed. `known` is called once the peer has a valid token."""
+        self.known = known
         self._outbox, self.nursery, self._flat = outbox, nursery, flat
         # Called for each delivery, so nothing stands between.
         self.push, self.offer, self.reply = outbox.push, outbox.offer, outbox.reply

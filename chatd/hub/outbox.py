@@ -259,10 +259,15 @@ class Outbox(trio.abc.Stream):
         await self.uncongested()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        data = await self._stream.receive_some(max_bytes)
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._gone()
+            raise
         self.last_heard = trio.current_time()
         if not data:
             self.peer_finished = True
+            self._gone()
         if self.ended:  # what comes now is read only to find the peer's own goodbye
             return bytes(data)
         self._unfinished_bytes += len(data)
@@ -272,6 +277,11 @@ class Outbox(trio.abc.Stream):
             self.abort()
             raise trio.BrokenResourceError("the peer sent too much without finishing a message")
         return bytes(data)
+
+    def _gone(self) -> None:
+        """Who hangs up before its handshake has no use for its place: the library would wait for the rest."""
+        if not self.answered:
+            self._nursery.cancel_scope.cancel()
 
     async def aclose(self) -> None:
         """The library is done with the connection. `linger` ends it, and the accept loop closes the socket."""

@@ -20,6 +20,7 @@ from chatd.chat.presence import USERS, Presence
 from chatd.config import Config, is_loopback
 from chatd.errors import Close
 from chatd.hub.guesses import Guesses
+from chatd.hub.handshakes import Handshakes
 from chatd.hub.rooms import Subscription
 from chatd.limits import TokenBucket
 from chatd.model import Identity
@@ -107,7 +108,7 @@ class Registry:
         """Rates begin anew; who is here already stays, whatever the limits are now."""
         self._limits, self._origins = config.limits, config.hub.origins
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
-        self._handshakes = _bucket(config.limits.handshakes_per_second)
+        self._handshakes = Handshakes(config.limits.handshakes_per_second)
         self.guesses.allow(config.limits.failed_logins_per_minute)
         for user in self._users.values():
             user.sends = _bucket(config.limits.sends_per_second)
@@ -116,7 +117,7 @@ class Registry:
 
     def admit(self, handshake: Handshake, address: str) -> Admission:
         """Raises Refused. The admission must be given back."""
-        limits, address = self._limits, addresses.counted_as(address)
+        limits, guesser, address = self._limits, self.guesser(address), addresses.counted_as(address)
         if handshake.path != PATH:
             raise Refused(404, "not_found")
         if handshake.origin is not None and not self._may_come_from(handshake.origin, handshake.host):
@@ -125,7 +126,7 @@ class Registry:
             raise Refused(503, "too_many_connections")
         if limits.connections_per_address and self._addresses[address] >= limits.connections_per_address:
             raise Refused(503, "too_many_of_this_address")
-        if self._handshakes is not None and self._handshakes.take(trio.current_time()):
+        if not self._handshakes.take(guesser):
             metrics.RATE_LIMITED.labels("handshakes").inc()
             raise Refused(503, "too_many_handshakes")
         self._admitted += 1
@@ -199,6 +200,7 @@ class Registry:
         """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
         now = trio.current_time()
         self.guesses.tidy()
+        self._handshakes.tidy()
         for user_id, user in list(self._users.items()):
             if not user.guests and not (user.sends and user.sends.used(now)):
                 del self._users[user_id]

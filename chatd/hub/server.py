@@ -21,6 +21,7 @@ from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
 from chatd.hub.services import Services
 from chatd.listen import Gate
+from chatd.lobby import SHARE, Lobby
 from chatd.protocol import event, text_frame
 from chatd.settings import Settings
 
@@ -43,7 +44,8 @@ class Hub:
             chat.conversations,
             counts_rooms=chat.attendance.counts_rooms,
         )
-        self._services = Services(settings, chat, rooms, fanout, registry, self.audiences)
+        self._lobby = Lobby()
+        self._services = Services(settings, chat, rooms, fanout, registry, self.audiences, self._lobby)
         self._hub, self._drain_window = settings.now.hub, settings.now.server.drain_window
         self.connections: dict[Connection, None] = {}
         self.ended = 0  # connections so far
@@ -63,11 +65,14 @@ class Hub:
         end or it is cancelled.
         """
         self._places, self._listeners = trio.Semaphore(places), listeners
+        self._lobby.most = places // SHARE
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             task_status.started()
             with self._accepting:
-                gates = [Gate(one, self._places, lambda: len(self.connections)) for one in listeners]
+                gates = [
+                    Gate(one, self._places, lambda: len(self.connections), self._lobby) for one in listeners
+                ]
                 await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:

@@ -14,6 +14,7 @@ from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
 from chatd.hub.rooms import Rooms
+from chatd.lobby import Lobby
 from chatd.settings import Settings
 
 
@@ -25,6 +26,7 @@ class Services:
     fanout: Fanout
     registry: Registry
     audiences: Audiences
+    lobby: Lobby
 
 
 class Line(Protocol):
@@ -48,6 +50,9 @@ class Line(Protocol):
 
     async def drained(self) -> None:
         """Wait until the peer has taken most of what was pushed."""
+
+    def known(self) -> None:
+        """The peer has brought a valid token: it does not make room for others any more."""
 
     def close_soon(self, code: Close, reason: str) -> None: ...
     def answered(self) -> None:

@@ -229,7 +229,9 @@ class Session:
         guesses, guesser = registry.guesses, registry.guesser(self._address)
         try:
             async with guesses.turn(guesser):
-                return await self._chat.logins.verify(token)
+                identity = await self._chat.logins.verify(token)
+            self._line.known()
+            return identity
         except TokenExpired:  # which nobody gets by guessing
             raise
         except Unauthorized:

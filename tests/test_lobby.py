@@ -1,0 +1,133 @@
+"""Places for those whom nobody knows yet: whoever says who it is gets in, however many say nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+import trio
+
+from chatd import lobby
+from chatd.hub.handshakes import SHARE, Handshakes
+from chatd.lobby import Lobby, Stay
+from tests.client import login
+from tests.conftest import Daemons
+from tests.daemon import Daemon
+
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+@pytest.fixture
+def few(daemons: Daemons) -> Daemon:
+    """With descriptors for a few dozen clients, and much patience."""
+    return daemons(open_files=120, hub__handshake_timeout=60, hub__auth_timeout=60)
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def knock(daemon: Daemon, held: ExitStack, first: bytes) -> socket.socket:
+    peer = held.enter_context(socket.create_connection(("127.0.0.1", daemon.hub_port), 5))
+    peer.sendall(first)
+    return peer
+
+
+def descriptors(daemon: Daemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.pid}/fd"))
+
+
+@pytest.mark.parametrize(
+    "first", [b"", b"GET /ws HTTP/1.1\r\nX-A: ", UPGRADE], ids=["silent", "half", "upgraded"]
+)
+async def test_who_logs_in_gets_in_beside_those_who_never_do(
+    few: Daemon, held: ExitStack, first: bytes
+) -> None:
+    for _ in range(150):
+        knock(few, held, first)
+    with trio.fail_after(20):
+        async with login(few, 7) as client:
+            assert (await client.request("ping"))["event"] == "pong"
+
+
+async def test_who_is_logged_in_is_not_sent_away_for_who_comes(few: Daemon, held: ExitStack) -> None:
+    async with login(few, 7) as client:
+        for _ in range(150):
+            knock(few, held, UPGRADE)
+        async with login(few, 8):
+            assert (await client.request("ping"))["event"] == "pong"
+
+
+@pytest.mark.parametrize("how", ["closes", "resets", "half a request"])
+async def test_who_hangs_up_before_its_handshake_gives_its_place_back(few: Daemon, how: str) -> None:
+    before = descriptors(few)
+    for _ in range(30):
+        with ExitStack() as stack:
+            peer = knock(few, stack, b"GET /ws HTTP/1.1\r\n" if how == "half a request" else b"")
+            if how == "resets":
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with trio.fail_after(10):
+        while descriptors(few) > before + 5:
+            await trio.sleep(0.05)
+
+
+class Peer:
+    """A stream and what it has sent, as far as a lobby looks at it."""
+
+    def __init__(self, held: ExitStack) -> None:
+        ours, self.theirs = socket.socketpair()
+        held.enter_context(ours)
+        held.enter_context(self.theirs)
+        self.socket = ours
+
+
+@pytest.fixture
+def hall() -> Lobby:
+    return Lobby(8)
+
+
+async def test_the_oldest_silent_one_of_a_crowd_goes_first(hall: Lobby, held: ExitStack) -> None:
+    ended: list[str] = []
+    for name, address in (("a1", "a"), ("b1", "b"), ("b2", "b"), ("b3", "b")):
+        peer = Peer(held)
+        Stay(hall, peer, address, partial(ended.append, name))  # type: ignore[arg-type]
+        if name == "b1":
+            peer.theirs.sendall(b"GET")
+    assert hall.make_room()
+    assert hall.make_room()
+    assert ended == ["b2", "b3"]
+    assert not hall.make_room(), "nobody holds many, and all have just come"
+
+
+async def test_who_shares_an_address_with_all_has_a_moment(hall: Lobby, held: ExitStack) -> None:
+    ended: list[int] = []
+    stays = [Stay(hall, Peer(held), "", partial(ended.append, n)) for n in range(8)]  # type: ignore[arg-type]
+    assert hall.full
+    assert not hall.make_room()
+    for stay in stays[:2]:
+        stay.since -= lobby.GRACE
+    stays[0].leave()
+    assert hall.make_room()
+    assert ended == [1]
+    stays[1].leave()  # again: it has gone
+    assert len(hall) == 6
+
+
+async def test_no_address_uses_up_the_handshakes_of_others() -> None:
+    handshakes = Handshakes(100)
+    taken = sum(handshakes.take("crowd") for _ in range(1000))
+    assert 100 <= taken <= 120
+    for n in range(10):
+        assert handshakes.take(f"other {n}")
+        assert not handshakes.take("crowd")
+    assert sum(handshakes.take("one other") for _ in range(100)) >= 100 // SHARE
