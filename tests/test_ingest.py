@@ -376,6 +376,22 @@ def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
     assert looking.xlen(STREAM) == 0
 
 
+def test_many_small_ones_that_are_refused_do_not_hold_redis_up(
+    readers: tuple[intake.Intake, intake.Intake, Any],
+) -> None:
+    """Redis walks over all that is kept to say how large it is: not for each entry."""
+    reader, _, looking = readers
+    assert reader.hold()
+    for _ in range(500):
+        looking.xadd(STREAM, {"m": "no json"})
+    entries = reader.read() or ()
+    assert len(entries) == 500
+    before = looking.info("commandstats").get("cmdstat_memory|usage", {"calls": 0})["calls"]
+    reader.settle([], [intake.Refusal(entry, "bad_request", "No.", "m") for entry in entries])
+    asked = looking.info("commandstats")["cmdstat_memory|usage"]["calls"] - before
+    assert (looking.xlen(DEAD), looking.xlen(STREAM), asked) == (500, 0, 1)
+
+
 async def test_a_commit_of_a_reader_that_was_followed_is_refused(database_url: str) -> None:
     async with bench(database_url) as b:
         assert await b.do(post("before"), Fence(token="a"))

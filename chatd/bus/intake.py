@@ -75,20 +75,25 @@ return {claimed[1], claimed[2]}
 """
 )
 # ARGV after the first three: how many entries, their ids, the most bytes of the dead ones, and for each refused
-# entry the number of its arguments and these. XADD comes first: it is what a full Redis refuses.
+# entry the number of its arguments and these. XADD comes first: it is what a full Redis refuses. To ask for the
+# size takes a millisecond where many small ones are kept, so it is asked for once in a while.
 _SETTLE = (
     _HELD
     + """
 local count = tonumber(ARGV[4])
-local most, at = tonumber(ARGV[count + 5]), count + 6
+local most, at, added = tonumber(ARGV[count + 5]), count + 6, 0
 while at <= #ARGV do
-  local fields = tonumber(ARGV[at])
-  redis.call('XADD', KEYS[3], '*', unpack(ARGV, at + 1, at + fields))
-  at = at + fields + 1
-  local length = redis.call('XLEN', KEYS[3])
-  while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > most do
-    length = math.floor(length * 3 / 4)
-    redis.call('XTRIM', KEYS[3], 'MAXLEN', length)
+  local last = at + tonumber(ARGV[at])
+  redis.call('XADD', KEYS[3], '*', unpack(ARGV, at + 1, last))
+  for i = at + 1, last do added = added + #ARGV[i] end
+  at = last + 1
+  if added > most / 64 or at > #ARGV then
+    added = 0
+    local length = redis.call('XLEN', KEYS[3])
+    while length > 1 and redis.call('MEMORY', 'USAGE', KEYS[3], 'SAMPLES', 0) > most do
+      length = math.floor(length * 3 / 4)
+      redis.call('XTRIM', KEYS[3], 'MAXLEN', length)
+    end
   end
 end
 for i = 5, count + 4 do
