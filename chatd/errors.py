@@ -3,9 +3,10 @@
     ChatError
     ├── BadRequest        bad_request      422   `field` says which
     │   └── NotJSON       bad_request      400
-    ├── Unauthorized      unauthorized     401   closes a socket with 4500
-    │   ├── TokenExpired  token_expired    401   … 4001
-    │   └── Revoked       unauthorized     401   … 4503
+    ├── Unauthorized      unauthorized     401   closes a socket for good; `way` says why
+    │   └── Revoked       unauthorized     401   … because somebody has decided so
+    ├── TokenExpired      token_expired    401   closes a socket with 4001: another token is wanted
+    │   └── Outdated      token_expired    401   … because of a revocation that it may be older than
     ├── Forbidden         forbidden        403
     │   └── Muted         muted            403   `until`
     ├── NotFound          not_found        404   missing, or not yours to see: the two look alike
@@ -17,18 +18,20 @@
     ├── Superseded        superseded       –     another node reads chat.ingest now; nobody outside sees it
     ├── Internal          internal         500   `incident` finds it in the log
     └── Unavailable       unavailable      503   `retry_after`
+        └── NotYet        unavailable      503   a token that counts in a moment
 
-Beside it `Close`, the codes of a WebSocket's end, and `OperatorError`, which ends the program with a sentence.
+Beside it the codes of a WebSocket's end, `Close` for clients that come back and `Final` for those that stop,
+and `OperatorError`, which ends the program with a sentence.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, ClassVar
 
 
 class Close(IntEnum):
-    """Why the server ends a connection. The client's rule: 4500–4999 stop, everything else reconnects."""
+    """Why the server ends a connection whose client may come back: 4500–4999 are in `Final`."""
 
     TOO_BIG = 1009
     SERVER_ERROR = 1011
@@ -38,14 +41,56 @@ class Close(IntEnum):
     TOKEN_EXPIRED = 4001
     TOO_SLOW = 4002
     ASKED_TO_RECONNECT = 4003
+    NO_AUTH = 4004
     AUTH_UNAVAILABLE = 4005
     TOO_MANY_REQUESTS = 4006
-    INVALID_TOKEN = 4500
-    PROTOCOL_ERROR = 4501
-    NO_AUTH = 4502
-    REVOKED = 4503
-    TOO_MANY_CONNECTIONS = 4504
-    UNSUPPORTED_VERSION = 4506
+
+
+_NOT_VALID = "this token is not valid"
+
+
+class Final(Enum):
+    """Every way into a code from 4500, where clients stop.
+
+    A final word must be true for good. Whatever time alone cures, or the next token that the client fetches by
+    itself, gets a `Close`. docs/protocol.md has a row for each of these, which says why it is final.
+    """
+
+    TOKEN_MALFORMED = "token_malformed", 4500, _NOT_VALID
+    TOKEN_TOO_LONG = "token_too_long", 4500, _NOT_VALID
+    TOKEN_ALGORITHM = "token_algorithm", 4500, _NOT_VALID
+    TOKEN_KEY = "token_key", 4500, _NOT_VALID
+    TOKEN_SIGNATURE = "token_signature", 4500, _NOT_VALID
+    TOKEN_CLAIM = "token_claim", 4500, _NOT_VALID
+    TOKEN_NOT_YET = "token_not_yet", 4500, _NOT_VALID
+    TOKEN_USER = "token_user", 4500, _NOT_VALID
+    TOKEN_ROOMS = "token_rooms", 4500, _NOT_VALID
+    TOKEN_REFUSED = "token_refused", 4500, _NOT_VALID
+    TOKEN_IN_URL = "token_in_url", 4500, "tokens in the URL are not accepted here"
+    BINARY_FRAME = "binary_frame", 4501, "frames are text"
+    NO_JSON = "no_json", 4501, "a frame holds one JSON object"
+    NO_CONVERSATION = "no_conversation", 4501, "conversation_id is no id"
+    REVOKED = "revoked", 4503, "this login was revoked"
+    BANNED = "banned", 4503, "this user is banned"
+    DISCONNECTED = "disconnected", 4503, "disconnected by the backend"
+    NOT_LET_IN = "not_let_in", 4503, "there is no such conversation, or it is not yours to see"
+    TAKEN_OUT = "taken_out", 4503, "this subscription was ended"
+    TOO_MANY_CONNECTIONS = "too_many_connections", 4504, "too many connections of this user"
+    OTHER_PROTOCOL = "other_protocol", 4506, "this server speaks chatd.v1"
+
+    @property
+    def label(self) -> str:
+        """For the log and the documentation."""
+        return self.value[0]
+
+    @property
+    def code(self) -> int:
+        return self.value[1]
+
+    @property
+    def sentence(self) -> str:
+        """For the client."""
+        return self.value[2]
 
 
 class ChatError(Exception):
@@ -84,18 +129,38 @@ class NotJSON(BadRequest):
 
 
 class Unauthorized(ChatError):
+    """`way` ends a WebSocket for good; without one, and over HTTP, this request alone is refused.
+
+    `why` is for the operator's log alone: what is wrong with a token is no help to somebody who guesses.
+    """
+
     code, status, sentence = "unauthorized", 401, "Unauthorized"
-    close: ClassVar[Close] = Close.INVALID_TOKEN
 
-
-class TokenExpired(Unauthorized):
-    code, sentence = "token_expired", "the token has expired: get a new one"
-    close = Close.TOKEN_EXPIRED
+    def __init__(self, way: Final | None = None, why: str = "", *, message: str = "", **details: Any) -> None:
+        super().__init__(message or (way.sentence if way else ""), **details)
+        self.way, self.why = way, why
 
 
 class Revoked(Unauthorized):
-    sentence = "this login was revoked"
-    close = Close.REVOKED
+    """Somebody has decided it."""
+
+
+class TokenExpired(ChatError):
+    """The next token that the client fetches may be right."""
+
+    code, status, sentence = "token_expired", 401, "the token has expired: get a new one"
+    why = "expired"
+
+
+class Outdated(TokenExpired):
+    """It may be older than the revocation at `valid_after`, and nobody can tell. A new one will not be."""
+
+    sentence = "tokens were revoked about when this one was issued: get a new one"
+    why = "it may be older than a revocation"
+
+    def __init__(self, valid_after: int) -> None:
+        super().__init__()
+        self.valid_after = valid_after
 
 
 class Forbidden(ChatError):
@@ -153,6 +218,16 @@ class Unavailable(ChatError):
 
     def __init__(self, message: str = "", *, retry_after: float = 1.0) -> None:
         super().__init__(message, retry_after=retry_after)
+
+
+class NotYet(Unavailable):
+    """The same token counts in a moment. `why` is for the operator's log."""
+
+    sentence = "this login does not count yet: try again in a moment"
+
+    def __init__(self, why: str, message: str = "", *, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.why = why
 
 
 class OperatorError(Exception):

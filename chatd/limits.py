@@ -18,6 +18,7 @@ HISTORY_PAGE_MAX = 100
 UNREAD_MAX = 1000  # counted exactly up to here
 BATCH_MESSAGES = 1000
 EVENT_BYTES = 64 * 1024  # of an event that is not stored
+AUTH_BYTES = 512  # of an `auth` beside its token, with a few rooms
 CLIENT_ID_CHARS = 64
 EMOJI_CHARS = 32
 EMOJIS = 20  # different ones under a message

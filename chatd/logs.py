@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -45,13 +45,19 @@ class Recurring:
         self._told_at, self._untold = -SELDOM, 0
 
     def warn(self, **fields: Any) -> None:
+        self._tell(self._log.warning, fields)
+
+    def info(self, **fields: Any) -> None:
+        self._tell(self._log.info, fields)
+
+    def _tell(self, write: Callable[..., None], fields: dict[str, Any]) -> None:
         now = time.monotonic()
         if now - self._told_at < SELDOM:
             self._untold += 1
             return
         more = {"more": self._untold} if self._untold else {}
         self._told_at, self._untold = now, 0
-        self._log.warning(self._event, **fields, **more)
+        write(self._event, **fields, **more)
 
 
 class _Worker:

@@ -155,12 +155,18 @@ class Group(Struct, frozen=True):
 
 
 class Identity(Struct, frozen=True):
-    """Who a token speaks for. Times are unix seconds; `conversations` are those that the token lists."""
+    """Who a token speaks for. Times are unix seconds; `conversations` are those that the token lists.
+
+    `issued_at` is what the token says, 0 if nothing, or when the backend was asked. `after` is the revocation
+    (its `valid_after`) that this login is known to be later than, whatever clocks say; None: not known.
+    """
 
     user_id: int
     expires_at: float
     issued_at: float
     conversations: frozenset[int]
+    after: int | None = None
+    asked: bool = False  # the backend has said so, and may be asked again
 
 
 def timestamp(moment: datetime) -> str:

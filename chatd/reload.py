@@ -48,7 +48,7 @@ class Reload:
     def _reload(self) -> str:
         """What became of it. Raises ConfigError before it has changed anything."""
         config, changed, restart = merge(self._settings.now, self._read_again())
-        tokens = self._chat.tokens_of(config.auth)
+        tokens = self._chat.tokens_of(config)
         self._settings.change(config)
         self._chat.use_tokens(tokens)  # whatever has changed: a key file may have another content
         log.info("reloaded", changed=changed)

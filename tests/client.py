@@ -92,6 +92,25 @@ class Client:
 
 
 @asynccontextmanager
+async def awake(*clients: Client) -> AsyncIterator[None]:
+    """A block in which these answer pings, as an application's client does. Nothing else reads from them."""
+
+    async def answer(client: Client) -> None:
+        while True:
+            found = dict(json.loads(await client.ws.get_message()))
+            if found["event"] == "ping":
+                await client.send("pong")
+            else:
+                client.received.append(found)
+
+    async with trio.open_nursery() as nursery:
+        for client in clients:
+            nursery.start_soon(answer, client)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def connect(url: str, **options: Any) -> AsyncIterator[Client]:
     """A bare connection: nothing is read yet, not even `hello`. Options are those of `wrap_client_stream`."""
     parts = urlsplit(url)

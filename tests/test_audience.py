@@ -14,7 +14,7 @@ import trio
 from chatd import daemon
 from chatd.chat.presence import USERS
 from chatd.config import Config, Database, Rooms
-from chatd.errors import ChatError, Close
+from chatd.errors import ChatError, Close, Final
 from chatd.hub.rooms import Subscription
 from chatd.hub.subscriptions import Subscriptions
 from chatd.model import Identity, MemberChange, Position, State
@@ -44,6 +44,8 @@ class Ear:
             self.events.append(json.loads(frames[start : start + size]))
             frames = frames[start + size :]
 
+    ended = False
+
     def offer(self, frames: bytes) -> bool:
         if not self.full:
             self.push(frames)
@@ -57,6 +59,11 @@ class Ear:
         return turn()
 
     def close_soon(self, code: Close, reason: str) -> None: ...
+    def close_for_good(self, way: Final) -> None: ...
+    def probe(self) -> None: ...
+    def silent_for(self, now: float) -> float:
+        return 0.0
+
     def answered(self) -> None: ...
     def close_at(self, deadline: float, code: Close, reason: str) -> None: ...
     async def next_message(self) -> str | bytes:

@@ -243,7 +243,7 @@ HUGE_HEADERS = b"GET /ws HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 1
 GARBAGE = bytes(range(256)) + b"\r\n\r\n"
 
 # A WebSocket may be made of bytes that nobody looks at. It is like any other then: without `auth`, it ends.
-ACCEPTED = (101, 4502)
+ACCEPTED = (101, 4004)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import trio
 from trio_websocket import ConnectionRejected, wrap_client_stream
 
 from chatd.store.engine import SQLITE_WRITER_CACHE
-from tests.client import Client, connect, login
+from tests.client import Client, awake, connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
@@ -107,8 +107,8 @@ def assert_overloaded(refused: ConnectionRejected | None) -> None:
 
 
 async def test_a_user_has_so_many_connections_and_no_more(daemon: Daemon, user: int) -> None:
-    async with login(daemon, user) as first, login(daemon, user):
-        async with connect(daemon.ws_url) as third:
+    async with login(daemon, user) as first, login(daemon, user) as second:
+        async with awake(first, second), connect(daemon.ws_url) as third:
             await third.send("auth", ref=1, token=token(str(user)))
             assert (await third.closed())[0] == 4504
         async with login(daemon, user + 10**6):  # others are not counted
@@ -178,8 +178,11 @@ async def test_a_connection_is_in_so_many_rooms_and_no_more(
         assert (await ada.request("subscribe", conversation_id=rooms[ROOMS]))["event"] == "subscribed"
     async with connect(daemon.ws_url) as grace:
         await grace.send("auth", ref=1, token=token(user), rooms=dict.fromkeys(rooms))
-        refused = await grace.expect("error")
-        assert (refused["ref"], refused["code"], refused["field"]) == (1, "limit_exceeded", "rooms")
+        ready = await grace.expect("ready")  # the first of them; one too many is no reason to keep a client out
+        assert list(ready["rooms"]) == [str(room) for room in rooms[:ROOMS]]
+        refused = await grace.expect("unsubscribed")
+        assert (refused["conversation_id"], refused["code"]) == (rooms[ROOMS], "limit_exceeded")
+        await grace.silence()
 
 
 async def test_an_inbox_takes_no_room_from_others_and_gives_none(
@@ -319,7 +322,7 @@ async def test_who_does_not_authenticate_is_sent_away(daemon: Daemon) -> None:
         refused = await client.request("send", conversation_id=1, content="x")
         assert refused["code"] == "unauthorized"
         await client.request("ping")
-        assert (await client.closed(AUTH + SLACK))[0] == 4502
+        assert (await client.closed(AUTH + SLACK))[0] == 4004  # the way may have been slow: not for good
         assert trio.current_time() - started > AUTH / 2
 
 
@@ -357,11 +360,11 @@ async def test_an_invalid_token_is_refused_for_good(daemon: Daemon, bad: str) ->
 
 async def test_an_expired_token_is_refused_until_there_is_a_new_one(daemon: Daemon, user: int) -> None:
     async with connect(daemon.ws_url) as client:
-        await client.send("auth", ref=1, token=token(user, ttl=-1))
+        await client.send("auth", ref=1, token=token(user, ttl=-10))
         error = await client.expect("error")
         assert (error["ref"], error["code"]) == (1, "token_expired")
         assert (await client.closed())[0] == 4001
-    bearer = [(b"Authorization", b"Bearer " + token(user, ttl=-1).encode())]
+    bearer = [(b"Authorization", b"Bearer " + token(user, ttl=-10).encode())]
     async with connect(daemon.ws_url, extra_headers=bearer) as client:
         await client.expect("error", code="token_expired")
         assert (await client.closed())[0] == 4001

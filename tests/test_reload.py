@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from chatd.auth.tokens import Tokens
 from chatd.config import Config, Hub, Limits, Redis
 from chatd.settings import Settings, merge
-from tests.client import connect, login
+from tests.client import awake, connect, login
 from tests.daemon import START_SECONDS, Daemon
 from tests.test_security import refused
 
@@ -139,7 +139,7 @@ async def test_a_broken_file_changes_nothing(started: Callable[[str], Reloaded])
 async def test_limits_origins_and_the_level_change(started: Callable[[str], Reloaded]) -> None:
     daemon = started(config(OLD))
     daemon.token = "one"
-    async with login(daemon, 1), login(daemon, 1):
+    async with login(daemon, 1) as one, login(daemon, 1) as other, awake(one, other):
         rest = '[hub]\norigins = ["https://a.example"]\n[limits]\nconnections_per_user = 2'
         await trio.to_thread.run_sync(daemon.reload, config(OLD, rest=rest))
         assert await refusal(daemon, await trio.to_thread.run_sync(daemon.token_for, 1)) == 4504

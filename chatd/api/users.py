@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 
 from quart import Blueprint, Response, request
@@ -23,6 +24,7 @@ from chatd.chat.users import User
 from chatd.errors import BadRequest
 
 FOR_EVER = "9999-12-31T23:59:59.000000Z"
+AHEAD = 60  # seconds that a backend's clock may be ahead of ours
 MOST_SECONDS = 253402300799  # the same, as unix seconds
 
 
@@ -75,7 +77,11 @@ def blueprint(chat: Chat) -> Blueprint:
 
 def _seconds(before: str | float | None) -> float | None:
     if isinstance(before, str):
-        return datetime.fromisoformat(moment("before", before)).timestamp()
+        before = datetime.fromisoformat(moment("before", before)).timestamp()
     if before is not None and not 0 <= before <= MOST_SECONDS:
         raise BadRequest("Write unix seconds, or a moment as 2026-01-01T00:00:00Z.", field="before")
+    if before is not None and before > time.time() + AHEAD:
+        raise BadRequest(
+            "This moment is still to come: tokens that are not issued yet cannot be void.", field="before"
+        )
     return before

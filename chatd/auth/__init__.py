@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from chatd.errors import Outdated
 from chatd.model import Identity
 
 
 class Authenticator(Protocol):
     async def authenticate(self, token: str) -> Identity:
-        """Raises Unauthorized or TokenExpired; Unavailable where the answer should come from elsewhere."""
+        """Raises Unauthorized or TokenExpired; NotYet for a token that counts in a moment, Unavailable where
+        the answer should come from elsewhere.
+        """
+
+    async def renew(self, token: str, outdated: Outdated) -> Identity:
+        """Look again whether the token counts after a revocation. Raises as `authenticate` does, and `outdated`
+        where the token itself is all there is to look at.
+        """

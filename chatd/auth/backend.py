@@ -1,7 +1,8 @@
 """Asks the backend whom a token belongs to. Implements `auth.Authenticator`.
 
 A backend that does not answer is never taken for a no. What it said is remembered for some seconds, so that
-thousands who come back at once do not fall upon it twice.
+thousands who come back at once do not fall upon it twice. After a revocation what it said before counts no
+more, and it is asked again: its word is the last, for it knows which of its logins it has withdrawn.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from msgspec import Meta, Struct
 
 from chatd import metrics
 from chatd.breaker import Breaker
-from chatd.errors import Unauthorized, Unavailable
+from chatd.errors import Final, Outdated, Unauthorized, Unavailable
 from chatd.fetch import Fetcher
 from chatd.model import Identity
 from chatd.protocol import Id
@@ -26,7 +27,7 @@ from chatd.settings import Settings
 
 AT_ONCE = 32  # calls on their way
 REMEMBERED = 10_000  # tokens
-_NO = frozenset([400, 401, 403, 404, 422])  # the backend has looked, and knows no such login
+_NO = frozenset([401, 403, 404, 422])  # the backend has looked, and knows no such login
 
 
 class _Login(Struct, frozen=True):
@@ -50,25 +51,34 @@ class Backend:
 
     async def authenticate(self, token: str) -> Identity:
         """Raises Unauthorized, Unavailable."""
+        return await self._identify(token, 0)
+
+    async def renew(self, token: str, outdated: Outdated) -> Identity:
+        """What the backend says now that the revocation is known. Raises Unauthorized, Unavailable."""
+        return await self._identify(token, outdated.valid_after)
+
+    async def _identify(self, token: str, after: int) -> Identity:
+        """`after`: a revocation that has happened already."""
         key = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-        if identity := self._remembered(key):
+        if identity := self._remembered(key, after):
             return identity
         lock = self._asking.setdefault(key, trio.Lock())
         try:
             with trio.move_on_after(self._timeout) as waiting:
                 async with lock:  # who asks for the same token has the answer of the first
-                    if identity := self._remembered(key):
+                    if identity := self._remembered(key, after):
                         return identity
                     async with self._places:
                         waiting.deadline = math.inf  # the call has a deadline of its own
-                        return self._remember(key, await self._ask(token))
+                        return self._remember(key, await self._ask(token, after))
         finally:
             if not lock.locked():
                 self._asking.pop(key, None)
         metrics.AUTH_FAILURES.labels("timeout").inc()
         raise Unavailable("the backend does not answer")
 
-    async def _ask(self, token: str) -> Identity:
+    async def _ask(self, token: str, after: int) -> Identity:
+        asked_at = time.time()
         body = msgspec.json.encode({"token": token})
         started = trio.current_time()
         with self._breaker.call():
@@ -82,16 +92,18 @@ class Backend:
             finally:
                 metrics.AUTH_SECONDS.observe(trio.current_time() - started)
             if answer.status in _NO:
-                raise Unauthorized("this token is not valid")
-            return _identity(answer.status, answer.body)
+                raise Unauthorized(Final.TOKEN_REFUSED, f"the backend answered {answer.status}")
+            return _identity(answer.status, answer.body, asked_at, after)
 
     def _headers(self) -> dict[str, str]:
         token = self._settings.now.api.internal_token
         return {"X-Internal-Token": token, "Content-Type": "application/json"}
 
-    def _remembered(self, key: bytes) -> Identity | None:
+    def _remembered(self, key: bytes, after: int) -> Identity | None:
         until, identity = self._known.get(key, (0.0, None))
-        return identity if trio.current_time() < until else None
+        if identity is None or trio.current_time() >= until or (identity.after or 0) < after:
+            return None
+        return identity
 
     def _remember(self, key: bytes, identity: Identity) -> Identity:
         keep = min(self._keep, identity.expires_at - time.time())
@@ -103,7 +115,7 @@ class Backend:
         return identity
 
 
-def _identity(status: int, body: bytes) -> Identity:
+def _identity(status: int, body: bytes, asked_at: float, after: int) -> Identity:
     try:
         if status != 200:
             raise ValueError
@@ -111,5 +123,6 @@ def _identity(status: int, body: bytes) -> Identity:
     except (msgspec.DecodeError, ValueError, RecursionError):
         metrics.AUTH_FAILURES.labels("wrong_answer").inc()
         raise Unavailable(f"the backend answered {status}, and no login") from None
-    now = time.time()
-    return Identity(login.user_id, now + login.expires_in, now, frozenset(login.conversations))
+    expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations)
+    # As of the question, not of the answer: what was revoked between the two may not be in it.
+    return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)

@@ -1,4 +1,8 @@
-"""Public keys from a URL (JWKS, RFC 7517): fetched when needed, and again when one is unknown, but seldom."""
+"""Public keys from a URL (JWKS, RFC 7517): fetched when needed, and again when one is unknown, but seldom.
+
+That a key does not exist is known only from a set that was fetched after somebody had asked for it. Until then
+a token may have been signed with a key that was published a moment ago.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from chatd.errors import Unavailable
+from chatd.errors import NotYet, Unavailable
 from chatd.fetch import Fetcher
 from chatd.logs import Recurring
 
@@ -41,11 +45,20 @@ class KeyServer:
         self._one = trio.Lock()
 
     async def find(self, kid: str | None, algorithm: str) -> list[Any]:
-        """The keys that a token may have been signed with. Raises Unavailable."""
+        """The keys that a token may have been signed with, if there are any. Raises Unavailable, NotYet."""
         if self._age() >= KEEP:
             await self._refresh(KEEP, RETRY)
-        if not self._matching(kid, algorithm) and self._age() >= UNKNOWN:
+        return self._matching(kid, algorithm) or await self.find_newer(kid, algorithm)
+
+    async def find_newer(self, kid: str | None, algorithm: str) -> list[Any]:
+        """What those that `find` would give are not enough for: as of now. Raises Unavailable, NotYet."""
+        asked_at = trio.current_time()
+        if self._age() >= UNKNOWN:
             await self._refresh(UNKNOWN, UNKNOWN)
+        if self._fetched_at < asked_at:
+            wait = max(RETRY, self._tried_at + UNKNOWN - trio.current_time())
+            why = f"its key {kid!r:.80} is not in the set, which may be out of date"
+            raise NotYet(why, "the key of this token is not known yet", retry_after=round(wait, 3))
         return self._matching(kid, algorithm)
 
     def _matching(self, kid: str | None, algorithm: str) -> list[Any]:

@@ -7,6 +7,7 @@ server. Revocation is not here: a token says who somebody is, the database wheth
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +21,26 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from chatd.auth.keyserver import KeyServer
-from chatd.config import Auth
-from chatd.errors import ConfigError, Forbidden, TokenExpired, Unauthorized
-from chatd.limits import MAX_ID
+from chatd.config import Auth, Limits
+from chatd.errors import (
+    BadRequest,
+    ChatError,
+    ConfigError,
+    Final,
+    Forbidden,
+    NotYet,
+    Outdated,
+    TokenExpired,
+    Unauthorized,
+)
+from chatd.limits import AUTH_BYTES, MAX_ID
 from chatd.model import Identity
 
 SHARED = "HS256"
 MAX_TOKEN_CHARS = 8192  # longer is no token of ours, and is not looked into
 RSA_BITS = 2048  # shorter keys are broken in practice
+SOON = 60.0  # seconds; a token that is not valid before that is not one of a clock that is a little ahead
+AFTER = "chatd_after"  # a claim of our own tokens: the revocation that was known when it was issued
 
 _WRONG = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 
@@ -35,9 +48,18 @@ _WRONG = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 class Tokens:
     """Implements `auth.Authenticator`."""
 
-    def __init__(self, secret: str, config: Auth = Auth(), key_server: KeyServer | None = None) -> None:
+    def __init__(
+        self,
+        secret: str,
+        config: Auth = Auth(),
+        key_server: KeyServer | None = None,
+        *,
+        frame_bytes: int = Limits().frame_bytes,
+    ) -> None:
         """`secret` if the configuration has none. Raises ConfigError for a key file that is none."""
         self._config, self._key_server = config, key_server
+        # What is issued must be accepted, in the frame that brings it.
+        self._most = min(MAX_TOKEN_CHARS, frame_bytes - AUTH_BYTES)
         secret = config.secret or secret
         self._secret = secret
         # As prepared keys: a secret that comes as text is looked at anew, for what it might be, at each token.
@@ -49,32 +71,45 @@ class Tokens:
     def issue(
         self, user_id: int, ttl: int, conversations: Iterable[int] | None = None, *, since: int = 0
     ) -> str:
-        """A token for a user that lives `ttl` seconds. `since`: the earliest `iat` that counts, in seconds.
+        """A token for a user that lives `ttl` seconds. `since`: the user's last revocation, its `valid_after`.
 
-        Raises Forbidden where a token of ours would not be accepted.
+        Raises Forbidden where a token of ours would not be accepted, BadRequest where this one would not be.
         """
         if SHARED not in self._config.algorithms or self._config.backend_url:
             raise Forbidden("this server issues no tokens: your backend signs, or verifies, them itself")
         now = int(time.time())
-        now = since if since == now + 1 else now
-        claims: dict[str, Any] = {"sub": str(user_id), "iat": now, "exp": now + ttl}
+        # A node of an older version looks at `iat` alone, which must not be earlier than the revocation.
+        claims: dict[str, Any] = {"sub": str(user_id), "iat": max(now, since), "exp": now + ttl, AFTER: since}
         claims |= {"aud": self._config.audience} if self._config.audience else {}
         claims |= {"iss": self._config.issuer} if self._config.issuer else {}
         if conversations is not None:
             claims["conversations"] = sorted(conversations)
-        return jwt.encode(claims, self._secret, algorithm=SHARED)
+        token = jwt.encode(claims, self._secret, algorithm=SHARED)
+        if len(token) > self._most:
+            raise BadRequest(_too_many(len(token), self._most), field="conversations")
+        return token
 
     async def authenticate(self, token: str) -> Identity:
         """Raises Unauthorized, TokenExpired; Unavailable where a key cannot be had."""
         if self._shared_only or len(token) > MAX_TOKEN_CHARS:
             return self.verify(token)
         algorithm, kid = self._header(token)
-        return self._verify(token, algorithm, await self._keys(algorithm, kid))
+        try:
+            return self._verify(token, algorithm, await self._keys(algorithm, kid))
+        except Unauthorized as refused:
+            # Without a kid nothing tells that the key is a new one but that the old ones do not fit.
+            if refused.way is not Final.TOKEN_SIGNATURE or kid or algorithm == SHARED or not self._key_server:
+                raise
+            return self._verify(token, algorithm, await self._key_server.find_newer(kid, algorithm))
+
+    async def renew(self, token: str, outdated: Outdated) -> Identity:
+        raise outdated
 
     def verify(self, token: str) -> Identity:
         """With the secrets alone."""
         if len(token) > MAX_TOKEN_CHARS:
-            raise Unauthorized("this token is not valid")
+            why = f"it has {len(token)} characters, {MAX_TOKEN_CHARS} are accepted"
+            raise Unauthorized(Final.TOKEN_TOO_LONG, why)
         return self._verify(token, SHARED, self._secrets)
 
     def _header(self, token: str) -> tuple[str, str | None]:
@@ -82,10 +117,10 @@ class Tokens:
         try:
             header = jwt.get_unverified_header(token)
         except _WRONG:
-            raise Unauthorized("this token is not valid") from None
+            raise Unauthorized(Final.TOKEN_MALFORMED, "it is no JWT") from None
         algorithm, kid = header.get("alg"), header.get("kid")
         if algorithm not in self._config.algorithms:
-            raise Unauthorized("this token is not valid")
+            raise _other_algorithm(token)
         return algorithm, kid if isinstance(kid, str) else None
 
     async def _keys(self, algorithm: str, kid: str | None) -> list[Any]:
@@ -98,16 +133,41 @@ class Tokens:
         return keys
 
     def _verify(self, token: str, algorithm: str, keys: list[Any]) -> Identity:
+        if not keys:
+            raise Unauthorized(Final.TOKEN_KEY, "there is no key for its kid and alg")
         for key in keys:
             try:
-                return _identity(jwt.decode(token, key, algorithms=[algorithm], **self._checks))
-            except jwt.ExpiredSignatureError:
-                raise TokenExpired() from None
+                claims = jwt.decode(token, key, algorithms=[algorithm], **self._checks)
             except jwt.InvalidSignatureError:
                 continue
-            except _WRONG:
-                break
-        raise Unauthorized("this token is not valid")
+            except _WRONG as error:
+                raise self._refusal(token, error) from None
+            return _identity(claims, ours=algorithm == SHARED)
+        raise Unauthorized(Final.TOKEN_SIGNATURE, "it was signed with no key that is known here")
+
+    def _refusal(self, token: str, error: Exception) -> ChatError:
+        """The signature was looked at before the claims, so what is said of those is true."""
+        match error:
+            case jwt.ExpiredSignatureError():
+                return TokenExpired()
+            case jwt.InvalidAlgorithmError():
+                return _other_algorithm(token)
+            case jwt.ImmatureSignatureError():
+                wait = int(_unverified(token)["nbf"]) - time.time() - self._config.leeway
+                why = f"it is valid in {wait:.0f} s (nbf): do the clocks differ? auth.leeway allows for that"
+                return (
+                    NotYet(why, retry_after=max(0.1, round(wait, 3)))
+                    if wait <= SOON
+                    else Unauthorized(Final.TOKEN_NOT_YET, why)
+                )
+            case jwt.MissingRequiredClaimError(claim=claim):
+                return Unauthorized(Final.TOKEN_CLAIM, f"it has no {claim}")
+            case jwt.InvalidAudienceError():
+                return Unauthorized(Final.TOKEN_CLAIM, "its aud is not auth.audience")
+            case jwt.InvalidIssuerError():
+                return Unauthorized(Final.TOKEN_CLAIM, "its iss is not auth.issuer")
+            case _:
+                return Unauthorized(Final.TOKEN_MALFORMED, f"{type(error).__name__}: {error!s:.100}")
 
 
 def _checks(config: Auth) -> dict[str, Any]:
@@ -145,21 +205,55 @@ def _file_key(path: Path) -> tuple[str, Any]:
     raise ConfigError(f"auth.key_files: {path}: use RSA with {RSA_BITS} bits or more, P-256 or Ed25519.")
 
 
-def _identity(claims: dict[str, Any]) -> Identity:
+def _unverified(token: str) -> dict[str, Any]:
+    claims: dict[str, Any] = jwt.decode(token, options={"verify_signature": False})
+    return claims
+
+
+def _other_algorithm(token: str) -> Unauthorized:
+    try:
+        named = jwt.get_unverified_header(token).get("alg")
+    except _WRONG:
+        return Unauthorized(Final.TOKEN_MALFORMED, "it is no JWT")
+    return Unauthorized(Final.TOKEN_ALGORITHM, f"its alg {named!r:.40} is not in auth.algorithms")
+
+
+def _too_many(chars: int, most: int) -> str:
+    return (
+        f"The token would have {chars} characters, and {most} are accepted at a login: list fewer"
+        " conversations, and make the user a member of the others."
+    )
+
+
+def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
+    """`ours`: it was signed with our secret, so what we write into tokens may be ours."""
     listed = claims.get("conversations", [])
-    issued_at = claims.get("iat", 0)
     if not isinstance(listed, list) or not all(_is_id(item) for item in listed):
-        raise Unauthorized("the token's conversations are no list of ids")
-    if not isinstance(issued_at, int | float):
-        raise Unauthorized("the token's iat is no time")
-    return Identity(_user_id(claims["sub"]), float(claims["exp"]), float(issued_at), frozenset(listed))
+        raise Unauthorized(Final.TOKEN_ROOMS, "its conversations are no list of integers")
+    user_id, expires_at, issued_at = (
+        _user_id(claims["sub"]),
+        _time("exp", claims["exp"]),
+        _time("iat", claims.get("iat", 0)),
+    )
+    after = claims.get(AFTER) if ours else None
+    return Identity(user_id, expires_at, issued_at, frozenset(listed), after if type(after) is int else None)
+
+
+def _time(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str | bool) or not math.isfinite(found := float(value)):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise Unauthorized(Final.TOKEN_CLAIM, f"its {name} is no time") from None
+    return found
 
 
 def _user_id(subject: Any) -> int:
     if isinstance(subject, str) and subject.isascii() and subject.isdecimal() and len(subject) <= 16:
         subject = int(subject)
     if not _is_id(subject):
-        raise Unauthorized("the token's sub is no user id")
+        why = f"its sub is {subject!r:.60}: user ids are integers from 1 to {MAX_ID} (a UUID is none)"
+        raise Unauthorized(Final.TOKEN_USER, why)
     return int(subject)
 
 

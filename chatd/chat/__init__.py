@@ -29,7 +29,7 @@ from chatd.chat.presence import Presence
 from chatd.chat.receipts import Receipts
 from chatd.chat.typing import Typing
 from chatd.chat.users import Users
-from chatd.config import Auth
+from chatd.config import Config
 from chatd.fetch import Fetcher
 from chatd.model import Signal
 from chatd.settings import Settings
@@ -51,9 +51,9 @@ class Chat:
     ) -> None:
         config = settings.now
         self._secret, self._fetch = store.token_secret, fetch
-        self.tokens = self.tokens_of(config.auth)
+        self.tokens = self.tokens_of(config)
         backend = Backend(settings, fetch) if config.auth.backend_url else None
-        self.logins = Logins(backend or self.tokens, store.read)
+        self.logins = Logins(backend or self.tokens, store.read, settings)
         self.conversations = Conversations(store.read, settings, presence)
         self.messages = Messages(writer, store.read, settings)
         self.members = Members(writer)
@@ -66,10 +66,11 @@ class Chat:
         self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
         self.attendance = Attendance(store.attendances, presence, hooks.events if hooks.url else ())
 
-    def tokens_of(self, config: Auth) -> Tokens:
+    def tokens_of(self, config: Config) -> Tokens:
         """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""
-        server = KeyServer(self._fetch, config.jwks_url) if config.jwks_url else None
-        return Tokens(self._secret, config, server)
+        auth = config.auth
+        server = KeyServer(self._fetch, auth.jwks_url) if auth.jwks_url else None
+        return Tokens(self._secret, auth, server, frame_bytes=config.limits.frame_bytes)
 
     def use_tokens(self, tokens: Tokens) -> None:
         """From now on. Who is logged in stays so."""

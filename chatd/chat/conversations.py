@@ -50,10 +50,10 @@ class Conversations:
     async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
         """Several conversations as of one moment; what does not fit into a `ready` is left for later.
 
-        Raises Revoked for a user who may not be here at all, Unavailable.
+        Raises Revoked for a user who may not be here at all, Outdated, NotYet, Unavailable.
         """
         found = await self._enter(self._entry(identity, rooms, epoch, brief=True))
-        check_standing(identity, found.standing)
+        check_standing(identity, found.standing, self._settings.now.auth.leeway)
         return found
 
     def _entry(

@@ -54,7 +54,8 @@ class Users:
         Tokens tell whole seconds: to the next one, so that none of this second outlives it.
         """
         moment = time.time() if before is None else before
-        await self._writer.submit([SetUser(user_id=user_id, valid_after=math.ceil(moment))]).outcome()
+        void = SetUser(user_id=user_id, valid_after=math.ceil(moment), now=before is None)
+        await self._writer.submit([void]).outcome()
         log.info("tokens_revoked", user_id=user_id)
 
     async def ban(self, user_id: int, until: str | None) -> None:
@@ -63,5 +64,5 @@ class Users:
         log.info("user_banned", user_id=user_id, until=until)
 
     async def issue_from(self, user_id: int) -> int:
-        """The earliest `iat` that counts, unix seconds. Raises Unavailable."""
+        """The user's last revocation: its `valid_after`, 0 if there was none. Raises Unavailable."""
         return await self._read(people.valid_after, user_id)

@@ -9,7 +9,7 @@ import click
 from chatd import config, logs
 from chatd.auth.tokens import Tokens
 from chatd.cli.group import main, with_config
-from chatd.errors import Forbidden, OperatorError
+from chatd.errors import BadRequest, Forbidden, OperatorError
 from chatd.limits import MAX_ID
 from chatd.store import database
 
@@ -26,7 +26,10 @@ def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ..
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
     tokens = issuer(settings)
-    click.echo(tokens.issue(user_id, ttl or settings.auth.token_ttl, rooms or None))
+    try:
+        click.echo(tokens.issue(user_id, ttl or settings.auth.token_ttl, rooms or None))
+    except BadRequest as error:
+        raise OperatorError(str(error)) from None
 
 
 def issuer(settings: config.Config) -> Tokens:
@@ -34,7 +37,7 @@ def issuer(settings: config.Config) -> Tokens:
     secret = settings.auth.secret
     if not secret:
         secret = database.token_secret(settings.database)
-    tokens = Tokens(secret, settings.auth)
+    tokens = Tokens(secret, settings.auth, frame_bytes=settings.limits.frame_bytes)
     try:
         tokens.issue(1, 1)
     except Forbidden as error:

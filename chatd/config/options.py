@@ -59,7 +59,7 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     jwks_url: str = ""
     audience: str = ""
     issuer: str = ""
-    leeway: Annotated[float, Meta(ge=0, le=30)] = 0.0
+    leeway: Annotated[float, Meta(ge=0, le=30)] = 5.0
     expiry_grace: Annotated[float, Meta(ge=0, le=300)] = 2.0
     token_ttl: Positive = 3600
     backend_url: str = ""

@@ -25,7 +25,7 @@ from wsproto.events import CloseConnection
 from wsproto.utilities import ProtocolError
 
 from chatd import metrics
-from chatd.errors import Close
+from chatd.errors import Close, Final
 from chatd.hub.heartbeat import Ping
 from chatd.hub.outbox import Outbox
 from chatd.hub.registry import Admission, Handshake, Refused
@@ -57,6 +57,9 @@ _EXPECTED = (
     OSError,
     UnicodeError,
 )
+
+# A peer may close with any of thousands of codes: they are not all worth a time series.
+_OURS = {int(code) for code in Close} | {way.code for way in Final}
 
 _PING_EVENT = text_frame(b'{"event":"ping"}')
 
@@ -211,7 +214,7 @@ class Connection:
         self._outbox, self.nursery, self._flat = outbox, nursery, flat
         # Called for each delivery, so nothing stands between.
         self.push, self.offer, self.reply = outbox.push, outbox.offer, outbox.reply
-        self._goodbye: tuple[Close, str] | None = None
+        self._goodbye: tuple[int, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
         self._ping: Ping | None = None  # the one that waits for its answer
@@ -269,8 +272,7 @@ class Connection:
             metrics.SLOW.inc()
         elif self._ws.closed is not None and self._goodbye is None:
             code = self._ws.closed.code
-        # A peer may close with any of thousands of codes: they are not all worth a time series.
-        metrics.CLOSED.labels(str(int(code)) if code in set(Close) else "peer").inc()
+        metrics.CLOSED.labels(str(int(code)) if code in _OURS else "peer").inc()
         if user_id:
             log.info("closed", conn=self.name, user_id=user_id, code=int(code), reason=reason)
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
@@ -290,7 +292,17 @@ class Connection:
         if not self._flat:
             self.push(frame)
 
+    @property
+    def ended(self) -> bool:
+        return self._outbox.ended or self._outbox.cut
+
     def close_soon(self, code: Close, reason: str) -> None:
+        self._end(code, reason)
+
+    def close_for_good(self, way: Final) -> None:
+        self._end(way.code, way.sentence)
+
+    def _end(self, code: int, reason: str) -> None:
         if self._goodbye is None:
             self._goodbye = (code, reason)
             self._outbox.ended = True
@@ -316,20 +328,30 @@ class Connection:
         self._outbox.check_drain(now)
         if self._outbox.ended or self._outbox.cut:
             return
-        if now - self._outbox.last_heard < interval:
+        if self._ping is not None and self._ping.answered:
             self._ping = None
-        elif self._ping is None:
-            self._send_ping()
-            self._ping = Ping(self._outbox, now)
-        elif self._ping.overdue(now, timeout):
-            self.close_soon(Close.NO_PONG, "no sign of life")
+        if self._ping is not None:
+            if self._ping.silence(now) > timeout:
+                self.close_soon(Close.NO_PONG, "no sign of life")
+        elif now - self._outbox.last_heard >= interval:
+            self._send_ping(now)
 
-    def _send_ping(self) -> None:
+    def probe(self) -> None:
+        """Ask for a sign of life now."""
+        if self._ping is None or self._ping.answered:
+            self._send_ping(trio.current_time())
+
+    def silent_for(self, now: float) -> float:
+        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+        return 0.0 if self._ping is None or self._ping.answered else max(self._ping.silence(now), 1e-3)
+
+    def _send_ping(self, now: float) -> None:
         if self._flat:
             self._outbox.expect_pong(PING_FRAME)
             self.push(PING_FRAME)
         else:
             self.push(_PING_EVENT)
+        self._ping = Ping(self._outbox, now)
 
 
 def _innermost(error: BaseException) -> str:

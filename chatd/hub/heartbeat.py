@@ -20,9 +20,15 @@ class Ping:
         self._outbox, self.at = outbox, now
         self._end, self._taken, self._since = outbox.pushed(), outbox.taken(), now
 
-    def overdue(self, now: float, timeout: float) -> bool:
+    @property
+    def answered(self) -> bool:
+        """Whatever the peer has said since is an answer."""
+        return self._outbox.last_heard > self.at
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life."""
         if self._taken < self._end:
             taken = self._outbox.taken()
             if taken > self._taken:
                 self._taken, self._since = taken, now
-        return now - self._since > timeout
+        return now - self._since

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from chatd.chat.logins import check_standing
 from chatd.chat.presence import Presence
-from chatd.errors import Close, Revoked
+from chatd.errors import Close, Final
 from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
@@ -43,14 +42,11 @@ class Reception:
                 self._kick(signal)
 
     def _revoke(self, change: UserChange) -> None:
-        for guest in self._registry.guests_of(change.user_id):
-            assert guest.identity is not None
-            try:
-                check_standing(guest.identity, Standing(change.valid_after, change.banned_until))
-            except Revoked as error:
-                guest.close(Close.REVOKED, str(error))
+        self._registry.judge(change.user_id, Standing(change.valid_after, change.banned_until))
 
     def _kick(self, kick: Kick) -> None:
-        code = Close.ASKED_TO_RECONNECT if kick.reconnect else Close.REVOKED
         for guest in self._registry.guests_of(kick.user_id, before=trio.current_time() - kick.age):
-            guest.close(code, "disconnected by the backend")
+            if kick.reconnect:
+                guest.line.close_soon(Close.ASKED_TO_RECONNECT, "disconnected by the backend")
+            else:
+                guest.line.close_for_good(Final.DISCONNECTED)

@@ -16,15 +16,17 @@ import trio
 from msgspec import Struct
 
 from chatd import addresses, metrics
+from chatd.chat.logins import check_standing
 from chatd.chat.presence import USERS, Presence
 from chatd.config import Config, is_loopback
-from chatd.errors import Close
+from chatd.errors import ChatError, Close, Final
 from chatd.hub.guesses import Guesses
 from chatd.hub.handshakes import Handshakes
 from chatd.hub.rooms import Subscription
 from chatd.limits import TokenBucket
 from chatd.model import Identity
 from chatd.settings import Settings
+from chatd.store.reads import Standing
 
 PATH = "/ws"
 
@@ -72,6 +74,22 @@ class Admission:
         self.give_back()
 
 
+class Peer(Protocol):
+    """What the registry knows of a connection; more of it is in `services.Line`."""
+
+    @property
+    def ended(self) -> bool:
+        """A goodbye is due, or was said: it is as good as gone."""
+
+    def close_soon(self, code: Close, reason: str) -> None: ...
+    def close_for_good(self, way: Final) -> None: ...
+    def probe(self) -> None:
+        """Ask for a sign of life now."""
+
+    def silent_for(self, now: float) -> float:
+        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+
+
 class Guest(Protocol):
     """What the registry knows of a session."""
 
@@ -79,7 +97,11 @@ class Guest(Protocol):
     identity: Identity | None
     present: bool  # others see that the user is online
 
-    def close(self, code: Close, reason: str) -> None: ...
+    @property
+    def line(self) -> Peer: ...
+
+    def turn_away(self, error: ChatError) -> None:
+        """Close, for its login does not count any more."""
 
     def subscription(self, conversation_id: int) -> Subscription | None: ...
 
@@ -106,7 +128,7 @@ class Registry:
 
     def _apply(self, config: Config) -> None:
         """Rates begin anew; who is here already stays, whatever the limits are now."""
-        self._limits, self._origins = config.limits, config.hub.origins
+        self._limits, self._origins, self._leeway = config.limits, config.hub.origins, config.auth.leeway
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
         self._handshakes = Handshakes(config.limits.handshakes_per_second)
         self.guesses.allow(config.limits.failed_logins_per_minute)
@@ -170,13 +192,26 @@ class Registry:
         user = self._users.get(guest.user_id)
         if user is None:
             user = self._users[guest.user_id] = User(_bucket(self._limits.sends_per_second))
-        if most and len(user.guests) >= most:
+        if most and len(user.guests) >= most and self._living(user.guests) >= most:
             return False
         self.present += not user.guests
         user.guests[guest] = trio.current_time()
         metrics.CONNECTING.dec()
         metrics.READY.inc()
         return True
+
+    @staticmethod
+    def _living(guests: Iterable[Guest]) -> int:
+        return sum(not guest.line.ended for guest in guests)
+
+    def judge(self, user_id: int, standing: Standing) -> None:
+        """End the sessions of a user whose tokens were revoked, or who was banned."""
+        for guest in self.guests_of(user_id):
+            assert guest.identity is not None
+            try:
+                check_standing(guest.identity, standing, self._leeway, live=True)
+            except ChatError as error:
+                guest.turn_away(error)
 
     def appear(self, guest: Guest) -> None:
         """Others see now that the user is online: the database has said that the login counts."""

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import trio
 
 from chatd.chat import Chat
-from chatd.chat.logins import check_standing
-from chatd.errors import Close, Revoked
+from chatd.errors import Close
 from chatd.hub import connection
 from chatd.hub.audience import Audiences
 from chatd.hub.connection import Connection
@@ -156,12 +155,7 @@ class Hub:
             part = users[start : start + YIELD_EVERY]
             standings = await self._services.chat.logins.standings(part)
             for user_id, standing in standings.items():
-                for guest in self._registry.guests_of(user_id):
-                    try:
-                        assert guest.identity is not None
-                        check_standing(guest.identity, standing)
-                    except Revoked as error:
-                        guest.close(Close.REVOKED, str(error))
+                self._registry.judge(user_id, standing)
 
 
 def window_for(connections: int, configured: float) -> float:

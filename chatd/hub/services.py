@@ -9,7 +9,7 @@ from typing import Protocol
 import trio
 
 from chatd.chat import Chat
-from chatd.errors import Close
+from chatd.errors import Close, Final
 from chatd.hub.audience import Audiences
 from chatd.hub.fanout import Fanout
 from chatd.hub.registry import Registry
@@ -35,6 +35,10 @@ class Line(Protocol):
     name: str
     nursery: trio.Nursery  # ends with the connection
 
+    @property
+    def ended(self) -> bool:
+        """A goodbye is due, or was said."""
+
     async def next_message(self) -> str | bytes:
         """Raises ConnectionClosed of the library: the session does not look at it."""
 
@@ -54,7 +58,18 @@ class Line(Protocol):
     def known(self) -> None:
         """The peer has brought a valid token: it does not make room for others any more."""
 
-    def close_soon(self, code: Close, reason: str) -> None: ...
+    def close_soon(self, code: Close, reason: str) -> None:
+        """Say goodbye to a client that may come back."""
+
+    def close_for_good(self, way: Final) -> None:
+        """Say goodbye to a client that stops then: what is final is in `Final`, and nothing else."""
+
+    def probe(self) -> None:
+        """Ask for a sign of life now."""
+
+    def silent_for(self, now: float) -> float:
+        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+
     def answered(self) -> None:
         """The peer's pong has come."""
 

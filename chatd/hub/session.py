@@ -19,17 +19,19 @@ from chatd import metrics, protocol
 from chatd.errors import (
     ChatError,
     Close,
+    Final,
     Forbidden,
     NotFound,
     NotJSON,
+    Outdated,
     RateLimited,
-    Revoked,
-    TokenExpired,
     TooManyConnections,
     Unauthorized,
     Unavailable,
 )
+from chatd.hub.dark import end_darkest
 from chatd.hub.receipts import Receipts
+from chatd.hub.refusals import LOGIN_ERRORS, goodbye_for, refused
 from chatd.hub.registry import Handshake
 from chatd.hub.requests import Requests
 from chatd.hub.rooms import Subscription
@@ -42,7 +44,6 @@ from chatd.store.commands import Changed, Create, Created
 from chatd.store.writer import Outcome
 
 _NOWHERE: set[int] = set()  # for all who have never typed
-LOGIN_ERRORS = (Unauthorized, Unavailable, RateLimited, TooManyConnections)
 
 log = structlog.get_logger()
 
@@ -98,7 +99,7 @@ class Session:
 
     async def _begin(self, handshake: Handshake) -> None:
         if not speaks_ours(handshake):
-            self.close(Close.UNSUPPORTED_VERSION, f"this server speaks {protocol.SUBPROTOCOL}")
+            self._line.close_for_good(Final.OTHER_PROTOCOL)
             return
         await self._greet(handshake)
 
@@ -109,8 +110,18 @@ class Session:
         if handshake.bearer is not None:
             await self._guard(self._authenticate, protocol.Auth(token=handshake.bearer))
 
+    @property
+    def line(self) -> Line:
+        return self._line
+
     def close(self, code: Close, reason: str) -> None:
         self._line.close_soon(code, reason)
+
+    def turn_away(self, error: ChatError) -> None:
+        if isinstance(goodbye := goodbye_for(error), Final):
+            self._line.close_for_good(goodbye)
+        else:
+            self.close(goodbye, str(error))
 
     def subscription(self, conversation_id: int) -> Subscription | None:
         return self._rooms.get(conversation_id)
@@ -119,15 +130,15 @@ class Session:
 
     async def _take(self, message: str | bytes) -> None:
         if isinstance(message, bytes):
-            self.close(Close.PROTOCOL_ERROR, "frames are text")
+            self._line.close_for_good(Final.BINARY_FRAME)
             return
         if len(message.encode()) > self._config.limits.frame_bytes:  # the library counts characters
             self.close(Close.TOO_BIG, "this frame is too big")
             return
         try:
             command = protocol.decode_command(message)
-        except NotJSON as error:
-            self.close(Close.PROTOCOL_ERROR, str(error))
+        except NotJSON:
+            self._line.close_for_good(Final.NO_JSON)
             return
         except protocol.CommandError as error:
             if self._limit_requests(error.ref):
@@ -164,7 +175,7 @@ class Session:
             case protocol.Auth():
                 await self._authenticate(command)
             case _ if self.identity is None:
-                raise Unauthorized("authenticate first")
+                raise Unauthorized(message="authenticate first")
             case protocol.Refresh():
                 await self._refresh(command, self.identity)
             case protocol.Subscribe():
@@ -204,20 +215,26 @@ class Session:
 
     async def _log_in(self, command: protocol.Auth) -> None:
         """One look at the database: whether the login counts, and where the rooms stand."""
-        rooms = command.rooms or {}
-        if rooms != "*":
-            self._rooms.check_count(rooms)
         identity = await self._verify(command.token)
+        try:
+            await self._come_in(command, identity)
+        except Outdated as outdated:
+            await self._come_in(command, await self._chat.logins.renew(command.token, outdated))
+        self._services.registry.appear(self)  # not before: a banned user is never online
+
+    async def _come_in(self, command: protocol.Auth, identity: Identity) -> None:
         if self.identity is not None and self.identity.user_id != identity.user_id:
             raise Forbidden("this connection belongs to another user", field="token")
-        self._become(identity)
+        await self._become(identity)
         ready = {"user_id": self.user_id, "session": self._line.name, "expires_in": _seconds_left(identity)}
+        rooms = command.rooms or {}
         if rooms == "*":
             await self._rooms.enter_inbox(command.epoch, command.ref, **ready)
-        else:
-            wanted = {id: protocol.position_of(since) for id, since in rooms.items()}
-            await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
-        self._services.registry.appear(self)  # not before: a banned user is never online
+            return
+        wanted = {id: protocol.position_of(rooms[id]) for id in self._rooms.fitting(rooms)}
+        await self._rooms.enter_all(wanted, command.epoch, command.ref, **ready)
+        if len(wanted) < len(rooms):
+            self._line.nursery.start_soon(self._rooms.refuse, [id for id in rooms if id not in wanted])
 
     async def _verify(self, token: str) -> Identity:
         """Who is in already is no guesser, whatever others do at the same address."""
@@ -232,8 +249,6 @@ class Session:
                 identity = await self._chat.logins.verify(token)
             self._line.known()
             return identity
-        except TokenExpired:  # which nobody gets by guessing
-            raise
         except Unauthorized:
             if wait := guesses.failed(guesser):
                 metrics.RATE_LIMITED.labels("logins").inc()
@@ -243,46 +258,37 @@ class Session:
     def _refuse_login(self, error: ChatError, ref: Any, *, first: bool) -> None:
         """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
         self._tell_error(error, ref)
-        if isinstance(error, Unauthorized):
-            metrics.AUTH_FAILURES.labels("revoked" if isinstance(error, Revoked) else error.code).inc()
-            log.info(
-                "login_refused",
-                conn=self._line.name,
-                remote=self._address,
-                code=error.code,
-                reason=str(error),
-            )
-            self.close(error.close, str(error))
-        elif isinstance(error, RateLimited):
-            self.close(Close.TOO_MANY_REQUESTS, str(error))
-        elif isinstance(error, TooManyConnections):
-            self.close(Close.TOO_MANY_CONNECTIONS, str(error))
-        elif first:
-            self.close(Close.AUTH_UNAVAILABLE, str(error))
+        refused(error, conn=self._line.name, remote=self._address)
+        if first or not isinstance(error, Unavailable):
+            self.turn_away(error)
 
-    def _become(self, identity: Identity) -> None:
+    async def _register(self, user_id: int) -> None:
+        """Raises TooManyConnections."""
+        self.user_id, registry = user_id, self._services.registry
+        while not registry.register(self):
+            if not await end_darkest(registry.guests_of(user_id)):
+                raise TooManyConnections
+
+    async def _become(self, identity: Identity) -> None:
         """Take on an identity, for the first time or refreshed. Raises TooManyConnections."""
         if self.identity is None:
-            self.user_id = identity.user_id
-            if not self._services.registry.register(self):
-                raise TooManyConnections
+            await self._register(identity.user_id)
             log.info("authenticated", conn=self._line.name, user_id=self.user_id, remote=self._address)
         self.identity = identity
         self._rooms.become(identity)
-        left = identity.expires_at - time.time() + self._config.auth.expiry_grace
-        deadline = trio.current_time() + left
-        self._line.close_at(deadline, Close.TOKEN_EXPIRED, "the token has expired")
+        # A token that the leeway has let in may have ended: its client has the same time to bring another.
+        left = max(0.0, identity.expires_at - time.time()) + self._config.auth.expiry_grace
+        self._line.close_at(trio.current_time() + left, Close.TOKEN_EXPIRED, "the token has expired")
 
     async def _refresh(self, command: protocol.Refresh, identity: Identity) -> None:
         try:
-            fresh = await self._verify(command.token)
-            await self._chat.logins.check(fresh)
+            fresh = await self._chat.logins.checked(command.token, await self._verify(command.token))
         except LOGIN_ERRORS as error:
             self._refuse_login(error, command.ref, first=False)
             return
         if fresh.user_id != identity.user_id:
             raise Forbidden("the new token is another user's", field="token")
-        self._become(fresh)
+        await self._become(fresh)
         self._ok(command.ref, expires_in=_seconds_left(fresh))
 
     # Being in rooms.

@@ -14,7 +14,7 @@ import trio
 from msgspec.structs import replace
 
 from chatd import metrics
-from chatd.errors import ChatError, Close, LimitExceeded, NotFound, Unavailable
+from chatd.errors import ChatError, Close, Final, LimitExceeded, NotFound, Unavailable
 from chatd.hub.replay import parts
 from chatd.hub.rooms import Membership, Subscription
 from chatd.hub.services import Line, Services
@@ -23,6 +23,7 @@ from chatd.protocol import Auth, event, text_frame
 from chatd.store.snapshots import Snapshot
 
 SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
+REFUSED_AT_ONCE = 100  # rooms that are too many, told without a look at whether the client reads
 RESYNC_RETRY = 1.0  # seconds, while the database does not answer
 
 
@@ -71,14 +72,33 @@ class Subscriptions:
         self._rooms.leave(subscription.conversation_id)
         self._tell_unsubscribed(subscription.conversation_id, NotFound())
         if self.flat:
-            self._line.close_soon(Close.REVOKED, "this subscription was ended")
+            self._line.close_for_good(Final.TAKEN_OUT)
 
     # For the session.
 
-    def check_count(self, wanted: Iterable[int]) -> None:
-        """Raises LimitExceeded where these would be too many."""
-        if len(self._counted | (set(wanted) - self._inbox)) > self._most:
-            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="rooms")
+    def fitting(self, wanted: Iterable[int]) -> list[int]:
+        """The first of these, as many as may be entered."""
+        known = self._counted
+        places = self._most - len(known)
+        fitting: list[int] = []
+        for conversation_id in wanted:
+            if conversation_id not in known and conversation_id not in self._inbox:
+                if not places:
+                    continue
+                places -= 1
+            fitting.append(conversation_id)
+        return fitting
+
+    async def refuse(self, wanted: Iterable[int]) -> None:
+        """Tell of rooms that are too many, as the client takes it: they may be thousands."""
+        for number, conversation_id in enumerate(wanted):
+            if not number % REFUSED_AT_ONCE:
+                await self._line.drained()
+            if conversation_id not in self._rooms:  # the client has asked for it again meanwhile
+                self._tell_unsubscribed(conversation_id, self._too_many())
+
+    def _too_many(self) -> LimitExceeded:
+        return LimitExceeded(f"at most {self._most} rooms on a connection", field="conversation_id")
 
     @property
     def _counted(self) -> set[int]:
@@ -88,7 +108,7 @@ class Subscriptions:
         """Register; `enter` must follow. `presence`: tell who is online. Raises LimitExceeded."""
         known = conversation_id in self._rooms or conversation_id in self._inbox
         if not known and len(self._counted) >= self._most:
-            raise LimitExceeded(f"at most {self._most} rooms on a connection", field="conversation_id")
+            raise self._too_many()
         assert self.identity is not None
         entitled = self._conversations.entitled(self.identity, conversation_id)
         subscription = self._rooms.join(conversation_id, self, entitled=entitled)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import trio
 
-from chatd.errors import BadRequest, ChatError, Close, Unavailable
+from chatd.errors import BadRequest, ChatError, Close, Final, NotFound, Unavailable
+from chatd.hub.refusals import LOGIN_ERRORS
 from chatd.hub.registry import Handshake
 from chatd.hub.rooms import Subscription
 from chatd.hub.services import Line, Services
-from chatd.hub.session import LOGIN_ERRORS, Session, speaks_ours
+from chatd.hub.session import Session, speaks_ours
 from chatd.limits import MAX_ID
 from chatd.store.snapshots import Snapshot
 
@@ -41,23 +42,28 @@ class TrivialSession(Session):
 
     async def _enter(self, query: dict[str, str]) -> tuple[Subscription, Snapshot]:
         conversation_id = _id_from_text(query.get("conversation_id", ""))
-        identity = await self._verify(query["token"])
-        await self._chat.logins.check(identity)
-        self._become(identity)
+        token = query["token"]
+        identity = await self._chat.logins.checked(token, await self._verify(token))
+        await self._become(identity)
         return await self._rooms.prepare(conversation_id)
 
     async def _greet(self, handshake: Handshake) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared is None:
-            self.close(Close.INVALID_TOKEN, "tokens in the URL are not accepted here")
+            self._line.close_for_good(Final.TOKEN_IN_URL)
         elif isinstance(prepared, tuple):
             self._rooms.begin(*prepared)
         elif isinstance(prepared, LOGIN_ERRORS):
             self._refuse_login(prepared, None, first=True)
         else:
             self._tell_error(prepared)
-            code = Close.PROTOCOL_ERROR if isinstance(prepared, BadRequest) else Close.REVOKED
-            self.close(Close.SERVER_ERROR if prepared.retryable else code, str(prepared))
+            match prepared:
+                case BadRequest():
+                    self._line.close_for_good(Final.NO_CONVERSATION)
+                case NotFound():
+                    self._line.close_for_good(Final.NOT_LET_IN)
+                case _:
+                    self.close(Close.SERVER_ERROR, str(prepared))
 
 
 def _id_from_text(text: str) -> int:

@@ -86,10 +86,14 @@ class MoveCursor(Struct, frozen=True, kw_only=True):
 
 
 class SetUser(Struct, frozen=True, kw_only=True):
-    """Void a user's tokens issued before `valid_after` (unix seconds), or ban the user for a time."""
+    """Void a user's tokens issued before `valid_after` (unix seconds), or ban the user for a time.
+
+    `now`: void all that were issued until now; the clock may say that this was before.
+    """
 
     user_id: int
     valid_after: int = 0
+    now: bool = False
     banned_until: str | UnsetType | None = UNSET
 
 

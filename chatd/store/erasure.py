@@ -55,7 +55,7 @@ class Erasure:
         First tokens become void. `settle` returns when the connections that were made with them have ended:
         until then the user can go on speaking.
         """
-        self._commit([SetUser(user_id=self._user_id, valid_after=int(time.time()) + 1)])
+        self._commit([SetUser(user_id=self._user_id, valid_after=int(time.time()) + 1, now=True)])
         self._leave_rooms()
         settle()
         count = self._delete_messages()

@@ -32,10 +32,13 @@ class Users:
             self._rows = {row["user_id"]: dict(row) for row in found}
 
     def set(self, command: SetUser) -> UserSet:
-        """What was void stays so."""
+        """What was void stays so. Void from now on is more than what was void before, whatever the clock says:
+        tokens were issued since.
+        """
         before = self._rows.get(command.user_id, {"valid_after": 0, "banned_until": None})
         banned = before["banned_until"] if command.banned_until is UNSET else command.banned_until
-        after = {"valid_after": max(before["valid_after"], command.valid_after), "banned_until": banned}
+        least = before["valid_after"] + command.now
+        after = {"valid_after": max(least, command.valid_after), "banned_until": banned}
         self._rows[command.user_id] = after | {"user_id": command.user_id}
         self._changes[command.user_id] = UserChange(command.user_id, **after)
         return UserSet()

@@ -28,9 +28,9 @@ const PATIENCE_MAX = 8;
 // Close codes
 const GOING_AWAY = new Set([1001, 1012]);
 const OVERLOADED = new Set([1013, 4006]);
-const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005, PROTOCOL_ERROR = 4501, NO_AUTH = 4502;
-/** `auth` goes out as soon as the server has said hello. Where it came too late, the way was slow or the machine slept. */
-const isFinal = (code) => code >= 4500 && code <= 4999 && code !== NO_AUTH;
+const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005, PROTOCOL_ERROR = 4501;
+const OLD_NO_AUTH = 4502; // what 4004 was to servers before; the way was slow, or the machine slept
+const isFinal = (code) => code >= 4500 && code <= 4999 && code !== OLD_NO_AUTH;
 
 /** 128 random bits. crypto.randomUUID() exists only on https and localhost. */
 export const newClientId = () =>
