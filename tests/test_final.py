@@ -174,7 +174,7 @@ async def test_a_yes_of_before_counts_on_no_node(
     with serving() as backend:
         backend.answer = lambda asked: (200, {"user_id": 7, "expires_in": 60})
         settings = {
-            "database__url": url,
+            "database__url": postgres_url,
             "redis__url": redis_server.url,
             "auth__backend_url": f"{backend.url}/auth",
         }

@@ -46,14 +46,17 @@ class KeyServer:
 
     async def find(self, kid: str | None, algorithm: str) -> list[Any]:
         """The keys that a token may have been signed with, if there are any. Raises Unavailable, NotYet."""
+        asked_at = trio.current_time()
         if self._age() >= KEEP:
             await self._refresh(KEEP, RETRY)
-        return self._matching(kid, algorithm) or await self.find_newer(kid, algorithm)
+        return self._matching(kid, algorithm) or await self._look_again(kid, algorithm, asked_at)
 
     async def find_newer(self, kid: str | None, algorithm: str) -> list[Any]:
         """What those that `find` would give are not enough for: as of now. Raises Unavailable, NotYet."""
-        asked_at = trio.current_time()
-        if self._age() >= UNKNOWN:
+        return await self._look_again(kid, algorithm, trio.current_time())
+
+    async def _look_again(self, kid: str | None, algorithm: str, asked_at: float) -> list[Any]:
+        if self._age() >= UNKNOWN and self._fetched_at < asked_at:
             await self._refresh(UNKNOWN, UNKNOWN)
         if self._fetched_at < asked_at:
             wait = max(RETRY, self._tried_at + UNKNOWN - trio.current_time())
