@@ -118,10 +118,10 @@ class Session:
         self._line.close_soon(code, reason)
 
     def turn_away(self, error: ChatError) -> None:
-        if isinstance(goodbye := goodbye_for(error), Final):
-            self._line.close_for_good(goodbye)
-        else:
-            self.close(goodbye, str(error))
+        goodbye = goodbye_for(error)
+        if isinstance(goodbye, Final):
+            return self._line.close_for_good(goodbye)
+        self.close(goodbye, str(error))
 
     def subscription(self, conversation_id: int) -> Subscription | None:
         return self._rooms.get(conversation_id)
