@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from sqlalchemy import event as events
 from sqlalchemy import select, text
 
 from chatd.chat.attendance import Attendance
@@ -23,6 +25,7 @@ from tests.backend import serving
 from tests.client import login
 from tests.conftest import Daemons
 from tests.services import RedisServer
+from tests.test_store import bench
 
 EVENTS = ("user.online", "user.offline", "room.occupied", "room.vacated")
 HASTE = 20  # how much faster everything is here
@@ -329,6 +332,21 @@ async def test_a_change_waits_and_a_later_one_makes_it_wait_longer(store: Store)
     await trio.sleep(1.1)
     turned = await turn()
     assert (told, turned.doubts) == ([True], False)
+
+
+async def test_no_turn_walks_over_everybody_who_was_ever_seen(tmp_path: Path) -> None:
+    ran: list[tuple[str, Any]] = []
+    async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
+        events.listen(b.store._writing, "before_cursor_execute", lambda *given: ran.append(given[2:4]))
+        lease, table = Lease("l", "n"), b.store.attendances
+        for present in (True, False):
+            await table.turn(lease, [Change((USERS, 1), present, 0)], lambda *_: None)
+        await table.turn(lease, [Change((USERS, 2), True, 0)], None)
+        assert await table.end("l", lease.beat, 0)
+        walks = [f"{plan}: {statement}" for statement, values in ran for plan in b.plan(statement, values)
+                 if plan.startswith(("SCAN chat_attendance", "SCAN chat_present"))]  # fmt: skip
+    assert len(ran) > 10
+    assert not walks
 
 
 async def test_a_lease_that_others_ended_is_lost(store: Store) -> None:
