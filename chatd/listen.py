@@ -117,6 +117,11 @@ def client_places(descriptors: int) -> int:
     return descriptors - min(RESERVED, descriptors // RESERVED_SHARE)
 
 
+def unknown_places(descriptors: int) -> int:
+    """How many of them may be connections to the API that have not shown its token."""
+    return max(1, min(RESERVED, descriptors // RESERVED_SHARE) // 2)
+
+
 def address_of(listening: socket.socket) -> str:
     """`host:port`, as it is written in a bind."""
     host, port = listening.getsockname()[:2]

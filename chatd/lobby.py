@@ -65,6 +65,11 @@ class Lobby:
     def full(self) -> bool:
         return len(self._all) >= self.most
 
+    @property
+    def overfull(self) -> bool:
+        """For who lets in more than there are places."""
+        return 2 * len(self._all) >= 3 * self.most
+
     def note(self, stay: Stay) -> None:
         self._all[stay] = None
         self._by_address.setdefault(stay.key, OrderedDict())[stay] = None

@@ -24,6 +24,7 @@ import trio.testing
 from chatd.api import connection
 from chatd.api.connection import Connection, Settings
 from chatd.api.leave import Leave
+from chatd.lobby import Lobby
 from tests.conftest import Daemons
 from tests.daemon import TOKEN, Daemon
 
@@ -211,7 +212,7 @@ async def served(app: Any = _hello) -> AsyncIterator[tuple[socket.socket, Leave,
     """A client's socket, and what ends the connection behind it."""
     leaving = trio.Event()
     settings = Settings()
-    settings.leave = Leave(leaving)
+    settings.leave, settings.lobby = Leave(leaving), Lobby(100)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
         serve = partial(trio.serve_listeners, partial(Connection, app, settings, None, None), [listener])

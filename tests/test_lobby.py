@@ -81,6 +81,15 @@ async def test_who_hangs_up_before_its_handshake_gives_its_place_back(few: Daemo
             await trio.sleep(0.05)
 
 
+async def test_the_api_answers_beside_those_who_ask_for_nothing(few: Daemon, held: ExitStack) -> None:
+    for _ in range(150):
+        held.enter_context(socket.create_connection(("127.0.0.1", few.api_port), 5))
+    with trio.fail_after(8):  # less than anybody's patience
+        assert (await trio.to_thread.run_sync(few.post, 1, 7, "x"))["seq"] == 1
+        async with login(few, 7):
+            assert (await trio.to_thread.run_sync(few.post, 1, 7, "x"))["seq"] == 2
+
+
 class Peer:
     """A stream and what it has sent, as far as a lobby looks at it."""
 

@@ -27,8 +27,11 @@ from chatd.api.bodies import RESPONSE_SECONDS
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.leave import Leave
 from chatd.errors import ChatError, Unavailable
+from chatd.lobby import Lobby, Stay, key_of
 
 KEEP_ALIVE = 75.0  # seconds without a request; longer than a pool of a backend holds idle connections
+FIRST_SECONDS = 10.0  # for the first byte of the first request
+AT_ONCE = 0.05  # for it, where no place is left for who says nothing
 HEAD_SECONDS = 10.0  # for a request's head, from its first byte
 HEAD_BYTES = 16 * 1024
 RECEIVE_BYTES = 64 * 1024
@@ -39,6 +42,7 @@ LAST_REQUEST = 3.0  # seconds at a stop for the rest of a request that has begun
 FIRST_BYTE = 0.5  # seconds at a stop for the first request of a new connection to begin
 
 _LINE_BREAKS = b"\r\n"
+_REFUSED = frozenset({401, 403})
 _NO_BODY = frozenset({204, 304})
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
@@ -49,6 +53,7 @@ class Settings(Config):
     """Hypercorn's, with the socket that it listens on, and what it hands on to each connection."""
 
     leave: Leave
+    lobby: Lobby
     listening: socket.socket
 
     def create_sockets(self) -> Sockets:
@@ -73,7 +78,9 @@ class Connection:
         self._said_all = False  # the client will send nothing more
         self._refused = False
         self._served = 0
+        self._known = False  # has shown the token of the API
         # Of the request in hand.
+        self._brought_token = False
         self._read_all = False
         self._head: h11.Response | None = None
         self._unsent = b""
@@ -84,8 +91,16 @@ class Connection:
 
     async def _run(self) -> None:
         """The barrier: whatever a client sends, its error ends here. The caller closes the stream."""
+        lobby = self._config.lobby
+        if lobby.full and not lobby.make_room() and (lobby.overfull or not await self._speaks_at_once()):
+            return
         try:
-            await self._serve()
+            with trio.CancelScope() as waiting:
+                stay = Stay(lobby, self._stream, key_of(self._stream), waiting.cancel)
+                try:
+                    await self._serve(stay)
+                finally:
+                    stay.leave()
         except* _GONE:
             pass
         except* Exception as group:
@@ -94,10 +109,19 @@ class Connection:
         finally:
             self._leave.done += 1
 
-    async def _serve(self) -> None:
+    async def _speaks_at_once(self) -> bool:
+        with trio.move_on_after(AT_ONCE) as waiting:
+            await trio.lowlevel.wait_readable(self._stream.socket)
+        return not waiting.cancelled_caught
+
+    async def _serve(self, stay: Stay) -> None:
+        """While it waits for a request it has its `stay`, unless it is known."""
         try:
             while (request := await self._next_request()) is not None:
+                stay.leave()
                 await self._exchange(request)
+                if not self._known:
+                    stay.enter(stay.key)
                 self._served += 1
                 self._leave.done += 1
                 if not self._begin_anew():
@@ -123,7 +147,8 @@ class Connection:
     async def _first_bytes(self) -> bool:
         """Whether a request begins. One that has arrived when the time is over is still taken."""
         data = b""
-        with self._leave.patience(KEEP_ALIVE, 0.0 if self._served else FIRST_BYTE):
+        seconds = KEEP_ALIVE if self._served else FIRST_SECONDS
+        with self._leave.patience(seconds, 0.0 if self._served else FIRST_BYTE):
             while not data:
                 data = bytes(await self._stream.receive_some(RECEIVE_BYTES))
                 if not data:
@@ -162,6 +187,7 @@ class Connection:
         self._read_all, self._head, self._unsent = False, None, b""
         self._has_body = request.method != b"HEAD"
         scope = self._scope(request)
+        self._brought_token = any(name == b"x-internal-token" for name, _ in request.headers)
         try:
             await self._app(scope, self._receive, self._send, trio.to_thread.run_sync, trio.from_thread.run)
         except _GONE:
@@ -234,6 +260,7 @@ class Connection:
 
     def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         self._has_body = self._has_body and status not in _NO_BODY
+        self._known = self._known or (self._brought_token and status not in _REFUSED)
         if self._refused or self._leave.soon or not self._body_has_come():
             headers.append((b"connection", b"close"))
         headers += self._config.response_headers("h11")

@@ -15,7 +15,8 @@ from chatd.api.app import create_app
 from chatd.api.health import Health
 from chatd.api.leave import Leave
 from chatd.chat import Chat
-from chatd.listen import BACKLOG, somebody_waits
+from chatd.listen import BACKLOG, raise_descriptor_limit, somebody_waits, unknown_places
+from chatd.lobby import Lobby
 from chatd.settings import Settings
 from chatd.vitals import Vitals
 
@@ -81,6 +82,7 @@ async def serve(
 def _settings(listening: socket.socket, leave: Leave) -> connection.Settings:
     settings = connection.Settings()
     settings.leave = leave
+    settings.lobby = Lobby(unknown_places(raise_descriptor_limit()))
     settings.listening = listening
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise
     settings.graceful_timeout = FOR_EVER
