@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from chatd.config import Database
 from chatd.errors import ChatError, Unavailable
+from chatd.hub import sweep
 from chatd.hub.fanout import Announcement, Fanout
 from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
 from chatd.model import Change, Group, Kind, MemberChange, State
@@ -462,3 +463,50 @@ async def test_what_is_announced_in_one_go_is_merged_up_to_a_bound(repairs: Repa
     assert sum(pushed) == 20 * 60_000 + 100 * 100
     assert max(pushed) <= 65_536
     assert len(pushed) == 21  # the last large one has room for some of the small
+
+
+class Told(Ear):
+    """Says that its subscription was ended."""
+
+    def __init__(self, user_id: int, ended: Callable[[], None]) -> None:
+        super().__init__()
+        self.user_id, self._ended = user_id, ended
+
+    def dropped(self, subscription: Subscription) -> None:
+        self._ended()
+
+
+async def all_removed(*_: Any) -> tuple[int, dict[int, State]]:
+    await trio.lowlevel.checkpoint()
+    return 5, dict.fromkeys(range(1000), State.REMOVED)
+
+
+async def test_the_rights_of_a_crowd_are_looked_at_in_slices() -> None:
+    rooms, steps = Rooms(), [0]
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            steps.append(0)
+
+    def ended() -> None:
+        steps[-1] += 1
+
+    for user in range(1000):
+        rooms.join(1, Told(user, ended), entitled=False)
+    trio.lowlevel.add_instrument(instrument := Steps())
+    (room,) = rooms
+    await sweep.check_rights(all_removed, room)  # type: ignore[arg-type]
+    trio.lowlevel.remove_instrument(instrument)
+    assert (sum(steps), max(steps), room.members_version) == (1000, sweep.YIELD_EVERY, 5)
+
+
+async def test_a_doubt_that_comes_while_rights_are_looked_at_stays() -> None:
+    """Of one who was looked at already, and whose fresh token does not open this room."""
+    rooms = Rooms()
+
+    def doubt() -> None:
+        room.members_version = -1
+
+    (room,) = {rooms.join(1, Told(user, doubt), entitled=False).room for user in range(3)}
+    await sweep.check_rights(all_removed, room)  # type: ignore[arg-type]
+    assert room.members_version == -1

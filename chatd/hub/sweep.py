@@ -19,6 +19,7 @@ from chatd.store.reader import Reader
 EVERY = 10.0  # seconds between sweeps, and
 OFTEN = 1.0  # while other nodes' changes do not come by themselves
 ROOMS = 500  # rooms in one query
+YIELD_EVERY = 200  # subscriptions between checkpoints: each may be ended, and told so
 
 log = structlog.get_logger()
 
@@ -80,10 +81,14 @@ async def check_rights(read: Reader, room: Room) -> None:
     present = list(room.subscriptions)
     users = list({subscription.listener.user_id for subscription in present})
     version, states = await read(reads.rights, room.conversation_id, users)
-    for subscription in present:
+    known = room.members_version
+    for count, subscription in enumerate(present, 1):
         state = states.get(subscription.listener.user_id)
         if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
             subscription.listener.dropped(subscription)
-    # Who joined meanwhile may have come with an older snapshot: the next sweep looks again then.
-    if room.subscriptions.keys() <= set(present):
+        if count % YIELD_EVERY == 0:
+            await trio.lowlevel.checkpoint()
+    # Who joined meanwhile may have come with an older snapshot, and who was looked at already may have lost the
+    # right that a token gave: the next sweep looks again then.
+    if room.members_version == known and room.subscriptions.keys() <= set(present):
         room.members_version = version
