@@ -120,8 +120,9 @@ class Session:
     def turn_away(self, error: ChatError) -> None:
         goodbye = goodbye_for(error)
         if isinstance(goodbye, Final):
-            return self._line.close_for_good(goodbye)
-        self.close(goodbye, str(error))
+            self._line.close_for_good(goodbye)
+        else:
+            self.close(goodbye, str(error))
 
     def subscription(self, conversation_id: int) -> Subscription | None:
         return self._rooms.get(conversation_id)

@@ -25,6 +25,10 @@ SQLITE_WRITER_CACHE = 16 * 1024
 # Bytes of its log's file that stay when the log begins anew: it would keep the size that it once had for ever.
 SQLITE_LOG_KEPT = 16 * 1024 * 1024
 
+# Connections that write: the writer's, the outbox's, which may wait for Redis, and those of webhooks, retention
+# and attendance. SQLite has one more, for its log.
+WRITING_SESSIONS = 5
+
 _COMMON: dict[str, Any] = {
     "max_overflow": 0,
     "pool_timeout": 5,
@@ -39,12 +43,11 @@ def is_sqlite(engine: Engine) -> bool:
 
 
 def writing_engine(url: str, shared: Sessions | None = None) -> Engine:
-    """Five connections: the writer's, the outbox's, which may wait for Redis, and those of webhooks, retention
-    and attendance.
+    """Each has a thread of its own, so the writer never waits for a connection.
 
     `shared`: the sessions of another engine, which end together with this one's.
     """
-    engine = _engine(url, shared, name="write", pool_size=5, isolation="READ COMMITTED")
+    engine = _engine(url, shared, name="write", pool_size=WRITING_SESSIONS + 1, isolation="READ COMMITTED")
     if is_sqlite(engine):
         # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
         _begin_with(engine, "BEGIN IMMEDIATE")

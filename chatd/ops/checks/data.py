@@ -12,6 +12,7 @@ from chatd.bus import probe as bus_probe
 from chatd.errors import OperatorError
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.store import probe as store_probe
+from chatd.store.engine import WRITING_SESSIONS
 
 SLOW_COMMIT = 0.02  # seconds; a disk of today takes under 5 ms, and a group of messages waits for one commit
 SLOW_PING = 0.005
@@ -86,7 +87,7 @@ def _settings(case: Case, settings: dict[str, str]) -> Iterator[Finding]:
             f"{' and '.join(off)} off: a power cut takes messages that were acknowledged, or the database",
             f"Set {', '.join(f'{name} = on' for name in off)} in postgresql.conf, and reload it.",
         )
-    needed = (case.config.database.readers + 3) * case.config.server.workers
+    needed = (case.config.database.readers + WRITING_SESSIONS) * case.config.server.workers
     if settings and int(settings["max_connections"]) < needed + 3:  # three are for superusers
         yield problem(
             DATABASE,
