@@ -175,8 +175,8 @@ def _writer_and_bus(
         if group.hooked:
             wake_webhooks()
 
-    hooked = bool(config.webhooks.url) and "message.created" in config.webhooks.events
-    writer = store.writer(node=node if config.redis.url else None, on_commit=committed, hooked=hooked)
+    told = frozenset[str](config.webhooks.events if config.webhooks.url else ())
+    writer = store.writer(node=node if config.redis.url else None, on_commit=committed, told=told)
     if not config.redis.url:
         metrics.REDIS_UP.set(1)
         bus = MemoryBus(receiver)

@@ -18,7 +18,8 @@
     ├── Superseded        superseded       –     another node reads chat.ingest now; nobody outside sees it
     ├── Internal          internal         500   `incident` finds it in the log
     └── Unavailable       unavailable      503   `retry_after`
-        └── NotYet        unavailable      503   a token that counts in a moment
+        ├── NotYet        unavailable      503   a token that counts in a moment
+        └── CallFailed    unavailable      503   the backend's or a key server's; the log has the reason
 
 Beside it the codes of a WebSocket's end, `Close` for clients that come back and `Final` for those that stop,
 and `OperatorError`, which ends the program with a sentence.
@@ -228,6 +229,20 @@ class NotYet(Unavailable):
     def __init__(self, why: str, message: str = "", *, retry_after: float = 1.0) -> None:
         super().__init__(message, retry_after=retry_after)
         self.why = why
+
+
+class CallFailed(Unavailable):
+    """A call to the backend, or to a key server, came to nothing.
+
+    Clients are told that alone. `kind` (timeout, unreachable, wrong_answer) is for the metrics; `reason`, which
+    may name hosts, is for the log.
+    """
+
+    sentence = "the backend does not answer"
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__()
+        self.kind, self.reason = kind, reason
 
 
 class OperatorError(Exception):

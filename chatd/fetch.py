@@ -17,7 +17,7 @@ import structlog
 import trio
 from msgspec import Struct
 
-from chatd.errors import Unavailable
+from chatd.errors import CallFailed
 from chatd.limits import TokenBucket
 
 BODY_BYTES = 64 * 1024  # of an answer
@@ -53,7 +53,7 @@ class Fetcher:
         content: bytes | None = None,
         whole: bool = True,
     ) -> Answer:
-        """Raises Unavailable where there is no whole answer `within` so many seconds.
+        """Raises CallFailed where there is no whole answer `within` so many seconds.
 
         Without `whole` the status is what counts: of a body that is too large the beginning is returned.
         """
@@ -62,8 +62,9 @@ class Fetcher:
                 return await self._fetch(method, url, dict(headers or {}), content, whole)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
                 # The last: a host, here or in a redirect, that can be no name.
-                raise Unavailable(f"{_place(url)} cannot be reached: {type(error).__name__}") from error
-        raise Unavailable(f"{_place(url)} does not answer")
+                reason = f"{_place(url)} cannot be reached: {type(error).__name__}"
+                raise CallFailed("unreachable", reason) from error
+        raise CallFailed("timeout", f"{_place(url)} does not answer within {within:g} s")
 
     async def close(self) -> None:
         if self._client is not None:
@@ -98,7 +99,7 @@ class Fetcher:
         return self._client
 
     async def _judge(self, url: httpx.URL) -> Address:
-        """The address to call. Raises Unavailable for what may not be called."""
+        """The address to call. Raises CallFailed for what may not be called."""
         port = url.port or (443 if url.scheme == "https" else 80)
         found = await trio.socket.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         addresses = [_unmapped(ipaddress.ip_address(str(where[0]).partition("%")[0])) for *_, where in found]
@@ -115,7 +116,7 @@ class Fetcher:
     def _refuse(self, url: httpx.URL, reason: str, advice: str) -> None:
         if not self._refusals.take(trio.current_time()):
             log.error("call_refused", host=url.host, reason=reason, advice=advice)
-        raise Unavailable(f"{url.host} may not be called: {reason}")
+        raise CallFailed("unreachable", f"{url.host} may not be called: {reason}")
 
 
 def _client() -> httpx.AsyncClient:

@@ -146,6 +146,15 @@ WEBHOOKS_WAITING = Gauge(
 )
 WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
 HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time in which the backend judged a message")
+HOOK_FAILURES = Counter(
+    "chatd_hook_failures_total", "Messages and edits that the backend did not judge", ["reason"]
+)
+BACKEND_ANSWERS = Gauge(
+    "chatd_backend_answers",
+    "1 while the last call of this kind (auth, before_message) was answered, else 0",
+    ["call"],
+    multiprocess_mode="mostrecent",
+)
 
 
 def exposition() -> bytes:

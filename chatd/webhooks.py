@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from chatd import calls, metrics
 from chatd.config import Webhooks as Settings
-from chatd.errors import Unavailable
+from chatd.errors import CallFailed, Unavailable
 from chatd.fetch import Fetcher
 from chatd.limits import TokenBucket
 from chatd.store.webhooks import Failed, Waiting
@@ -108,8 +108,8 @@ class Webhooks:
         url, within = self._settings.url, self._settings.timeout
         try:
             answer = await self._fetch("POST", url, within=within, headers=given, content=one.body, whole=False)
-        except Unavailable as error:
-            return Problem(str(error))
+        except CallFailed as error:
+            return Problem(error.reason)
         if 200 <= answer.status < 300:
             return None
         return Problem(f"HTTP {answer.status}", answered=answer.status not in AWAY, final=answer.status == GONE)

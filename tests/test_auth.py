@@ -26,12 +26,13 @@ from chatd.auth.keyserver import KEEP, UNKNOWN, KeyServer
 from chatd.auth.tokens import Tokens
 from chatd.breaker import REST
 from chatd.config import Api, Auth, Config
-from chatd.errors import ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
+from chatd.errors import CallFailed, ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
 from chatd.fetch import Answer, Fetcher
 from chatd.settings import Settings
 from tests.backend import Backend, serving
 from tests.client import connect, login
 from tests.conftest import Daemons
+from tests.services import free_port
 
 SECRET = "s" * 32
 LOOPBACK = ["127.0.0.0/8", "::1/128"]
@@ -312,11 +313,13 @@ async def test_s25_only_what_may_be_called_is_called(backend: Backend, monkeypat
     monkeypatch.setattr(trio.socket, "getaddrinfo", look_up)
     strict, usual = Fetcher([]), Fetcher(LOOPBACK)
     for name in names:
-        with pytest.raises(Unavailable, match="may not be called"):
+        with pytest.raises(CallFailed) as refused:
             await strict("GET", f"http://{name}:{port}/", within=2)
+        assert "may not be called" in refused.value.reason
     for url in (f"http://127.0.0.1:{port}/", f"http://[::ffff:127.0.0.1]:{port}/", f"http://localhost:{port}/"):
-        with pytest.raises(Unavailable, match="may not be called"):
+        with pytest.raises(CallFailed) as refused:
             await strict("GET", url, within=2)
+        assert "may not be called" in refused.value.reason
     assert backend.asked == []
     assert (await usual("GET", f"http://loop.example.com:{port}/x", within=2)).status == 200
     assert backend.asked[0].headers["host"] == f"loop.example.com:{port}"  # the name, at the judged address
@@ -324,8 +327,9 @@ async def test_s25_only_what_may_be_called_is_called(backend: Backend, monkeypat
     backend.answer = lambda asked: (302, {}, {"Location": f"http://169.254.169.254:{port}/"})
     assert (await usual("GET", f"{backend.url}/", within=2)).status == 302
     backend.answer = lambda asked: (200, b"x" * 70_000)
-    with pytest.raises(Unavailable, match="cannot be reached"):
+    with pytest.raises(CallFailed) as refused:
         await usual("GET", f"{backend.url}/", within=2)
+    assert "cannot be reached" in refused.value.reason
     await strict.close()
     await usual.close()
 
@@ -369,3 +373,20 @@ async def test_an_expired_token_has_a_grace(daemons: Daemons) -> None:
         assert (await other.closed())[0] == 4001
         assert 1.5 < trio.current_time() - began < 4
         await client.request("ping")
+
+
+async def test_where_the_backend_is_stays_between_chatd_and_its_operator(daemons: Daemons) -> None:
+    """Nobody who is not logged in is told a host's name, or what is wrong with it."""
+    daemon = daemons(auth__backend_url=f"http://localhost:{free_port()}/auth", hub__allow_query_token="true")
+    urls = [daemon.ws_url, f"{daemon.ws_url}?token=x&conversation_id=1"]
+    for url in urls:
+        async with connect(url) as client:
+            if url is urls[0]:
+                await client.expect("hello")
+                await client.send("auth", token="x", ref=1)
+            error = await client.expect("error")
+            assert (error["code"], error["message"]) == ("unavailable", "the backend does not answer")
+            assert await client.closed() == (4005, "the backend does not answer")
+    (line,) = [line for line in daemon.log.splitlines() if '"auth_backend_failed"' in line]
+    assert "localhost cannot be reached: ConnectError" in line
+    assert 'chatd_backend_answers{call="auth"} 0.0' in daemon.get("/metrics").body.decode()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
 import trio
 
 from tests.client import Client, connect, login
-from tests.conftest import Deployment
+from tests.conftest import Daemons, Deployment
 from tests.daemon import Answer, Daemon
 
 ADA, BOB, CYD = 31, 32, 33
@@ -246,3 +247,27 @@ async def test_an_event_of_the_application(deployment: Deployment, conversation:
         assert (refused.status, list(refused.json["errors"])) == (422, [field])
     refused = await ask(deployment.here, "POST", path, {"event": "x", "data": "y" * 70_000})
     assert (refused.status, refused.json["code"]) == (413, "too_large")
+
+
+async def test_clients_send_messages_of_some_types_alone(daemons: Daemons) -> None:
+    """Nobody forges what looks like a word of the system; a backend sends what it likes."""
+    daemon = daemons()
+    async with login(daemon, 7, {"1": None}) as client:
+        for name in ("system", "System", "order", "text "):
+            refused = await client.request("send", conversation_id=1, content="x", type=name, meta={"a": 1})
+            assert (refused["code"], refused["field"]) == ("forbidden", "type"), name
+        for name in ("text", "image", "video", "audio", "file"):
+            assert (await client.request("send", conversation_id=1, content="x", type=name))["event"] == "ok"
+        daemon.post(1, 8, "x", type="system")
+        assert [one["type"] for one in await client.messages(6)][-1] == "system"
+
+
+@pytest.mark.parametrize(
+    ("types", "allowed"), [("poll,text", {"poll", "text"}), ("*", {"poll", "text", "file"})]
+)
+async def test_which_types_clients_send_is_set(daemons: Daemons, types: str, allowed: set[str]) -> None:
+    daemon = daemons(rooms__client_types=types)
+    async with login(daemon, 7, {"1": None}) as client:
+        for name in ("poll", "text", "file"):
+            answer = await client.request("send", conversation_id=1, content="x", type=name)
+            assert (answer["event"] == "ok") is (name in allowed), name

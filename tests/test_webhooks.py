@@ -20,7 +20,7 @@ from chatd.breaker import MOST, REST
 from chatd.chat.attendance import DEBOUNCE
 from chatd.chat.hooks import BeforeMessage
 from chatd.config import Database, Webhooks
-from chatd.errors import Forbidden, Unavailable
+from chatd.errors import CallFailed, Forbidden, Unavailable
 from chatd.fetch import Answer, Fetcher
 from chatd.store import schema
 from chatd.store.commands import Create, Notify
@@ -83,7 +83,8 @@ async def test_what_a_client_sends_is_told_signed_and_once(daemons: Daemons, bac
     assert signed(first)
     assert first.headers["x-chatd-event"] == "message.created"
     body = first.json
-    assert (body["event"], body["data"]) == ("message.created", {k: v for k, v in told.items() if k != "event"})
+    data = {key: value for key, value in told.items() if key not in ("event", "mark")}
+    assert (body["event"], body["data"]) == ("message.created", data)
     assert body["data"]["id"] == ok["id"]
     assert second.json["data"]["content"] == "bye"
     assert first.headers["x-chatd-delivery"] != second.headers["x-chatd-delivery"]
@@ -245,7 +246,7 @@ async def test_a_backend_that_is_away_for_hours_is_asked_seldom(
         nonlocal calls
         calls += 1
         if away:
-            raise Unavailable("nobody is there")
+            raise CallFailed("timeout", "nobody is there")
         return Answer(200, b"")
 
     async with delivering(table, fetch, kept=50, attempts=10**6) as webhooks:
@@ -294,7 +295,7 @@ async def test_thirty_events_that_fail_hold_up_no_good_one(
     async def fetch(*_: Any, content: bytes, within: float, **__: Any) -> Answer:
         if content == b"bad" and not status:
             await trio.sleep(within)
-            raise Unavailable("it does not answer")
+            raise CallFailed("timeout", "it does not answer")
         if content != b"bad":
             taken[content] = trio.current_time()
         return Answer(status if content == b"bad" else 200, b"")
@@ -493,7 +494,7 @@ async def test_a_hook_that_fails_is_left_alone_for_a_while(
         calls += 1
         if hangs:
             await trio.sleep(within)
-            raise Unavailable("nobody is there")
+            raise CallFailed("timeout", "nobody is there")
         return Answer(200, b'{"action":"accept"}')
 
     settings = Webhooks(secret=SECRET, before_message_url="http://127.0.0.1/", before_message_failure=failure)
@@ -567,3 +568,111 @@ async def test_a_client_meets_the_hook(daemons: Daemons, backend: Backend) -> No
         daemon.post(1, 8, "the backend's own")
         await client.messages(1)
         assert len(backend.asked) == asked
+
+
+async def test_the_hook_judges_edits_too(daemons: Daemons, backend: Backend) -> None:
+    def judge(asked: Asked) -> tuple[int, Any]:
+        data = asked.json["data"]
+        if data.get("content") == "spam":
+            return 200, {"action": "refuse", "message": "no spam"}
+        if "message_id" in data and data.get("content") == "darn":
+            return 200, {"action": "change", "content": "d**n", "meta": {"clean": True}, "type": "other"}
+        return 200, {"action": "accept"}
+
+    backend.answer = judge
+    daemon = daemons(webhooks__before_message_url=backend.url, webhooks__secret=SECRET)
+    async with login(daemon, 7, {"1": None}) as client:
+        sent = await client.request("send", conversation_id=1, content="fine", client_id="k")
+        await client.messages(1)
+        refused = await client.request("edit", conversation_id=1, id=sent["id"], content="spam")
+        assert (refused["code"], refused["message"]) == ("forbidden", "no spam")
+        assert daemon.get("/api/ws/conversations/1/messages").json["messages"][0]["content"] == "fine"
+        assert signed(backend.asked[-1])
+        assert backend.asked[-1].json["event"] == "before_message"
+        assert backend.asked[-1].json["data"] == {
+            "conversation_id": 1, "user_id": 7, "message_id": sent["id"], "content": "spam",
+        }  # fmt: skip
+        assert (await client.request("edit", conversation_id=1, id=sent["id"], meta={"a": 1}))["event"] == "ok"
+        assert backend.asked[-1].json["data"]["meta"] == {"a": 1}
+        assert "content" not in backend.asked[-1].json["data"]
+        await client.expect("message.updated")
+        for number in (1, 2):  # a retried edit is one more edit, and is asked for again
+            asked = len(backend.asked)
+            edited = await client.request("edit", conversation_id=1, id=sent["id"], content="darn")
+            assert edited["event"] == "ok"
+            assert len(backend.asked) == asked + 1, number
+            told = await client.expect("message.updated")
+            assert (told["content"], told["meta"], told["type"]) == ("d**n", {"clean": True}, "text")
+
+
+async def test_sends_and_edits_keep_their_order_while_the_hook_is_asked(
+    daemons: Daemons, backend: Backend
+) -> None:
+    def judge(asked: Asked) -> tuple[int, Any]:
+        time.sleep(0.1 if "message_id" in asked.json["data"] else 0)  # edits take longer than sends
+        return 200, {"action": "accept"}
+
+    backend.answer = judge
+    daemon = daemons(webhooks__before_message_url=backend.url, webhooks__secret=SECRET)
+    async with login(daemon, 7, {"1": None}) as client:
+        sent = await client.request("send", conversation_id=1, content="first", client_id="k")
+        for number in range(3):
+            await client.send("edit", conversation_id=1, id=sent["id"], content=f"e{number}")
+            await client.send("send", conversation_id=1, content=f"n{number}")
+        seen = await client.messages(7)
+        assert [one["content"] for one in seen] == ["first", "e0", "n0", "e1", "n1", "e2", "n2"]
+
+
+async def test_what_users_and_members_do_is_told_when_asked_for(daemons: Daemons, backend: Backend) -> None:
+    wanted = "message.updated,message.deleted,message.reacted,member.added,member.removed"
+    daemon = daemons(webhooks__url=backend.url, webhooks__secret=SECRET, webhooks__events=wanted)
+    daemon.request("PUT", "/api/ws/conversations/1/members/8", {"role": "moderator"})
+    async with login(daemon, 7, {"1": None}) as client, login(daemon, 8, {"1": None}) as moderator:
+        sent = await client.request("send", conversation_id=1, content="a")
+        id, place = sent["id"], {"conversation_id": 1}
+        await client.request("edit", **place, id=id, content="b")
+        await client.request("react", **place, id=id, emoji="👍", on=True)
+        await client.request("react", **place, id=id, emoji="👍", on=True)  # it was so already
+        await moderator.request("delete", **place, id=id)
+        refused = await moderator.request("delete", **place, id=id)
+        assert refused["code"] == "not_found"
+    daemon.request("DELETE", "/api/ws/conversations/1/members/8")
+    daemon.post(1, 9, "becomes a member by this")
+    await until(lambda: len(backend.asked) >= 6)
+    assert all(signed(one) for one in backend.asked)
+    told = {(one.json["event"], one.json["data"].get("user_id")): one.json["data"] for one in backend.asked}
+    assert len(told) == len(backend.asked) == 6
+    edited, reacted = told["message.updated", 7], told["message.reacted", 7]
+    assert (edited["id"], edited["content"], edited["seq"], edited["by"]) == (id, "b", 2, 7)
+    assert (reacted["emoji"], reacted["on"], reacted["seq"], reacted["by"]) == ("👍", True, 3, 7)
+    assert reacted["reactions"] == {"👍": [7]}
+    deleted = told["message.deleted", 7]
+    assert (deleted["content"], deleted["seq"], deleted["by"]) == (None, 4, 8)
+    assert deleted["deleted_at"]
+    assert told["member.added", 8]["role"] == "moderator"
+    assert told["member.removed", 8]["state"] == "removed"
+    assert told["member.removed", 8]["version"] > told["member.added", 8]["version"]
+    assert told["member.added", 9]["state"] == "active"
+
+
+def test_who_does_not_ask_is_told_what_was_told_before() -> None:
+    events = ["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
+    assert Webhooks().events == events
+
+
+async def test_why_the_hook_fails_is_for_the_operator_alone(daemons: Daemons, backend: Backend) -> None:
+    daemon = daemons(webhooks__before_message_url=backend.url, webhooks__secret=SECRET)
+    backend.answer = lambda asked: (500, {})
+    async with login(daemon, 7, {"1": None}) as client:
+        for _ in range(3):
+            refused = await client.request("send", conversation_id=1, content="x")
+            assert (refused["code"], refused["message"]) == ("unavailable", "the backend does not answer")
+        lines = [line for line in daemon.log.splitlines() if '"hook_failed"' in line]
+        assert len(lines) == 1, "a line for the cause, not for each message"
+        assert "it answered 500" in lines[0]
+        metrics = daemon.get("/metrics").body.decode()
+        assert 'chatd_hook_failures_total{reason="wrong_answer"} 3.0' in metrics
+        assert 'chatd_backend_answers{call="before_message"} 0.0' in metrics
+        backend.answer = lambda asked: (200, {"action": "accept"})
+        assert (await client.request("send", conversation_id=1, content="x"))["event"] == "ok"
+        assert 'chatd_backend_answers{call="before_message"} 1.0' in daemon.get("/metrics").body.decode()

@@ -19,11 +19,12 @@ from msgspec import Meta, Struct
 
 from chatd import metrics
 from chatd.breaker import Breaker
-from chatd.errors import Final, Outdated, Unauthorized, Unavailable
+from chatd.errors import CallFailed, Final, Outdated, Unauthorized, Unavailable
 from chatd.fetch import Fetcher
 from chatd.model import Identity
 from chatd.protocol import Id
 from chatd.settings import Settings
+from chatd.trouble import Trouble
 
 AT_ONCE = 32  # calls on their way
 REMEMBERED = 10_000  # tokens
@@ -46,6 +47,8 @@ class Backend:
         self._fetch = fetch
         self._places = trio.CapacityLimiter(AT_ONCE)
         self._breaker = Breaker()
+        answers = metrics.BACKEND_ANSWERS.labels("auth")
+        self._trouble = Trouble("auth_backend_failed", metrics.AUTH_FAILURES, answers)
         self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
         self._asking: dict[bytes, trio.Lock] = {}
 
@@ -74,21 +77,18 @@ class Backend:
         finally:
             if not lock.locked():
                 self._asking.pop(key, None)
-        metrics.AUTH_FAILURES.labels("timeout").inc()
-        raise Unavailable("the backend does not answer")
+        with self._trouble.noted():
+            raise CallFailed("timeout", "no call was free in time: others are on their way")
 
     async def _ask(self, token: str, after: int) -> Identity:
         asked_at = time.time()
         body = msgspec.json.encode({"token": token})
         started = trio.current_time()
-        with self._breaker.call():
+        with self._trouble.noted(), self._breaker.call():
             try:
                 answer = await self._fetch(
                     "POST", self._url, within=self._timeout, headers=self._headers(), content=body
                 )
-            except Unavailable:
-                metrics.AUTH_FAILURES.labels("unreachable").inc()
-                raise
             finally:
                 metrics.AUTH_SECONDS.observe(trio.current_time() - started)
             if answer.status in _NO:
@@ -121,8 +121,7 @@ def _identity(status: int, body: bytes, asked_at: float, after: int) -> Identity
             raise ValueError
         login = msgspec.json.decode(body, type=_Login)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        metrics.AUTH_FAILURES.labels("wrong_answer").inc()
-        raise Unavailable(f"the backend answered {status}, and no login") from None
+        raise CallFailed("wrong_answer", f"it answered {status}, and no login") from None
     expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations)
     # As of the question, not of the answer: what was revoked between the two may not be in it.
     return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)

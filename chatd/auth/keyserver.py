@@ -13,7 +13,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from chatd.errors import NotYet, Unavailable
+from chatd.errors import CallFailed, NotYet, Unavailable
 from chatd.fetch import Fetcher
 from chatd.logs import Recurring
 
@@ -81,8 +81,8 @@ class KeyServer:
             self._tried_at = trio.current_time()
             try:
                 self._keys = await self._read()
-            except Unavailable as error:
-                _unavailable.warn(error=str(error))
+            except CallFailed as error:
+                _unavailable.warn(error=error.reason)
                 if self._age() >= KEEP:
                     raise Unavailable("the key server does not answer") from error
             else:
@@ -96,7 +96,7 @@ class KeyServer:
             found: list[dict[str, Any]] = msgspec.json.decode(answer.body, type=_Set).keys
             return [key for item in found[:KEYS] if (key := _key(item))]
         except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
-            raise Unavailable(f"the key server answered {answer.status}, and no set of keys") from None
+            raise CallFailed("wrong_answer", f"it answered {answer.status}, and no set of keys") from None
 
 
 def _key(item: dict[str, Any]) -> tuple[str | None, str, Any] | None:

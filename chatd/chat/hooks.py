@@ -1,8 +1,8 @@
-"""The `before_message` hook: the backend may refuse or change what a client wants to send, in time."""
+"""The `before_message` hook: the backend may refuse or change what a client sends or edits, in time."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import trio
@@ -11,14 +11,22 @@ from msgspec import UNSET, Struct, UnsetType
 from chatd import calls, metrics
 from chatd.breaker import Breaker
 from chatd.config import Webhooks
-from chatd.errors import Forbidden, Unavailable
+from chatd.errors import CallFailed, Forbidden, Unavailable
 from chatd.fetch import Fetcher
 from chatd.protocol import Content, TypeName
-from chatd.store.commands import Create
+from chatd.store.commands import Create, Edit
+from chatd.trouble import Trouble
 
 EVENT = "before_message"
 MESSAGE_CHARS = 1000  # of a reason for a refusal
 AT_ONCE = 64  # calls on their way; others wait, within the deadline
+
+
+# What the backend is told of a new message, and what may be changed of one; of an edit only what it changes.
+SENT = ("conversation_id", "user_id", "type", "content", "meta", "client_id", "reply_to")
+EDITED = ("conversation_id", "user_id", "message_id", "content", "meta")
+
+C = TypeVar("C", bound=Create | Edit)
 
 
 class _Verdict(Struct, frozen=True):
@@ -36,21 +44,28 @@ class BeforeMessage:
         self._settings, self._fetch = settings, fetch
         self._breaker = Breaker()
         self._places = trio.CapacityLimiter(AT_ONCE)
+        self._trouble = Trouble("hook_failed", metrics.HOOK_FAILURES, metrics.BACKEND_ANSWERS.labels(EVENT))
 
-    async def check(self, message: Create) -> Create:
-        """The message as it may be stored. Raises Forbidden; Unavailable where that is what silence means."""
+    async def check(self, wanted: C) -> C:
+        """What may be stored. Raises Forbidden; Unavailable where that is what silence means."""
         try:
-            with trio.move_on_after(self._settings.before_message_timeout):
-                return self._apply(message, await self._ask(message))
-            raise Unavailable("the backend does not answer")
+            return self._apply(wanted, await self._ask_in_time(wanted))
         except Unavailable:
             if self._settings.before_message_failure == "accept":
-                return message
+                return wanted
             raise
 
-    async def _ask(self, message: Create) -> _Verdict:
-        names = ("conversation_id", "user_id", "type", "content", "meta", "client_id", "reply_to")
-        content = calls.body(EVENT, {name: getattr(message, name) for name in names})
+    async def _ask_in_time(self, wanted: Create | Edit) -> _Verdict:
+        """Raises Unavailable, and says so in the log."""
+        with self._trouble.noted():
+            with trio.move_on_after(self._settings.before_message_timeout):
+                return await self._ask(wanted)
+            raise CallFailed("timeout", "no call was free in time: others are on their way")
+
+    async def _ask(self, wanted: Create | Edit) -> _Verdict:
+        names = SENT if isinstance(wanted, Create) else EDITED
+        values = ((name, getattr(wanted, name)) for name in names)
+        content = calls.body(EVENT, {name: value for name, value in values if value is not UNSET})
         started = trio.current_time()
         async with self._places:
             with self._breaker.call():
@@ -67,15 +82,17 @@ class BeforeMessage:
                 return _verdict(answer.status, answer.body)
 
     @staticmethod
-    def _apply(message: Create, verdict: _Verdict) -> Create:
+    def _apply(wanted: C, verdict: _Verdict) -> C:
         if verdict.action == "refuse":
             raise Forbidden((verdict.message or "this message was refused")[:MESSAGE_CHARS])
         if verdict.action == "accept":
-            return message
-        fresh = {name: getattr(verdict, name) for name in ("content", "type", "meta")}
+            return wanted
+        fresh: dict[str, Any] = {"content": verdict.content, "meta": verdict.meta}
+        if isinstance(wanted, Create):
+            # A retry is told by what the client asked for, not by what the backend made of it.
+            fresh |= {"type": verdict.type, "asked": wanted.request_hash()}
         fresh = {name: value for name, value in fresh.items() if value is not UNSET}
-        # A retry is told by what the client asked for, not by what the backend made of it.
-        return msgspec.structs.replace(message, **fresh, asked=message.request_hash())
+        return msgspec.structs.replace(wanted, **fresh)
 
 
 def _verdict(status: int, content: bytes) -> _Verdict:
@@ -84,4 +101,4 @@ def _verdict(status: int, content: bytes) -> _Verdict:
             raise ValueError
         return msgspec.json.decode(content, type=_Verdict)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        raise Unavailable("the backend gave no verdict") from None
+        raise CallFailed("wrong_answer", f"it answered {status}, and no verdict") from None

@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from chatd.errors import BadRequest, ChatError
+from chatd.config import ANY_TYPE
+from chatd.errors import BadRequest, ChatError, Forbidden
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.settings import Settings
 from chatd.store import reads
@@ -35,6 +36,12 @@ class Messages:
             check_label("client_id", command.client_id)
         elif command.content is UNSET and command.meta is UNSET:
             raise BadRequest("Nothing to change: give content or meta.", field="content")
+
+    def check_type(self, name: str) -> None:
+        """Raises Forbidden for a message of a type that only a backend may send."""
+        allowed = self._settings.now.rooms.client_types
+        if name not in allowed and ANY_TYPE not in allowed:
+            raise Forbidden(f"clients may not send messages of the type {name!r}", field="type")
 
     def submit(self, command: Create | Edit | Delete | React, then: Then | None = None) -> Submission:
         """Check and queue one command. Commands are committed in the order of these calls."""

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from chatd.config.options import (
+    ANY_TYPE,
     SECTIONS,
     Api,
     Auth,
@@ -47,6 +48,7 @@ from chatd.errors import ConfigError
 from chatd.validation import mistakes, suggestion
 
 __all__ = [
+    "ANY_TYPE",
     "CREDENTIALS",
     "DEMO_TOKEN",
     "SECTIONS",

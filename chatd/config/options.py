@@ -67,8 +67,13 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     backend_cache: Annotated[float, Meta(ge=0, le=3600)] = 10.0
 
 
+ANY_TYPE = "*"  # in rooms.client_types
+TypeName = Annotated[str, Meta(min_length=1, max_length=32)]
+
+
 class Rooms(Struct, frozen=True, forbid_unknown_fields=True):
     access: Literal["members", "open"] = "members"
+    client_types: list[TypeName] = field(default_factory=lambda: ["text", "image", "video", "audio", "file"])
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,13 +91,14 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     trusted_proxies: list[str] = []
 
 
-WebhookEvent = Literal["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
+Unasked = Literal["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
+Asked = Literal["message.updated", "message.deleted", "message.reacted", "member.added", "member.removed"]
 
 
 class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
     secret: str = ""
-    events: list[WebhookEvent] = field(default_factory=lambda: list(get_args(WebhookEvent)))
+    events: list[Unasked | Asked] = field(default_factory=lambda: list(get_args(Unasked)))
     timeout: Seconds = 5.0
     attempts: Annotated[int, Meta(ge=1, le=100)] = 15
     kept: Positive = 100_000

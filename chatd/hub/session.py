@@ -40,7 +40,7 @@ from chatd.hub.subscriptions import Subscriptions
 from chatd.hub.writes import Write, to_store
 from chatd.model import Identity, now
 from chatd.protocol import event, text_frame
-from chatd.store.commands import Changed, Create, Created
+from chatd.store.commands import Changed, Create, Created, Edit
 from chatd.store.writer import Outcome
 
 _NOWHERE: set[int] = set()  # for all who have never typed
@@ -348,10 +348,12 @@ class Session:
         if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate("sends", command.ref, wait)
             return
+        if isinstance(command, protocol.Send):
+            self._chat.messages.check_type(command.type)
         rights = self._chat.conversations.rights(identity, command.conversation_id)
         wanted = to_store(command, identity, rights)
-        if isinstance(wanted, Create) and self._chat.before_message is not None:
-            # Here, not in a task of its own: sends keep their order.
+        if isinstance(wanted, Create | Edit) and self._chat.before_message is not None:
+            # Here, not in a task of its own: what a client sends and edits keeps its order.
             self._chat.messages.check(wanted)
             wanted = await self._chat.before_message.check(wanted)
         await self._requests.slot()

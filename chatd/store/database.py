@@ -53,12 +53,14 @@ class Store:
         _fact(self._writing, "epoch", secrets.token_hex(8))
         self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
 
-    def writer(self, *, node: str | None, on_commit: Callable[[Group], None], hooked: bool = False) -> Writer:
+    def writer(
+        self, *, node: str | None, on_commit: Callable[[Group], None], told: frozenset[str] = frozenset()
+    ) -> Writer:
         return Writer(
             self._writing,
             node=node,
             on_commit=on_commit,
-            hooked=hooked,
+            told=told,
             sessions=self._sessions,
             place=self._place,
         )

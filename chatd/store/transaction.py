@@ -38,7 +38,7 @@ from chatd.store.commands import (
     SetUser,
 )
 from chatd.store.cursors import Cursors
-from chatd.store.errands import Errands
+from chatd.store.errands import ByUser, Errands
 from chatd.store.fences import Fences
 from chatd.store.members import Members
 from chatd.store.reactions import Reactions
@@ -66,12 +66,12 @@ class Step(Struct):
 class Transaction:
     """`run` answers each command on its own; only the database's own errors leave it."""
 
-    def __init__(self, connection: Connection, node: str | None, hooked: bool = False) -> None:
-        self._hooked = hooked
+    def __init__(self, connection: Connection, node: str | None, told: frozenset[str] = frozenset()) -> None:
+        """`told`: events that the webhook wants."""
         self._connection = connection
         self._dialect = connection.dialect.name
         self._now = now()
-        self._errands = Errands(connection, node, self._now)
+        self._errands = Errands(connection, node, self._now, told)
         self._mark = secrets.token_urlsafe(MARK_BYTES)
         self._places: dict[int, int] = {}  # message id → its conversation
         self._conversations: dict[int, Row] = {}
@@ -103,7 +103,7 @@ class Transaction:
             outbox_id=outbox_id,
             users=self._users.changes,
             notices=self._cursors.notices(),
-            hooked=self._errands.fill_webhooks(),
+            hooked=self._errands.fill_webhooks(self._members.changes),
         )
         return [self._result(verdict) for verdict in verdicts], group
 
@@ -218,10 +218,8 @@ class Transaction:
             self._members.enter_quietly(member, self._conversations[command.conversation_id])
         row = self._new_row(command)
         self._created.append(row)
-        if self._hooked and command.rights is not Rights.TRUSTED:
-            self._errands.messages.append(row)
         self._retries.remember(command, row)
-        return self._number(Kind.CREATED, row)
+        return self._number(Kind.CREATED, row, command)
 
     def _new_row(self, command: Create) -> Row:
         return {
@@ -244,27 +242,25 @@ class Transaction:
     def _edit(self, command: Edit) -> Step:
         row = self._own_message(command)
         fresh = {"content": command.content, "meta": command.meta}
-        return self._alter(
-            Kind.EDITED,
-            row | {key: value for key, value in fresh.items() if value is not UNSET} | {"edited_at": self._now},
-        )
+        fresh = {key: value for key, value in fresh.items() if value is not UNSET}
+        return self._alter(Kind.EDITED, row | fresh | {"edited_at": self._now}, command)
 
     def _delete(self, command: Delete) -> Step:
         row = self._own_message(command)
         self._reactions.clear(row["id"])
         gone = {"content": None, "meta": None, "reactions": None, "deleted_at": self._now}
-        return self._alter(Kind.DELETED, row | gone)
+        return self._alter(Kind.DELETED, row | gone, command)
 
     def _react(self, command: React) -> Step | Changed:
         row = self._visible_message(command)
         summary = self._reactions.toggle(command, row["reactions"])
         if summary is None:  # it was so already
             return Changed(row["id"], self._conversations[row["chat_conversation_id"]]["last_seq"])
-        return self._alter(Kind.REACTED, row | {"reactions": summary or None})
+        return self._alter(Kind.REACTED, row | {"reactions": summary or None}, command)
 
-    def _alter(self, kind: Kind, row: Row) -> Step:
+    def _alter(self, kind: Kind, row: Row, command: Edit | Delete | React) -> Step:
         self._messages[row["id"]] = self._changed[row["id"]] = row
-        return self._number(kind, row)
+        return self._number(kind, row, command)
 
     def _own_message(self, command: Edit | Delete) -> Row:
         """The message as it is now, if the user may change it: the author, a moderator, the backend."""
@@ -309,13 +305,15 @@ class Transaction:
             self._touched.add(command.conversation_id)
         return MemberSet(changed=moved)
 
-    def _number(self, kind: Kind, row: Row) -> Step:
+    def _number(self, kind: Kind, row: Row, command: ByUser) -> Step:
         conversation = self._conversations[row["chat_conversation_id"]]
         conversation["last_seq"] += 1
         self._touched.add(conversation["id"])
         step = Step(kind, conversation["last_seq"], row, conversation["mark"])
         conversation["mark"] = self._mark
         self._steps.append(step)
+        if command.rights is not Rights.TRUSTED:  # of what it does itself the backend knows
+            self._errands.tell_message(step.kind, step.seq, row, command)
         return step
 
     # Writing.

@@ -116,15 +116,15 @@ class Writer:
         *,
         node: str | None,
         on_commit: Callable[[Group], None],
-        hooked: bool = False,
+        told: frozenset[str] = frozenset(),
         sessions: Sessions,
         place: Place,
     ) -> None:
-        """`node`: fill the outbox under this name; None: no outbox. `hooked`: messages of clients go to the
-        webhook. `place`: the file that must still be there after a commit."""
+        """`node`: fill the outbox under this name; None: no outbox. `told`: events that the webhook wants.
+        `place`: the file that must still be there after a commit."""
         self._place = place
         self._gone: DatabaseGone | None = None
-        self._engine, self._node, self._on_commit, self._hooked = engine, node, on_commit, hooked
+        self._engine, self._node, self._on_commit, self._told = engine, node, on_commit, told
         self._sessions = sessions
         self._waiting: deque[Submission] = deque()
         self._committing: list[Submission] = []
@@ -311,7 +311,7 @@ class Writer:
         with self._engine.connect() as connection, connection.begin() as transaction:
             if lock_wait is not None:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {lock_wait}")
-            written = Transaction(connection, self._node, self._hooked).run(
+            written = Transaction(connection, self._node, self._told).run(
                 [unpack(command) for command in commands], settled
             )
             if self.failing and not commands:  # an empty transaction would succeed on a full disk

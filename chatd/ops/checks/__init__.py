@@ -25,6 +25,7 @@ ALL: list[Check] = [
     serving.api,
     serving.websocket,
     serving.open_files,
+    serving.backend_calls,
     serving.round_trip,
     public.certificate,
     public.upgrade,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 
 from chatd.client import Disconnected, NotUpgraded, connect
 from chatd.errors import OperatorError
@@ -79,12 +80,37 @@ def open_files(case: Case) -> Finding:
 
 def _limit_of_the_running(case: Case) -> int | None:
     """As it says itself; several workers do not."""
+    found = _metric(case, "process_max_fds")
+    return None if found is None else int(found)
+
+
+def backend_calls(case: Case) -> Iterator[Finding]:
+    """Whether the backend has answered the last time that chatd asked it for a login or a verdict."""
+    asked = (
+        ("auth", "auth.backend_url", case.config.auth.backend_url, "auth_backend_failed"),
+        (
+            "before_message",
+            "webhooks.before_message_url",
+            case.config.webhooks.before_message_url,
+            "hook_failed",
+        ),
+    )
+    for call, key, url, event in asked:
+        answers = _metric(case, f'chatd_backend_answers{{call="{call}"}}') if url and case.running else None
+        if answers == 0:
+            advice = f"The log says why: journalctl -u chatd | grep {event}"
+            yield problem("calls", f"{key}: the last call was not answered as agreed", advice)
+        elif answers is not None:
+            yield ok("calls", f"{key}: nothing is known against it")
+
+
+def _metric(case: Case, name: str) -> float | None:
     try:
         numbers = Backend(case.config).ask("GET", "/metrics").body.decode(errors="replace")
     except Unreachable:
         return None
-    found = [line.split()[1] for line in numbers.splitlines() if line.startswith("process_max_fds ")]
-    return int(float(found[0])) if found else None
+    found = [line.split()[1] for line in numbers.splitlines() if line.startswith(f"{name} ")]
+    return float(found[0]) if found else None
 
 
 async def round_trip(case: Case) -> Finding | None:
