@@ -139,6 +139,9 @@ OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, a
 OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old to publish")
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
+FOREIGN_REFUSED = Counter(
+    "chatd_foreign_refused_total", "Payloads of others on chat.messages that were not passed on", ["field"]
+)
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
 WEBHOOKS_WAITING = Gauge(

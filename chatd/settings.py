@@ -32,6 +32,7 @@ RELOADABLE: dict[str, frozenset[str] | None] = {
             "token_ttl",
         ]
     ),
+    "rooms": frozenset(["client_types"]),
     "limits": None,
     "retention": None,
     "logs": frozenset(["level"]),

@@ -154,6 +154,60 @@ def test_a_bad_backup_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert (rows_of(file), sorted(tmp_path.iterdir())) == (1, before)
 
 
+def modes(directory: Path, pattern: str = "*") -> dict[str, str]:
+    return {file.name: f"{file.stat().st_mode & 0o777:04o}" for file in directory.glob(pattern)}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_database_and_its_copies_are_for_their_owner_alone(tmp_path: Path, umask: int) -> None:
+    """It holds all messages and what signs tokens. Whatever the umask is."""
+    daemon = Daemon(tmp_path)
+    before = os.umask(umask)
+    try:
+        daemon.start()
+        daemon.post(1, 7, "hello")
+        assert modes(tmp_path, "chatd.db*") == dict.fromkeys(
+            ["chatd.db", "chatd.db-shm", "chatd.db-wal"], "0600"
+        )
+        for arguments in (("backup", "copy.db"), ("user", "export", "7", "--output", "seven")):
+            assert daemon.command(*arguments).returncode == 0
+        daemon.stop()
+        assert daemon.command("restore", "copy.db").returncode == 0
+    finally:
+        os.umask(before)
+        daemon.close()
+    found = modes(tmp_path)
+    del found["log"]
+    assert set(found) >= {"chatd.db", "copy.db", "seven"}
+    assert any(name.startswith("chatd.db.before-restore") for name in found)
+    assert set(found.values()) == {"0600"}, found
+
+
+def test_a_database_that_others_can_read_is_closed_to_them(tmp_path: Path) -> None:
+    """As older versions have made them. What a group alone may do somebody has wanted."""
+    file = tmp_path / "chatd.db"
+    migrate(Database(url=f"sqlite:///{file}"))
+    file.chmod(0o644)
+    migrate(Database(url=f"sqlite:///{file}"))
+    assert modes(tmp_path)["chatd.db"] == "0600"
+    file.chmod(0o660)
+    migrate(Database(url=f"sqlite:///{file}"))
+    assert modes(tmp_path)["chatd.db"] == "0660"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("backup", "missing/"), ("user", "export", "7", "--output", "missing/")],
+    ids=lambda one: one[0],
+)
+def test_no_file_gets_the_name_of_a_missing_directory(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    migrate(Database(url=f"sqlite:///{tmp_path / 'chatd.db'}"))
+    ran = Daemon(tmp_path).command(*arguments)
+    assert ran.returncode == 2
+    assert "there is no directory missing/" in ran.stderr
+    assert not (tmp_path / "missing").exists()
+
+
 def test_nothing_is_left_of_an_interrupted_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = database(tmp_path / "chatd.db")
     partial = copies.partial_of(tmp_path / "copy.db")

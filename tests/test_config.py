@@ -239,3 +239,64 @@ def test_show_is_a_command(daemon: Daemon) -> None:
     assert ran.returncode == 0
     assert daemon.token not in ran.stdout
     assert tomllib.loads(ran.stdout)["api"]["bind"] == f"127.0.0.1:{daemon.api_port}"
+
+
+@pytest.mark.parametrize(
+    ("origin", "better"),
+    [
+        ("https://App.Example.com", "https://app.example.com"),
+        ("https://app.example.com:443", "https://app.example.com"),
+        ("http://app.example.com:80", "http://app.example.com"),
+        ("https://user@app.example.com", "https://app.example.com"),
+        ("https://app.example.com/", "https://app.example.com"),
+        ("https://app.example.com/chat?x", "https://app.example.com"),
+        ("Capacitor://localhost", "capacitor://localhost"),
+        ("app.example.com", "https://chat.example.com"),
+        ("*", "https://*.example.com"),
+        ("https://*", "https://*.example.com"),
+        ("https://*.com", "https://*.example.com"),
+        ("https://app.*.com", "https://*.example.com"),
+        ("https://*app.example.com", "https://*.example.com"),
+        ("capacitor://*.localhost", "https://*.example.com"),
+        ("https://", "https://chat.example.com"),
+        ("https://bücher.example", "xn--"),
+        ("https://app.example.com:0", "port"),
+    ],
+)
+def test_an_origin_that_would_never_match_is_refused(origin: str, better: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(None, {"CHATD_API__INTERNAL_TOKEN": "t" * 32, "CHATD_HUB__ORIGINS": origin})
+    (sentence,) = refused.value.mistakes
+    assert sentence.startswith("hub.origins: ")
+    assert better in sentence
+
+
+def test_which_origins_an_entry_lets_in() -> None:
+    listed = [
+        *(
+            "https://app.example.com",
+            "https://*.example.org",
+            "http://*.dev.example:8080",
+            "https://[::1]:8443",
+        ),
+        *("capacitor://localhost", "ionic://localhost", "tauri://localhost", "app://-", "file://", "null"),
+        "chrome-extension://abcdef",
+    ]
+    environ = {"CHATD_API__INTERNAL_TOKEN": "t" * 32, "CHATD_HUB__ORIGINS": ",".join(listed)}
+    allow = config.AllowedOrigins(config.load(None, environ).hub.origins).allow
+    below = ["https://a.example.org", "https://a.b.example.org", "http://x.dev.example:8080"]
+    for origin in [*(one for one in listed if "*" not in one), *below]:
+        assert allow(origin, "chat.example.com"), origin
+    for origin in (
+        *("http://app.example.com", "https://app.example.com:8443", "https://app.example.com.evil.com", ""),
+        *(
+            "https://example.org",
+            "http://a.example.org",
+            "https://a.example.org:8443",
+            "https://evilexample.org",
+        ),
+        *("https://evil.com/.example.org", "https://evil.com#.example.org", "https://u@a.example.org"),
+        *("https://.example.org", "https://*.example.org", "http://x.dev.example", "https://chat.example.com"),
+        *("capacitor://localhost.evil.com", "capacitor://evil", "app://x", "https://localhost"),
+    ):
+        assert not allow(origin, "chat.example.com"), origin

@@ -25,6 +25,8 @@ from chatd.ops import checks
 from chatd.ops.checks import data, machine
 from chatd.ops.finding import Case, Finding, Level, examine, ok
 from chatd.store import engine
+from tests.backend import serving
+from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.nginx import Nginx
@@ -130,6 +132,24 @@ def test_the_limit_is_that_of_the_daemon(daemons: Daemons) -> None:
     daemon = daemons(open_files=2000, api__internal_token=LONG_TOKEN)
     found = inspected(daemon)
     assert wrong(found)["open files"].startswith("warning: the daemon's limit is 2000: room for 1744")
+
+
+def test_a_backend_that_gives_no_verdict(daemons: Daemons) -> None:
+    with serving() as backend:
+        daemon = daemons(
+            api__internal_token=LONG_TOKEN, webhooks__before_message_url=backend.url, webhooks__secret="w" * 32
+        )
+        daemon.token = LONG_TOKEN
+        assert "calls" not in wrong(inspected(daemon))
+        backend.answer = lambda asked: (500, {})
+
+        async def send() -> None:
+            async with login(daemon, 7, {"1": None}) as client:
+                assert (await client.request("send", conversation_id=1, content="x"))["code"] == "unavailable"
+
+        trio.run(send)
+        found = wrong(inspected(daemon))
+        assert found["calls"].startswith("problem: webhooks.before_message_url: the last call")
 
 
 def test_dead_redis(well: Daemon) -> None:

@@ -271,3 +271,14 @@ async def test_which_types_clients_send_is_set(daemons: Daemons, types: str, all
         for name in ("poll", "text", "file"):
             answer = await client.request("send", conversation_id=1, content="x", type=name)
             assert (answer["event"] == "ok") is (name in allowed), name
+
+
+def test_a_role_that_is_misspelt_is_refused(daemons: Daemons) -> None:
+    """It would give no right, and nobody would be told."""
+    daemon, path = daemons(), "/api/ws/conversations/1/members/7"
+    for role in ("Moderator", "moderater", " moderator", "MODERATOR", "moderators"):
+        answer = daemon.request("PUT", path, {"role": role})
+        assert answer.status == 422, role
+        assert "did you mean 'moderator'?" in answer.json["errors"]["role"][0]
+    for role in ("moderator", None, "guest", "admin", "operator", "model"):
+        assert daemon.request("PUT", path, {"role": role}).status == 200, role

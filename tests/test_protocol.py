@@ -8,11 +8,12 @@ from typing import Any
 
 import jwt
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.frame_protocol import FrameDecoder, FrameProtocol
 
-from chatd import protocol
+from chatd import metrics, protocol
 from chatd.auth.tokens import Tokens
 from chatd.bus import payloads
 from chatd.config import Auth
@@ -57,6 +58,25 @@ def test_redis_sees_the_node_and_the_stream_does_not() -> None:
     assert (back.conversation_id, back.seq, back.kind, back.payload) == (1, 12, Kind.CREATED, payload)
     for strange in (b"", b"[]", b'{"event":"message"}', b'{"event":"dance","conversation_id":1,"seq":1}'):
         assert payloads.change_of({b"m": strange}) is None
+
+
+def test_a_foreign_payload_takes_no_name_of_ours() -> None:
+    """Shown as a message it would be an empty one; under its name clients would take it for ours."""
+
+    def passed_on(**fields: Any) -> str | None:
+        found = payloads.foreign_of(json.dumps({"conversation_id": 1} | fields).encode())
+        return found and found[1]
+
+    refused = metrics.FOREIGN_REFUSED.labels("event")._value
+    before = refused.get()
+    wrong: list[Any] = [*(protocol.RESERVED_EVENTS - {"message"}), "", None, 5, {}]
+    with structlog.testing.capture_logs() as lines:
+        for name in wrong:
+            assert passed_on(event=name, content="x") is None, name
+    assert refused.get() - before == len(wrong)
+    assert len(lines) <= 1
+    assert passed_on(event="message", content="x") == passed_on(content="x") == "message"
+    assert passed_on(event="order.paid", content="x") == "order.paid"
 
 
 @given(st.binary(max_size=70_000))

@@ -6,6 +6,7 @@ docs/security.md names them all. S4, S5, S6, S25 and S26 are in test_auth.
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from contextlib import AsyncExitStack
@@ -22,6 +23,7 @@ from tests.client import awake, connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.services import free_port
+from tests.test_limits import status_of_upgrade
 
 SECRET = "s" * 32
 MESSAGES = "/api/ws/messages"
@@ -82,6 +84,23 @@ def test_s7_the_internal_token_is_compared_as_bytes(daemon: Daemon) -> None:
         for method, path in (("POST", MESSAGES), ("GET", "/api/ws/users/1"), ("DELETE", "/nowhere")):
             answer = daemon.request(method, path, headers={"X-Internal-Token": given})
             assert (answer.status, answer.json["message"]) == (401, "Unauthorized")
+
+
+@pytest.mark.parametrize("path", [MESSAGES, "/api/ws/tokens"])  # two ways in: past Quart, and through it
+def test_s7_a_doubled_internal_token_is_none(daemon: Daemon, path: str) -> None:
+    """A proxy that has judged one of them does not know which one counts here."""
+    body = b'{"conversation_id":1,"sender_id":1,"user_id":1,"content":"x"}'
+
+    def answer(*tokens: str) -> int:
+        lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close"]
+        lines += [f"Content-Length: {len(body)}", *(f"X-Internal-Token: {token}" for token in tokens)]
+        with socket.create_connection(("127.0.0.1", daemon.api_port), timeout=10) as peer:
+            peer.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            return int(peer.makefile("rb").readline().split()[1])
+
+    assert answer(daemon.token) == 200
+    for tokens in ((daemon.token, daemon.token), ("x", daemon.token), (daemon.token, "x"), ()):
+        assert answer(*tokens) == 401, tokens
 
 
 async def test_s8_who_guesses_is_slowed_and_nobody_else(daemons: Daemons) -> None:
@@ -272,6 +291,32 @@ def test_s29_the_page_runs_no_script_but_its_own(demo: Daemon, daemon: Daemon) -
     assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == ("nosniff", "no-referrer")
     assert demo.token == DEMO_TOKEN
     assert daemon.get("/").status == 404  # without --demo there is no page
+
+
+STRANGERS = ("evil.example", "evil.example:8080", "localhost.evil.example", "192.0.2.1", "[::")
+
+
+def test_s29_the_demo_answers_to_no_name_of_another_site(demo: Daemon, daemon: Daemon) -> None:
+    """A page whose name was made to lead to this machine is of one origin with it, for a browser."""
+    for host in STRANGERS:
+        for method, path, body in (
+            ("GET", "/demo/token?user=1", None),
+            ("GET", "/", None),
+            ("GET", "/status", None),
+            ("GET", "/api/ws/users/1", None),
+            ("POST", MESSAGES, {"conversation_id": 1, "sender_id": 1, "content": "x"}),
+        ):
+            answer = demo.request(method, path, body, headers={"Host": host})
+            assert answer.status == 403, (host, path)
+            assert b"token" not in answer.body
+    for host in ("localhost", "LOCALHOST:80", f"127.0.0.1:{demo.api_port}", "127.1.2.3", "[::1]:8080"):
+        assert demo.request("GET", "/demo/token?user=1", headers={"Host": host}).status == 200, host
+    assert daemon.request("GET", "/api/ws/users/1", headers={"Host": "chat.internal"}).status == 200
+
+
+async def test_s29_nor_does_its_hub(demo: Daemon) -> None:
+    for host, status in (("evil.example", 403), ("localhost", 101), ("127.0.0.1:6001", 101)):
+        assert await status_of_upgrade(demo, host, f"http://{host}") == status, host
 
 
 async def test_s33_what_is_ephemeral_is_bounded(daemon: Daemon, conversation: int) -> None:

@@ -14,7 +14,7 @@ from quart_trio.wrappers.request import TrioBody
 
 from chatd import __version__
 from chatd.api import conversations, demo, errors, health, messages, status, tokens, users
-from chatd.api.access import check_access
+from chatd.api.access import check_access, check_host
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, Incomplete
 from chatd.api.health import Health
 from chatd.api.hot import Post
@@ -132,7 +132,10 @@ def _guard(app: ChatApp, settings: Settings) -> None:
 
     @app.before_request
     async def check_token() -> None:
+        if settings.now.demo:
+            check_host(request.headers.get("Host", ""))
         if request.path in open_paths:
             return
-        token = request.headers.get("X-Internal-Token", "").encode("utf-8", "surrogateescape")
-        check_access(settings.now.api, token, origin="Origin" in request.headers)
+        given = request.headers.getlist("X-Internal-Token")
+        tokens = [one.encode("utf-8", "surrogateescape") for one in given]
+        check_access(settings.now.api, tokens, origin="Origin" in request.headers)

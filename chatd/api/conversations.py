@@ -19,7 +19,7 @@ from chatd.api.bodies import (
     posted,
 )
 from chatd.chat import Chat
-from chatd.protocol import check_label
+from chatd.chat.members import check_role
 from chatd.store.reads import Page
 
 
@@ -59,7 +59,7 @@ def blueprint(chat: Chat) -> Blueprint:
     async def add_member(conversation_id: int, user_id: int) -> Response:
         """Add a member, bring a removed one back, or change a role or a mute."""
         body = await posted(Membership) if (await request.get_data()) else Membership()
-        check_label("role", body.role or None)
+        check_role(body.role or None)
         muted = body.muted_until
         muted = moment("muted_until", muted) if isinstance(muted, str) else muted
         await chat.members.add(

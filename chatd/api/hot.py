@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from chatd import metrics
-from chatd.api.access import check_access
+from chatd.api.access import check_access, check_host
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, BodyTooSlow, Incomplete
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.messages import check_key, stored
@@ -40,7 +40,7 @@ class Post:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         began, outcome = trio.current_time(), "ok"
         try:
-            status, body, extra = 200, await self._post(dict(scope["headers"]), receive), []
+            status, body, extra = 200, await self._post(scope["headers"], receive), []
         except ChatError as error:
             outcome = error.code
             status, body, extra = error.status, msgspec.json.encode(body_of(error)), _retry_after(error)
@@ -57,9 +57,12 @@ class Post:
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
 
-    async def _post(self, headers: Headers, receive: Any) -> bytes:
-        token = headers.get(b"x-internal-token", b"")
-        check_access(self._settings.now.api, token, origin=b"origin" in headers)
+    async def _post(self, lines: list[tuple[bytes, bytes]], receive: Any) -> bytes:
+        headers = dict(lines)
+        if self._settings.now.demo:
+            check_host(headers.get(b"host", b"").decode("latin-1"))
+        tokens = [value for name, value in lines if name == b"x-internal-token"]
+        check_access(self._settings.now.api, tokens, origin=b"origin" in headers)
         raw = await _body(headers, receive)
         message = decode(NewMessage, raw, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
         command = create(message, check_key(headers.get(b"idempotency-key")))

@@ -9,16 +9,18 @@ import re
 from typing import Any
 
 import msgspec
-import structlog
 from msgspec import UNSET, Struct, UnsetType
 
+from chatd import metrics
 from chatd.limits import MAX_ID
+from chatd.logs import Recurring
 from chatd.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
 from chatd.protocol import RESERVED_EVENTS
 
 FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
 
-log = structlog.get_logger()
+MESSAGE = "message"
+_refused = {field: Recurring("foreign_payload_refused") for field in ("conversation_id", "event")}
 
 
 class _Head(Struct):
@@ -86,6 +88,11 @@ def signal_of(data: bytes) -> Envelope | None:
         return None
 
 
+def _refuse(field: str, **found: Any) -> None:
+    metrics.FOREIGN_REFUSED.labels(field).inc()
+    _refused[field].warn(wanted=field, **found)
+
+
 def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
     """(conversation_id, event name, payload) of somebody else's publication: an object without `node`."""
     if _OF_A_NODE.match(data):
@@ -100,9 +107,12 @@ def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
         return None
     conversation_id = payload.get("conversation_id")
     if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
-        log.warning("foreign_payload_refused", bytes=len(data), most=FOREIGN_BYTES, wanted="conversation_id")
+        _refuse("conversation_id", bytes=len(data), most=FOREIGN_BYTES)
         return None
-    name = payload.get("event")
-    name = name if isinstance(name, str) and name and name not in RESERVED_EVENTS else "message"
+    name = payload.get("event", MESSAGE)
+    if not isinstance(name, str) or not name or (name in RESERVED_EVENTS and name != MESSAGE):
+        # Under a name of ours clients would take it for what it is not; as a message they would show nothing.
+        _refuse("event", conversation_id=conversation_id, found=repr(name)[:100])
+        return None
     body = {key: value for key, value in payload.items() if key not in ("event", "seq")}
     return conversation_id, name, msgspec.json.encode({"event": name} | body)

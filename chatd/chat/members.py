@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
+
 import structlog
 from msgspec import UNSET, UnsetType
 
+from chatd.errors import BadRequest
 from chatd.model import State
+from chatd.protocol import check_label
 from chatd.store.commands import SetMember
+from chatd.store.members import MODERATOR
 from chatd.store.writer import Writer
 
 log = structlog.get_logger()
+
+
+MISSPELT = 0.8  # how close a name is to another that is meant: "operator" is not
+
+
+def check_role(role: str | None) -> None:
+    """One role gives a right; any other is a name of the application's own.
+
+    Raises BadRequest for what looks like the one and would give nothing.
+    """
+    check_label("role", role)
+    if role is None or role == MODERATOR:
+        return
+    if difflib.get_close_matches(role.strip().lower(), [MODERATOR], cutoff=MISSPELT):
+        raise BadRequest(f"The role {role!r} gives no right: did you mean {MODERATOR!r}?", field="role")
 
 
 class Members:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import click
 import msgspec
@@ -25,6 +27,18 @@ from chatd.store.retention import Rules
 
 ID = click.IntRange(1, MAX_ID)
 FILE = click.Path(path_type=Path)
+
+
+class NewFile(click.Path):
+    """A file to be made, or a directory for it: `name/` is one, and no file gets its name if it is missing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.endswith(os.sep) and not Path(value).is_dir():
+            self.fail(f"there is no directory {value} Make it first, or name a file.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+NEW_FILE = NewFile(path_type=Path)
 LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
 # Seconds; by then a daemon has looked whose tokens are void, and ended their connections.
 GONE_AFTER = EVERY + 2.0
@@ -38,7 +52,7 @@ def settings_of(path: Path | None) -> config.Config:
 
 
 @main.command()
-@click.argument("target", type=FILE)
+@click.argument("target", type=NEW_FILE)
 @with_config
 def backup(path: Path | None, target: Path) -> None:
     """Copy the database to a file, or into a directory, while chatd serves.
@@ -108,7 +122,9 @@ def user() -> None:
 
 @user.command()
 @click.argument("user_id", type=ID)
-@click.option("--output", type=FILE, help="A new file, readable by you alone; standard output if not given.")
+@click.option(
+    "--output", type=NEW_FILE, help="A new file, readable by you alone; standard output if not given."
+)
 @with_config
 def export(path: Path | None, user_id: int, output: Path | None) -> None:
     """Print everything, a JSON object a line, each with the `table` it is from."""

@@ -33,7 +33,8 @@ from chatd.config.options import (
     Server,
     Webhooks,
 )
-from chatd.config.rules import contradictions, is_loopback, split_bind
+from chatd.config.origins import AllowedOrigins
+from chatd.config.rules import contradictions, is_loopback, is_loopback_name, split_bind
 from chatd.config.sources import (
     CREDENTIALS,
     DEMO_TOKEN,
@@ -52,6 +53,7 @@ __all__ = [
     "CREDENTIALS",
     "DEMO_TOKEN",
     "SECTIONS",
+    "AllowedOrigins",
     "Api",
     "Auth",
     "Config",
@@ -66,6 +68,7 @@ __all__ = [
     "Server",
     "Webhooks",
     "is_loopback",
+    "is_loopback_name",
     "load",
     "split_bind",
 ]

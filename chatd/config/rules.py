@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
+from chatd.config import origins
 from chatd.config.options import Auth, Config, Webhooks
 
 # What chatd reads must be what it has just written, so it talks to the one server that takes writes.
@@ -47,8 +48,8 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.redis.accept_foreign and not config.redis.url:
         yield "redis.accept_foreign: needs redis.url."
     for origin in config.hub.origins:
-        if not _is_origin(origin):
-            yield f"hub.origins: {origin!r} is no origin; write https://chat.example.com, without a path."
+        if wrong := origins.mistake(origin):
+            yield f"hub.origins: {wrong}."
     for network in config.limits.trusted_proxies:
         if not _is_network(network):
             yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
@@ -119,8 +120,12 @@ def _scheme(url: str) -> str:
         return ""
 
 
-def _is_origin(text: str) -> bool:
-    return _scheme(text) in ("http", "https") and bool(urlsplit(text).netloc) and not urlsplit(text).path
+def is_loopback_name(host: str) -> bool:
+    """Of a Host header, with a port or without one."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

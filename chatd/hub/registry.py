@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import trio
 from msgspec import Struct
@@ -18,7 +17,7 @@ from msgspec import Struct
 from chatd import addresses, metrics
 from chatd.chat.logins import check_standing
 from chatd.chat.presence import USERS, Presence
-from chatd.config import Config, is_loopback
+from chatd.config import AllowedOrigins, Config, is_loopback, is_loopback_name
 from chatd.errors import ChatError, Close, Final
 from chatd.hub.guesses import Guesses
 from chatd.hub.handshakes import Handshakes
@@ -128,7 +127,8 @@ class Registry:
 
     def _apply(self, config: Config) -> None:
         """Rates begin anew; who is here already stays, whatever the limits are now."""
-        self._limits, self._origins, self._leeway = config.limits, config.hub.origins, config.auth.leeway
+        self._limits, self._leeway, self._demo = config.limits, config.auth.leeway, config.demo
+        self._origins = AllowedOrigins(config.hub.origins)
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
         self._handshakes = Handshakes(config.limits.handshakes_per_second)
         self.guesses.allow(config.limits.failed_logins_per_minute)
@@ -142,7 +142,9 @@ class Registry:
         limits, guesser, address = self._limits, self.guesser(address), addresses.counted_as(address)
         if handshake.path != PATH:
             raise Refused(404, "not_found")
-        if handshake.origin is not None and not self._may_come_from(handshake.origin, handshake.host):
+        if self._demo and not is_loopback_name(handshake.host):
+            raise Refused(403, "foreign_host")
+        if handshake.origin is not None and not self._origins.allow(handshake.origin, handshake.host):
             raise Refused(403, "foreign_origin")
         if limits.connections and self._admitted >= limits.connections:
             raise Refused(503, "too_many_connections")
@@ -163,14 +165,6 @@ class Registry:
         self._addresses[address] -= 1
         if not self._addresses[address]:
             del self._addresses[address]
-
-    def _may_come_from(self, origin: str, host: str) -> bool:
-        if self._origins:
-            return origin in self._origins
-        try:
-            return urlsplit(origin).hostname == urlsplit(f"//{host}").hostname is not None
-        except ValueError:
-            return False
 
     def address_of(self, peer: str, forwarded_for: str) -> str:
         """The peer's address; the one that a trusted proxy forwards for, if the peer is one."""

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from chatd.errors import OperatorError
 from chatd.store import migrations, urls
+from chatd.store.private import COMPANIONS, PRIVATE, keep_private
 
 BUSY_SECONDS = 5.0  # that a look at a database waits for whoever writes it
-PRIVATE = 0o600  # a copy holds every message, and what signs tokens
 STEPS = 100_000  # of SQLite's machine, between two moments at which Ctrl-C is heard
-COMPANIONS = ("-wal", "-shm", "-journal")  # files that SQLite takes for a database's own, by their names
 _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
 
 
@@ -120,6 +119,7 @@ def _exchange(target: Path, fresh: Path) -> Path | None:
             with suppress(FileNotFoundError):
                 target.with_name(target.name + suffix).replace(kept.with_name(kept.name + suffix))
         if target.exists():
+            keep_private(target)
             _keep(target, kept)
         fresh.replace(target)
         _sync(target.absolute().parent)

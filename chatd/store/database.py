@@ -24,6 +24,7 @@ from chatd.store.attendance import Attendances
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
 from chatd.store.outbox import Outbox
 from chatd.store.place import Place
+from chatd.store.private import keep_private
 from chatd.store.reader import Reader
 from chatd.store.retention import Retention
 from chatd.store.sessions import Sessions
@@ -133,6 +134,8 @@ def require(config: Database) -> None:
 @contextmanager
 def opened(config: Database) -> Iterator[Engine]:
     """An engine for the block. What a database or its URL is refused for becomes a sentence."""
+    if file := copies.file_of(config.url):
+        keep_private(file)
     with _told(), _disposed(writing_engine(config.url)) as engine:
         if not is_sqlite(engine):
             require_sessions(engine)
