@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +16,17 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
-from chatd.config import Database
-from chatd.errors import ChatError, Unavailable
+from chatd.chat.conversations import Conversations
+from chatd.chat.presence import Presence
+from chatd.config import Api, Config, Database
+from chatd.errors import ChatError, NotFound, Unavailable
 from chatd.hub import sweep
 from chatd.hub.fanout import Announcement, Fanout
 from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
-from chatd.model import Change, Group, Kind, MemberChange, State
+from chatd.hub.subscriptions import Subscriptions
+from chatd.model import Change, Group, Identity, Kind, MemberChange, Position, State
 from chatd.protocol import text_frame
+from chatd.settings import Settings
 from chatd.store import reads
 from chatd.store.commands import Create, SetMember
 from chatd.store.database import Store, open_store
@@ -510,3 +517,107 @@ async def test_a_doubt_that_comes_while_rights_are_looked_at_stays() -> None:
     (room,) = {rooms.join(1, Told(user, doubt), entitled=False).room for user in range(3)}
     await sweep.check_rights(all_removed, room)  # type: ignore[arg-type]
     assert room.members_version == -1
+
+
+class Line:
+    """A connection that takes what it is told."""
+
+    name = "line"
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery, self.told = nursery, bytearray()
+
+    def push(self, frames: bytes) -> None:
+        self.told += frames
+
+    def offer(self, frames: bytes) -> bool:
+        self.told += frames
+        return True
+
+    @asynccontextmanager
+    async def unhurried(self) -> AsyncIterator[None]:
+        yield
+
+    async def drained(self) -> None:
+        pass
+
+
+class Nobody:
+    """Audiences that watch nothing."""
+
+    def visit(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class Slowly:
+    """Conversations whose snapshots are read at once, and handed over when it is time to."""
+
+    def __init__(self, real: Conversations) -> None:
+        self._real, self.read, self.go_on = real, trio.Event(), trio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._real, name)
+        return partial(self._wait, found) if name in ("enter", "enter_all") else found
+
+    async def _wait(self, enter: Callable[..., Any], *arguments: Any) -> Any:
+        found = await enter(*arguments)
+        self.read.set()
+        await self.go_on.wait()
+        return found
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
+@pytest.mark.parametrize("way", ["enter", "enter_all"])
+async def test_a_snapshot_that_is_older_than_a_removal_lets_nobody_hear_what_came_after(
+    repairs: Repairs, nursery: trio.Nursery, way: str, told: bool
+) -> None:
+    """Somebody else's newer snapshot has opened the room, so the removal is no news there any more (G6)."""
+    place, gone = 2, 8
+    config = Config(api=Api(internal_token="x"))
+    conversations = Slowly(Conversations(repairs.store.read, Settings(config), Presence("n", None)))
+    parts: Any = SimpleNamespace(
+        settings=Settings(config),
+        chat=SimpleNamespace(conversations=conversations),
+        rooms=repairs.fanout.rooms,
+        fanout=repairs.fanout,
+        audiences=Nobody(),
+    )
+    line: Any = Line(nursery)
+    await repairs.submit(SetMember(conversation_id=place, user_id=gone, state=State.ACTIVE))
+    slow = Subscriptions(parts, line, flat=False)
+    slow.become(Identity(gone, 2**40, 0, frozenset()))
+
+    async def come_in() -> None:
+        if way == "enter_all":
+            await slow.enter_all({place: Position()}, None, 1)
+            return
+        with suppress(NotFound):
+            await slow.enter(slow.join(place), Position(), None, 1)
+
+    nursery.start_soon(come_in)
+    with trio.fail_after(3):
+        await conversations.read.wait()  # it says that the user is a member, and nothing of the room is known
+    await repairs.submit(SetMember(conversation_id=place, user_id=gone, state=State.REMOVED))
+    removal = repairs._groups[-1].members[0]
+    quick, version = Ear(), removal.version
+    mine = Membership(repairs.fanout.rooms)
+    opening = mine.join(place, quick, entitled=True)
+    opening.settle(0)
+    repairs.fanout.opened(opening.room, 0, None, version)
+    if told:
+        repairs.fanout.member(removal)
+    await wait_all_tasks_blocked()
+    await repairs.submit(Create(conversation_id=place, user_id=9, content="secret"))
+    repairs.fanout.changes(repairs._groups[-1].changes)
+    if told:
+        repairs.fanout.foreign(place, "news", b'{"event":"news","secret":1}')
+    await wait_all_tasks_blocked()
+    assert b"secret" in quick.heard
+    conversations.go_on.set()
+    await wait_all_tasks_blocked()
+    assert b"secret" not in line.told
+    with trio.fail_after(3):
+        while slow.get(place) is not None:
+            await trio.sleep(0.005)
+    assert b"secret" not in line.told
+    mine.leave_all()

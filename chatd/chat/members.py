@@ -17,7 +17,7 @@ from chatd.store.writer import Writer
 log = structlog.get_logger()
 
 
-MISSPELT = 0.8  # how close a name is to another that is meant: "operator" is not
+MISSPELT = 0.85  # how close a name is to another that is meant: "operator" is not
 
 
 def check_role(role: str | None) -> None:

@@ -295,10 +295,14 @@ class Fanout:
         if change.version == (room.members_version or 0) + 1:
             room.members_version = change.version
         active = change.state is State.ACTIVE
-        if not active and not known:
+        if not active:
             for subscription in list(room.subscriptions):
-                if subscription.listener.user_id == change.user_id:
+                if subscription.listener.user_id != change.user_id:
+                    continue
+                if not known:
                     subscription.listener.dropped(subscription)
+                else:  # who is just reading a snapshot was held against nothing yet: it may be an older one
+                    subscription.distrust()
         if change.quiet:
             return
         fields = {"role": change.role} if active and change.role else {}

@@ -15,7 +15,10 @@ PIECE_BYTES = 64 * 1024  # frames joined into one write
 class Piece:
     """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
 
-    __slots__ = ("_changes", "_flat", "_frames", "first", "joined", "last", "mark", "previous")
+    __slots__ = (
+        *("_changes", "_flat", "_frames", "first", "joined", "last"),
+        *("mark", "members_version", "previous"),
+    )
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self._changes = changes
@@ -24,6 +27,7 @@ class Piece:
         self.first, self.last = changes[0].seq, changes[-1].seq
         self.previous, self.mark = changes[0].previous, changes[-1].mark
         self.joined = b"".join(self._frames)
+        self.members_version = max(change.members_version for change in changes)
 
     def follows(self, cursor: int, mark: str | UnsetType | None) -> bool:
         """Whether the change at a cursor, with its mark, is the one before this piece, or in it."""

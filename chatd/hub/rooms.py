@@ -9,8 +9,9 @@ The fanout alone advances heads and delivers; a session alone settles its subscr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Self
 
 from msgspec import UNSET, UnsetType
@@ -35,22 +36,8 @@ class Subscription:
     """
 
     __slots__ = (
-        "_buffer",
-        "_buffered",
-        "_flat",
-        "_opened",
-        "_push",
-        "cursor",
-        "entered",
-        "entitled",
-        "joined",
-        "listener",
-        "mark",
-        "presence",
-        "presence_missed",
-        "room",
-        "torn",
-        "visiting",
+        *("_buffer", "_buffered", "_flat", "_opened", "_push", "cursor", "entered", "entitled", "joined"),
+        *("listener", "mark", "presence", "presence_missed", "room", "torn", "visiting"),
     )
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
@@ -86,14 +73,28 @@ class Subscription:
         self.torn = True
         self.cursor, self.mark, self.entered = position.after or 0, position.mark, True
 
-    def fits(self, seq: int) -> bool:
-        """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out."""
-        # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
-        return not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
+    def distrust(self) -> None:
+        """The snapshot that is being read may be older than a removal: keep nothing, and have it read again."""
+        if self._buffer is not None:
+            self._buffer.clear()
+            self.torn = True
 
-    def settle(self, seq: int, mark: str | UnsetType | None = None) -> bytes:
-        """The snapshot reached `seq`: returns the frames to send after its answer; live from now on."""
-        held, self._buffer = self._buffer or [], None
+    def fits(self, seq: int, members_version: int | None = None) -> bool:
+        """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out, and
+        all of that may be told (see `settle`)."""
+        # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
+        whole = not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
+        return whole and len(self._allowed(members_version)) == len(self._buffer or ())
+
+    def settle(
+        self, seq: int, mark: str | UnsetType | None = None, members_version: int | None = None
+    ) -> bytes:
+        """The snapshot reached `seq`: returns the frames to send after its answer; live from now on.
+
+        `members_version`: the snapshot's; None: the rights are known otherwise. A change before which somebody
+        was removed after that is not told, nor what follows it: it may be this one who was.
+        """
+        held, self._buffer = self._allowed(members_version), None
         self.cursor, self.mark, self.entered = seq, mark, True
         return b"".join(item if isinstance(item, bytes) else self._advance(item) for item in held)
 
@@ -133,6 +134,13 @@ class Subscription:
         if lasting:
             self._keep(frame, len(frame))
         return True
+
+    def _allowed(self, members_version: int | None) -> list[Piece | bytes]:
+        """What was buffered, up to what a snapshot of this version does not say who may hear."""
+        known = math.inf if members_version is None else members_version
+        return list(
+            takewhile(lambda one: isinstance(one, bytes) or one.members_version <= known, self._buffer or ())
+        )
 
     def _advance(self, piece: Piece) -> bytes:
         if piece.last <= self.cursor:

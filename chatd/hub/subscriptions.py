@@ -228,7 +228,7 @@ class Subscriptions:
                 await self._services.audiences.watch(subscription)
             if not subscription.joined:
                 raise NotFound("this subscription was ended meanwhile", field="conversation_id")
-            if subscription.fits(snapshot.seq):
+            if subscription.fits(snapshot.seq, snapshot.members_version):
                 return snapshot
         raise Unavailable("this room is too busy to enter just now")
 
@@ -290,11 +290,12 @@ class Subscriptions:
 
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
         """After the answer: what was buffered and is newer; live from then on."""
-        complete = subscription.fits(snapshot.seq)
-        if frames := subscription.settle(snapshot.seq, snapshot.mark):
+        complete = subscription.fits(snapshot.seq, snapshot.members_version)
+        version = snapshot.members_version
+        if frames := subscription.settle(snapshot.seq, snapshot.mark, version):
             self.push(frames)
         room, fanout = subscription.room, self._services.fanout
-        fanout.opened(room, snapshot.seq, snapshot.mark, snapshot.members_version)
+        fanout.opened(room, snapshot.seq, snapshot.mark, version)
         if not complete:
             self.resync(subscription)
         elif subscription.cursor < (room.head or 0):  # all that was pushed meanwhile has been buffered

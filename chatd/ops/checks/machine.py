@@ -13,8 +13,6 @@ from chatd.config import is_loopback, split_bind
 from chatd.listen import BACKLOG
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.ops.redaction import holds_secret
-from chatd.store import copies
-from chatd.store.private import COMPANIONS
 
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 TOKEN_CHARS = 32  # fewer can be guessed
@@ -76,9 +74,6 @@ def _secret_files(case: Case) -> Iterator[Path]:
     for name, value in sorted(os.environ.items()):
         if name.startswith("CHATD_") and name.endswith("_FILE") and "__" in name:
             yield Path(value)
-    if database := copies.file_of(case.config.database.url):  # it may hold what signs tokens
-        files = (database.with_name(database.name + suffix) for suffix in ("", *COMPANIONS))
-        yield from (file for file in files if file.exists())
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     yield from sorted(Path(directory).glob("*.*")) if directory else ()
 
