@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from chatd import metrics
 from chatd.breaker import Breaker
-from chatd.errors import CallFailed, Final, Outdated, Unauthorized, Unavailable
+from chatd.errors import CallFailed, Final, Outdated, Unauthorized
 from chatd.fetch import Fetcher
 from chatd.model import Identity
 from chatd.protocol import Id
