@@ -248,7 +248,7 @@ def test_another_program_on_the_port(well: Daemon, own_redis: RedisServer) -> No
     port = f"127.0.0.1:{own_redis.port}"
     found = inspected(well, CHATD_API__BIND=port, CHATD_HUB__BIND=f"127.0.0.1:{well.api_port}")
     assert wrong(found)["HTTP API"].startswith("problem: ")
-    assert wrong(found)["WebSocket"].endswith("answers with HTTP 403 instead of a WebSocket")
+    assert wrong(found)["WebSocket"].endswith("answers with HTTP 401 instead of a WebSocket")
 
 
 def test_the_token_of_another_daemon(well: Daemon) -> None:

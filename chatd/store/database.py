@@ -51,8 +51,7 @@ class Store:
         self.attendances = Attendances(self._writing)
         self.retention = Retention(self._writing)
         self.wal = Wal(self._writing) if is_sqlite(self._writing) else None
-        _fact(self._writing, "epoch", secrets.token_hex(8))
-        self.token_secret = _fact(self._writing, "token_secret", secrets.token_hex(32))
+        self.token_secret = _make_facts(self._writing)
 
     def writer(
         self, *, node: str | None, on_commit: Callable[[Group], None], told: frozenset[str] = frozenset()
@@ -84,7 +83,9 @@ def open_store(config: Database) -> Store:
 def migrate(config: Database) -> tuple[str | None, str]:
     """The schema's revision before and after. Raises OperatorError."""
     with opened(config) as engine:
-        return _upgrade(config, engine)
+        revisions = _upgrade(config, engine)
+        _make_facts(engine)  # so that `chatd token` works before the first daemon does
+        return revisions
 
 
 def token_secret(config: Database) -> str:
@@ -227,6 +228,12 @@ def _report(upgrade: tuple[str | None, str]) -> None:
         log.info("database_created", reason="there was none under database.url, so everything begins anew")
     elif before != after:
         log.info("schema_migrated", before=before, after=after)
+
+
+def _make_facts(engine: Engine) -> str:
+    """The epoch and the secret that signs tokens, unless they are there. Returns the secret."""
+    _fact(engine, "epoch", secrets.token_hex(8))
+    return _fact(engine, "token_secret", secrets.token_hex(32))
 
 
 def _fact(engine: Engine, key: str, fresh: str) -> str:
