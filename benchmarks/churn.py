@@ -80,7 +80,7 @@ class Churn:
         with suppress(Closed, OSError):
             line = await Line.open(self._node.hub_port, f"127.0.0.{2 + user % SOURCES}")
             try:
-                await line.send("auth", ref=1, token=self._tokens.issue(user, 3600), rooms={room: 0})
+                await line.send("auth", ref=1, token=self._tokens.issue(user, 3600), rooms={room: None})
                 self.joins += 1
                 with trio.move_on_after(random.expovariate(1 / self._stay)):
                     while True:
