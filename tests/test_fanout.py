@@ -208,7 +208,7 @@ async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repai
         repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, None, 0)
         next(iter(mine)).settle(0)
         leavers.append(mine)
-    big = [Change(1, seq, Kind.CREATED, b"x" * 100_000) for seq in range(1, 8)]
+    big = [Change(1, seq, Kind.CREATED, b"x" * 100_000, previous=None) for seq in range(1, 8)]
     repairs.fanout.changes(big)
     with trio.fail_after(2):
         while not repairs.ear.resynced:
@@ -259,6 +259,21 @@ async def test_the_first_change_of_another_history_starts_the_room_over(repairs:
     assert len(repairs.ear.resynced) == 1
 
 
+async def test_a_relayed_change_does_not_join_two_histories(repairs: Repairs) -> None:
+    """The room missed where the other history began, and the outbox does not say what this change follows."""
+    lost = [replace(change, mark=f"lost {change.seq}") for change in repairs.changes[:350]]
+    repairs.fanout.changes(
+        [replace(one, previous=f"lost {one.seq - 1}" if one.seq > 1 else None) for one in lost]
+    )
+    await repairs.heard(*range(1, 351))
+    repairs.fanout.changes(relayed(repairs.changes[350:351]))
+    await until(lambda: repairs.ear.resynced)
+    await repairs.heard(*range(1, 351))
+    room = repairs.fanout.rooms.get(1)
+    assert room is not None
+    assert (room.head, room.mark) == (400, repairs.changes[-1].mark)
+
+
 async def test_the_sweep_finds_that_the_database_went_back(repairs: Repairs) -> None:
     repairs.fanout.changes(repairs.changes)
     await repairs.heard(*range(1, 401))
@@ -268,6 +283,11 @@ async def test_the_sweep_finds_that_the_database_went_back(repairs: Repairs) -> 
     rewind(repairs, 300)
     await repairs.fanout.sweep.once()
     await until(lambda: repairs.ear.resynced)
+
+
+def relayed(changes: list[Change]) -> list[Change]:
+    """As an outbox brings them."""
+    return [replace(change, members_version=2**53 - 1, previous=UNSET) for change in changes]
 
 
 def rewind(repairs: Repairs, seq: int) -> None:
@@ -361,7 +381,7 @@ async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
     enter(repairs, other, 2, version=5)
     repairs.fanout.changes(after_a_removal(repairs.changes[:1]))
     frame = b'{"event":"message","conversation_id":2}'
-    repairs.fanout.changes([Change(2, 1, Kind.CREATED, frame, members_version=5)])
+    repairs.fanout.changes([Change(2, 1, Kind.CREATED, frame, members_version=5, previous=None)])
     with trio.fail_after(0.5):
         while not other.heard:
             await trio.sleep(0.005)
@@ -369,12 +389,13 @@ async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
 
 
 async def test_what_was_told_late_is_asked_for_once(repairs: Repairs) -> None:
-    """Rows from the outbox do not know their version any more: each must be judged, none for ever."""
+    """Rows from the outbox do not know their version any more, nor what came before: one read tells both."""
+    repairs.fanout.changes(repairs.changes[:350])
+    await repairs.heard(*range(1, 351))
     database = watched(repairs)
-    relayed = [Change(c.conversation_id, c.seq, c.kind, c.payload, 2**53 - 1) for c in repairs.changes[:50]]
-    repairs.fanout.changes(relayed)
-    await repairs.heard(*range(1, 51))
-    assert database.asked == ["rights"]
+    repairs.fanout.changes(relayed(repairs.changes[350:]))
+    await repairs.heard(*range(1, 401))
+    assert database.asked == ["missing"]
 
 
 @pytest.mark.parametrize(
@@ -431,7 +452,7 @@ async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatc
     database.away.add(1)
     room = repairs.fanout.rooms.get(1)
     assert room is not None
-    many = [Change(1, seq, Kind.CREATED, b"x", 9) for seq in range(1, AHEAD_CHANGES + 2)]
+    many = [Change(1, seq, Kind.CREATED, b"x", 9, previous=None) for seq in range(1, AHEAD_CHANGES + 2)]
     repairs.fanout.changes(many)
     with trio.fail_after(3):
         while not (room.stale and len(database.asked) > 1):  # a try at reading takes the mark off for a moment

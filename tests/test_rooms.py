@@ -8,6 +8,8 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from chatd.hub.pieces import Piece, pieces
 from chatd.hub.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
@@ -43,7 +45,7 @@ class Ear:
 
 
 def change(seq: int, kind: Kind = Kind.CREATED) -> Change:
-    return Change(1, seq, kind, str(seq).encode())
+    return Change(1, seq, kind, str(seq).encode(), previous=None)
 
 
 def piece(*seqs: int) -> Piece:
@@ -69,7 +71,7 @@ def test_any_order_with_echoes_comes_out_once_and_in_order(
             subscription.deliver(one)
             subscription.deliver(one)  # an echo through Redis, say
     assert ear.seqs == list(range(head + 1, 30))
-    assert not room.behind
+    assert not room.ahead
 
 
 @given(st.lists(st.integers(1, 12), min_size=1), st.integers(0, 12), st.integers(0, 12))
@@ -139,7 +141,7 @@ def test_a_room_that_holds_too_much_reads_the_database_instead() -> None:
 def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
     ear = Ear()
     subscription = Subscription(Room(1), ear, entitled=True)
-    big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1))
+    big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1), previous=None)
     subscription.deliver(Piece([big]))
     assert subscription.torn
     subscription.hold()
@@ -185,6 +187,17 @@ def test_a_change_that_follows_another_one_is_not_taken() -> None:
     assert room.behind
     assert not room.in_doubt, "it is the history that is doubted, not who may hear it"
     assert [c.mark for c in room.accept([marked("a", 6)])] == ["a6"]
+
+
+def test_a_change_of_which_nobody_knows_what_came_before_is_read_again() -> None:
+    """The change at the head may have been missed as well, and then this one is of another history."""
+    room = at(5)
+    relayed = replace(marked("b", 6), previous=UNSET)
+    assert room.accept([relayed]) == []
+    assert room.behind
+    room.stale = False  # a repair has begun to read
+    assert room.accept([relayed]) == []
+    assert [c.mark for c in room.accept([marked("a", 6)])] == ["a6"], "the database's"
 
 
 def test_an_old_change_that_is_known_is_no_surprise() -> None:
@@ -314,7 +327,8 @@ async def test_a_thousand_tasks_join_leave_and_are_cancelled_at_random_points(se
                 if room.head is None:
                     continue
                 payload = b"%d:%d" % (room.conversation_id, room.head + 1)
-                ready = room.accept([Change(room.conversation_id, room.head + 1, Kind.CREATED, payload)])
+                following = Change(room.conversation_id, room.head + 1, Kind.CREATED, payload, previous=None)
+                ready = room.accept([following])
                 for one in pieces(ready):
                     for subscription in list(room.subscriptions):
                         subscription.deliver(one)

@@ -227,7 +227,8 @@ class RedisBus:
         self._behind = False  # set again by an overflow while we read
 
         def publish(row: Left) -> None:
-            # Its version is not known any more, and removals may have been lost: everybody shall ask.
+            # Neither its version nor the mark before it is known any more: a node that has not told it yet
+            # reads it from the database, with the rights.
             self._send(client, [(row.node, payload, MAX_ID, UNSET) for payload in row.payloads])
 
         while True:

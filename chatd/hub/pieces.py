@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from msgspec import UNSET, UnsetType
+from msgspec import UnsetType
 
 from chatd.model import Change, Kind
 from chatd.protocol import text_frame
@@ -32,7 +32,7 @@ class Piece:
     def follows(self, cursor: int, mark: str | UnsetType | None) -> bool:
         """Whether the change at a cursor, with its mark, is the one before this piece, or in it."""
         if cursor + 1 == self.first:
-            return self.previous is UNSET or self.previous == mark
+            return self.previous == mark
         return self.first <= cursor <= self.last and self._changes[cursor - self.first].mark == mark
 
     def after(self, cursor: int, flat: bool) -> bytes:

@@ -215,7 +215,7 @@ class Room:
         """
         for change in changes:
             if self.head is None or change.seq > self.head:
-                self.forget([change.seq])  # what the database says replaces what others claimed
+                self.forget([change.seq])  # the one that came last counts: a repair brings the database's
                 self.ahead[change.seq] = change
                 self._ahead_bytes += len(change.payload)
             elif self._contradicts(change):
@@ -244,8 +244,11 @@ class Room:
         return self.ahead.pop(self.head)
 
     def _follows(self, change: Change) -> bool:
-        """Whether the next change is of the same history, as far as that can be told without the database."""
-        return change.previous == self.mark or (change.previous is UNSET and not self.stale)
+        """Whether the next change continues the history that was told here.
+
+        One whose previous mark is not known (from an outbox, say) may continue another: the repair reads it.
+        """
+        return change.previous == self.mark
 
     def _contradicts(self, change: Change) -> bool:
         """Whether an old change may be of another history: what came twice is not, as far as that is known."""
@@ -285,9 +288,9 @@ class Room:
     def begin_anew(self, head: int, mark: str | None, members_version: int) -> None:
         """The database holds another history, which stands here. All subscriptions are to be read anew."""
         self.head, self.mark, self.opened_at = head, mark, head
-        self.members_version = (
-            members_version  # of the other history too: a later snapshot holds all against it
-        )
+        # The old history's version says nothing about this one. The snapshot that each subscription reads now
+        # checks its user's rights.
+        self.members_version = members_version
         self._repaired = None
         self._drop_ahead()  # nobody knows of which history that is
         self.stale = True
