@@ -19,6 +19,7 @@ import msgspec
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec import UNSET
 
 from chatd.config import Database
 from chatd.errors import ChatError
@@ -186,6 +187,7 @@ class Chats(RuleBasedStateMachine):
         self.model = Model()
         self.waiting: list[tuple[Any, Any]] = []  # (command, the answer expected)
         self.committed = {1: 0, 2: 0}  # changes that were told live
+        self.marks: dict[int, list[str | None]] = {1: [], 2: []}  # of them
         # Both conversations are there: what makes one is other tests' subject.
         for place in (1, 2):
             self._wait(
@@ -274,6 +276,7 @@ class Chats(RuleBasedStateMachine):
         assert [_plain(answer) for answer in answers] == [expected for _, expected in waiting]
         for change in group.changes:
             self.committed[change.conversation_id] += 1
+            self.marks[change.conversation_id].append(change.mark)
             assert change.seq == self.committed[change.conversation_id], "told live, in order, each once"
             told = msgspec.json.decode(change.payload)
             assert told["id"] == self.model.logs[change.conversation_id][change.seq - 1]
@@ -281,12 +284,22 @@ class Chats(RuleBasedStateMachine):
     # What is true then.
 
     @precondition(lambda self: not self.waiting)
-    @rule(place=PLACES, user=USERS, after=st.none() | st.integers(0, 12), entitled=st.booleans())
-    def enter(self, place: int, user: int, after: int | None, entitled: bool) -> None:
+    @rule(
+        place=PLACES,
+        user=USERS,
+        after=st.none() | st.integers(0, 12),
+        entitled=st.booleans(),
+        proof=st.sampled_from(["none", "its own", "another"]),
+    )
+    def enter(self, place: int, user: int, after: int | None, entitled: bool, proof: str) -> None:
+        """A mark decides, and the epoch is not looked at: the changes that have it are the ones that follow."""
+        marks = [None, *self.marks[place]]
+        own = marks[after] if after is not None and after < len(marks) else None
+        mark = {"none": UNSET, "its own": own, "another": "another"}[proof]
+        epoch = None if mark is UNSET else "another"
         with self.store._reading.begin() as connection:
-            (found,) = snapshots.snapshots(
-                connection, [Entry(user, [(place, Position(after), entitled)], True, 100)]
-            )
+            entry = Entry(user, [(place, Position(after, mark), entitled)], epoch, 100)
+            (found,) = snapshots.snapshots(connection, [entry])
         snapshot = found[place]
         if not self.model.may(place, user, Rights.ENTITLED if entitled else Rights.MEMBER):
             assert not isinstance(snapshot, Snapshot)
@@ -297,7 +310,7 @@ class Chats(RuleBasedStateMachine):
         cursors = {(c.user_id, c.read, c.delivered) for c in snapshot.receipts}
         theirs = {(u, *both) for (p, u), both in self.model.cursors.items() if p == place and any(both)}
         assert cursors == theirs
-        if after is None or after <= len(log):
+        if after is None or (after <= len(log) and proof != "another"):
             assert snapshot.recovered
             told = [msgspec.json.decode(change.payload) for change in snapshot.changes]
             missed = list(enumerate(log, 1))[after:] if after is not None else []
