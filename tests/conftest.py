@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from chatd.config import Database
 from chatd.store.database import migrate
@@ -15,6 +16,15 @@ from tests.daemon import Daemon
 from tests.services import PostgresServer, RedisServer
 
 Daemons = Callable[..., Daemon]
+
+# Where Rich is installed structlog takes its tracebacks, which cost seconds each: a writer would miss its
+# deadline.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 # They boot a systemd, which takes root and a minute: `make test-systemd`.
 collect_ignore = [] if "CHATD_TEST_SYSTEMD" in os.environ else ["booted"]
