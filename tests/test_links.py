@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import trio
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection, Message, RejectConnection, Request, TextMessage
 
+from chatd.errors import Final
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
@@ -354,6 +357,76 @@ async def test_what_is_posted_after_the_101_of_a_trivial_client_arrives(daemon: 
         async with peer(daemon, f"/ws?token={token}&conversation_id={conversation}") as one:
             await trio.to_thread.run_sync(daemon.post, conversation, 2, "right after")
             assert (await one.until("message"))["content"] == "right after"
+
+
+async def test_nothing_comes_before_the_101_of_a_trivial_client(daemons: Daemons) -> None:
+    """Others of the same user come meanwhile, and each of the user's connections is asked whether it lives."""
+    daemon = await trio.to_thread.run_sync(
+        lambda: daemons(hub__allow_query_token="true", limits__connections_per_user=2)
+    )
+    token = await trio.to_thread.run_sync(daemon.token_for, 1)
+    ends: list[int] = []
+
+    async def come() -> None:
+        async with peer(daemon, f"/ws?token={token}&conversation_id=1") as one:
+            ends.append(one.refused)
+
+    for _ in range(5):
+        async with trio.open_nursery() as nursery:
+            for _ in range(12):
+                nursery.start_soon(come)
+    assert ends == [0] * 60
+
+
+class SlowLogins(Daemon):
+    """Once it has looked whether a login counts, it makes the file `looked` and waits for the file `go`."""
+
+    planted = """
+import pathlib, trio
+from chatd.cli import main
+from chatd.chat.logins import Logins
+
+look = Logins.standings
+
+async def slow(self, user_ids):
+    found = await look(self, user_ids)
+    pathlib.Path("looked").touch()
+    while not pathlib.Path("go").exists():
+        await trio.sleep(0.01)
+    return found
+
+Logins.standings = slow
+main()
+"""
+
+    def program(self) -> list[str]:
+        return [sys.executable, "-c", self.planted]
+
+
+async def test_a_trivial_client_that_is_banned_while_it_comes_in_is_sent_away(tmp_path: Path) -> None:
+    """And not by the next sweep: what the database said of its login is older than the ban."""
+    daemon = SlowLogins(tmp_path, hub__allow_query_token="true")
+    try:
+        await trio.to_thread.run_sync(daemon.start)
+        token = await trio.to_thread.run_sync(daemon.token_for, 1)
+
+        async def ban() -> None:
+            with trio.fail_after(PATIENCE):
+                while not (tmp_path / "looked").exists():
+                    await trio.sleep(0.01)
+            answer = await trio.to_thread.run_sync(daemon.request, "PUT", "/api/ws/users/1/ban", {})
+            assert answer.status == 200
+            (tmp_path / "go").touch()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ban)
+            async with peer(daemon, f"/ws?token={token}&conversation_id=1") as one:
+                with trio.fail_after(2):
+                    while one.code is None:
+                        await one.some()
+                assert one.code == Final.BANNED.code
+    finally:
+        await trio.to_thread.run_sync(daemon.close)
 
 
 async def test_a_trivial_client_stays_longer_than_a_login_may_take(daemon: Daemon, conversation: int) -> None:

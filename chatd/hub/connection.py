@@ -337,8 +337,9 @@ class Connection:
             self._send_ping(now)
 
     def probe(self) -> None:
-        """Ask for a sign of life now."""
-        if self._ping is None or self._ping.answered:
+        """Ask for a sign of life now. Who waits for the answer to its handshake has just given one, and a ping
+        would come before that answer."""
+        if self._outbox.answered and (self._ping is None or self._ping.answered):
             self._send_ping(trio.current_time())
 
     def silent_for(self, now: float) -> float:

@@ -43,8 +43,9 @@ class TrivialSession(Session):
     async def _enter(self, query: dict[str, str]) -> tuple[Subscription, Snapshot]:
         conversation_id = _id_from_text(query.get("conversation_id", ""))
         token = query["token"]
-        identity = await self._chat.logins.checked(token, await self._verify(token))
-        await self._become(identity)
+        identity = await self._verify(token)
+        await self._become(identity)  # first: whoever is banned from here on is found among the connected
+        await self._become(await self._chat.logins.checked(token, identity))
         return await self._rooms.prepare(conversation_id)
 
     async def _greet(self, handshake: Handshake) -> None:
