@@ -32,6 +32,10 @@ SLACK = 3.0  # seconds of ours on top of every deadline, for a busy machine
 ROOMS, CONNECTIONS, SENDS = 3, 2, 1
 MEGABYTE = 1024 * 1024
 OUTBOX_LIMIT = MEGABYTE
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,22 @@ async def test_connections_of_an_address_are_limited(daemons: Daemons) -> None:
         assert_overloaded(await refusal(daemon, X_Forwarded_For="203.0.113.1, 198.51.100.7"))
         assert await refusal(daemon, X_Forwarded_For="198.51.100.8") is None
     await until_accepted(daemon, X_Forwarded_For="198.51.100.7")
+
+
+async def test_a_connection_counts_until_its_descriptor_is_free(daemons: Daemons) -> None:
+    """Its goodbye is said, and it goes on sending: as long as that is read it has its place."""
+    daemon = await trio.to_thread.run_sync(partial(daemons, limits__connections_per_address=1))
+    peer = await trio.open_tcp_stream("127.0.0.1", daemon.hub_port)
+    async with peer:
+        await peer.send_all(UPGRADE)
+        assert b" 101 " in await peer.receive_some()
+        await peer.send_all(b"\x82\x81\0\0\0\0x")  # a binary frame, which the server ends with 4501
+        with trio.fail_after(2 * SLACK):
+            async for _ in peer:  # its goodbye, and the end of its half
+                pass
+        await peer.send_all(b"x")
+        assert_overloaded(await refusal(daemon))
+    await until_accepted(daemon)
 
 
 async def test_who_is_no_trusted_proxy_names_no_address(daemons: Daemons) -> None:

@@ -27,7 +27,7 @@ from wsproto.utilities import ProtocolError
 from chatd import metrics
 from chatd.errors import Close, Final
 from chatd.hub.heartbeat import Ping
-from chatd.hub.outbox import Outbox
+from chatd.hub.outbox import LINGER_PAUSE, LINGER_SECONDS, Outbox
 from chatd.hub.registry import Admission, Handshake, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
@@ -74,6 +74,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     """
     outbox: Outbox | None = None
     stay: Stay | None = None
+    admitted: list[Admission] = []  # at most one: it counts until its descriptor is free
     try:
         try:
             async with trio.open_nursery() as nursery:
@@ -81,7 +82,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
                 most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
                 outbox = Outbox(stream, nursery, unfinished_bytes=most)
                 stay = Stay(services.lobby, stream, key_of(stream), outbox.abort)
-                await _talk(services, stay, connected, outbox, nursery)
+                await _talk(services, stay, connected, outbox, nursery, admitted)
         except* _EXPECTED as group:
             metrics.FAILED.inc()
             log.debug("connection_failed", error=_innermost(group))
@@ -90,8 +91,10 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             metrics.FAILED.inc()
             _broken.warn(error=_innermost(group), exc_info=group)
         if outbox is not None:
-            await outbox.linger()
+            await outbox.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
     finally:
+        for admission in admitted:
+            admission.give_back()
         if stay is not None:
             stay.leave()
         if outbox is not None:
@@ -104,25 +107,25 @@ async def _talk(
     connected: dict[Connection, None],
     outbox: Outbox,
     nursery: trio.Nursery,
+    admitted: list[Admission],
 ) -> None:
     """From the handshake to the goodbye. Nothing of this connection runs in the nursery after that."""
     try:
-        if opened := await _shake_hands(services, stay, outbox, nursery):
-            connection, session, admission = opened
+        if opened := await _shake_hands(services, stay, outbox, nursery, admitted):
+            connection, session = opened
             del opened  # a frame that lives as long as a connection keeps no more than it needs
-            with admission:
-                connected[connection] = None
-                try:
-                    await connection.run(session)
-                finally:
-                    del connected[connection]
+            connected[connection] = None
+            try:
+                await connection.run(session)
+            finally:
+                del connected[connection]
     finally:
         nursery.cancel_scope.cancel()
 
 
 async def _shake_hands(
-    services: Services, stay: Stay, outbox: Outbox, nursery: trio.Nursery
-) -> tuple[Connection, Session, Admission] | None:
+    services: Services, stay: Stay, outbox: Outbox, nursery: trio.Nursery, admitted: list[Admission]
+) -> tuple[Connection, Session] | None:
     """None for a peer who was refused, and told so."""
     registry = services.registry
     deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
@@ -139,7 +142,7 @@ async def _shake_hands(
             peer = str(stay.stream.socket.getpeername()[0])
             address = registry.address_of(peer, handshake.forwarded_for)
             stay.enter(registry.guesser(address) or "")
-            admission = registry.admit(handshake, address)
+            admitted.append(registry.admit(handshake, address))
         except Refused as refusal:
             metrics.REJECTED.labels(refusal.reason).inc()
             _log_refusal(refusal, request)
@@ -153,10 +156,9 @@ async def _shake_hands(
             connection.open(await request.accept(subprotocol=_chosen(handshake)))
         except BaseException:
             session.end()
-            admission.give_back()
             raise
     outbox.message_finished()
-    return connection, session, admission
+    return connection, session
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:

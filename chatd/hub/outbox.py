@@ -184,7 +184,7 @@ class Outbox(trio.abc.Stream):
             self.too_slow = True
             self.abort()
 
-    async def linger(self) -> None:
+    async def linger(self, seconds: float = LINGER_SECONDS) -> None:
         """End the connection so that the peer sees what it was told last. Nobody else reads any more.
 
         To close a socket with unread input resets the connection, and the reset overtakes the goodbye. So what
@@ -193,7 +193,7 @@ class Outbox(trio.abc.Stream):
         self.ended = True
         if self.cut or not self.answered:
             return
-        with trio.move_on_after(LINGER_SECONDS):
+        with trio.move_on_after(seconds):
             try:
                 await self._flush_while_it_moves()
                 if not self._queue and not self.cut and not self.peer_finished:

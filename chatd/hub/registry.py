@@ -56,7 +56,7 @@ class Refused(Exception):
 
 
 class Admission:
-    """Somebody is counted among the connected. Given back when its block ends."""
+    """Somebody is counted among the connected, until it is given back."""
 
     __slots__ = ("_address", "_registry")
 
@@ -65,12 +65,6 @@ class Admission:
 
     def give_back(self) -> None:
         self._registry.give_back(self._address)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
 
 
 class Peer(Protocol):
