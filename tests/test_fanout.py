@@ -642,3 +642,36 @@ async def test_a_snapshot_that_is_older_than_a_removal_lets_nobody_hear_what_cam
             await trio.sleep(0.005)
     assert b"secret" not in line.told
     mine.leave_all()
+
+
+async def test_a_room_that_waits_keeps_its_epoch_where_the_database_does_not_answer(
+    repairs: Repairs, nursery: trio.Nursery
+) -> None:
+    """The integer that the client came with is of the history that its login named, also at the second try."""
+    asked: list[tuple[Position, str | None]] = []
+
+    class Away(Conversations):
+        async def enter(
+            self, identity: Identity, conversation_id: int, position: Position, epoch: str | None
+        ) -> Any:
+            asked.append((position, epoch))
+            raise Unavailable
+
+    config = Config(api=Api(internal_token="x"))
+    parts: Any = SimpleNamespace(
+        settings=Settings(config),
+        chat=SimpleNamespace(conversations=Away(repairs.store.read, Settings(config), Presence("n", None))),
+        rooms=repairs.fanout.rooms,
+        fanout=repairs.fanout,
+        audiences=Nobody(),
+    )
+    line: Any = Line(nursery)
+    rooms = Subscriptions(parts, line, flat=False)
+    rooms.become(Identity(1, 2**40, 0, frozenset()))
+    subscription = rooms.join(1)
+    subscription.wait_at(Position(5), "this history")  # as after a `ready` that had no room for its changes
+    with pytest.raises(Unavailable):
+        await rooms.enter(subscription, Position(9), "the client's word", 1)
+    await until(lambda: len(asked) == 2)
+    assert asked == [(Position(9), "the client's word"), (Position(5), "this history")]
+    rooms.leave_all()

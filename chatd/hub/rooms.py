@@ -30,14 +30,15 @@ BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is bei
 
 class Subscription:
     """Nothing with `seq <= cursor` is pushed to it: replay, repair and the echo through Redis are safe.
-    `mark` is that of the change at the cursor: what does not follow that one is of another history.
+    `mark` is that of the change at the cursor: what does not follow that one is of another history. Where it is
+    not known, the history is the one that `epoch` names.
 
     It is buffering from the moment it joins until its snapshot is answered, so that no change falls between.
     """
 
     __slots__ = (
-        *("_buffer", "_buffered", "_flat", "_opened", "_push", "cursor", "entered", "entitled", "joined"),
-        *("listener", "mark", "presence", "presence_missed", "room", "torn", "visiting"),
+        *("_buffer", "_buffered", "_flat", "_opened", "_push", "cursor", "entered", "entitled"),
+        *("epoch", "joined", "listener", "mark", "presence", "presence_missed", "room", "torn", "visiting"),
     )
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
@@ -45,6 +46,7 @@ class Subscription:
         self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
         self.mark: str | UnsetType | None = None
+        self.epoch: str | None = None
         self.joined = True
         self.entered = False  # a snapshot was answered: the client knows that it is in
         self.presence = False  # it wants to know who comes online and goes
@@ -67,11 +69,12 @@ class Subscription:
         self.torn = False  # the buffer has lost something
         self._opened = self.room.head is not None
 
-    def wait_at(self, position: Position) -> None:
+    def wait_at(self, position: Position, epoch: str | None) -> None:
         """Keep nothing until a snapshot is about to be read: that may take long, and all of it is read then."""
         self.hold()
         self.torn = True
-        self.cursor, self.mark, self.entered = position.after or 0, position.mark, True
+        self.cursor, self.mark, self.epoch = position.after or 0, position.mark, epoch
+        self.entered = True
 
     def distrust(self) -> None:
         """The snapshot that is being read may be older than a removal: keep nothing, and have it read again."""

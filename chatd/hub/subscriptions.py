@@ -65,7 +65,7 @@ class Subscriptions:
             subscription.torn = True  # what is being read just now must be read again
         else:
             metrics.RESETS.labels("overflow").inc()
-            subscription.wait_at(Position(subscription.cursor, subscription.mark))
+            subscription.wait_at(Position(subscription.cursor, subscription.mark), subscription.epoch)
             self._line.nursery.start_soon(self._start_over, subscription)
 
     def dropped(self, subscription: Subscription) -> None:
@@ -191,7 +191,7 @@ class Subscriptions:
                     self.leave(conversation_id)
                     self._tell_unsubscribed(conversation_id, NotFound())
         if waiting := [joined[id] for id, snapshot in entered.items() if snapshot.later]:
-            self._line.nursery.start_soon(self._follow, waiting, found.epoch)
+            self._line.nursery.start_soon(self._follow, waiting)
 
     def _part_of_ready(
         self, subscription: Subscription, snapshot: Snapshot, position: Position
@@ -204,15 +204,15 @@ class Subscriptions:
 
     def _begin_or_wait(self, subscription: Subscription, snapshot: Snapshot, position: Position) -> None:
         if snapshot.later:
-            subscription.wait_at(position)
+            subscription.wait_at(position, snapshot.epoch)
         else:
             self._count(snapshot, position)
             self._settle(subscription, snapshot)
 
-    async def _follow(self, waiting: Iterable[Subscription], epoch: str | None) -> None:
+    async def _follow(self, waiting: Iterable[Subscription]) -> None:
         """What did not fit into a `ready`: one room after the other, as the client takes it."""
         for subscription in waiting:
-            await self._start_over(subscription, epoch)
+            await self._start_over(subscription)
 
     # Snapshots.
 
@@ -245,23 +245,23 @@ class Subscriptions:
         if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # something was let go of
             self.resync(subscription)
 
-    async def _start_over(self, subscription: Subscription, epoch: str | None = None) -> None:
+    async def _start_over(self, subscription: Subscription) -> None:
         """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
         while subscription.joined and subscription.buffering:
             try:
-                await self._read_anew(subscription, epoch)
+                await self._read_anew(subscription)
             except Unavailable:
                 await trio.sleep(RESYNC_RETRY)
             except NotFound:
                 if subscription.joined:
                     self.dropped(subscription)
 
-    async def _read_anew(self, subscription: Subscription, epoch: str | None) -> None:
+    async def _read_anew(self, subscription: Subscription) -> None:
         async with self._line.unhurried():
             if not subscription.buffering:
                 return  # the client has asked meanwhile
             position = Position(subscription.cursor, subscription.mark)
-            snapshot = await self._snapshot(subscription, position, epoch)
+            snapshot = await self._snapshot(subscription, position, subscription.epoch)
             await self._replay(subscription, snapshot, position)
 
     async def _replay(
