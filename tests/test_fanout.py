@@ -16,6 +16,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
+from chatd import metrics
 from chatd.chat.conversations import Conversations
 from chatd.chat.presence import Presence
 from chatd.config import Api, Config, Database
@@ -283,6 +284,21 @@ async def test_the_sweep_finds_that_the_database_went_back(repairs: Repairs) -> 
     rewind(repairs, 300)
     await repairs.fanout.sweep.once()
     await until(lambda: repairs.ear.resynced)
+
+
+async def test_a_room_that_retention_has_overtaken_is_not_called_another_history(repairs: Repairs) -> None:
+    repairs.fanout.changes(repairs.changes[:5])
+    await repairs.heard(1, 2, 3, 4, 5)
+    with repairs.store._writing.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM chat_changes WHERE seq < 390")
+        connection.exec_driver_sql("UPDATE chat_conversations SET low_seq = 390")
+    before = metrics.OTHER_HISTORIES._value.get()
+    await repairs.fanout.sweep.once()
+    await until(lambda: repairs.ear.resynced)
+    room = repairs.fanout.rooms.get(1)
+    assert room is not None
+    assert (room.head, room.mark) == (400, repairs.changes[-1].mark)
+    assert metrics.OTHER_HISTORIES._value.get() == before
 
 
 def relayed(changes: list[Change]) -> list[Change]:

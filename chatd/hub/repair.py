@@ -72,6 +72,8 @@ class Repairs:
         early, after = set(room.ahead), room.head
         missing = await self._read(reads.missing, room.conversation_id, after, room.mark)
         metrics.GAP_FILLS.inc()
+        if after < missing.heads.low_seq:  # cut by retention: its history cannot be told
+            return StartOver(room, missing.heads, anew=False)
         if not missing.same:
             return StartOver(room, missing.heads, anew=True)
         changes = missing.changes
@@ -79,4 +81,4 @@ class Repairs:
             return Repaired(room, changes, early)
         if changes and changes[0].seq == after + 1:  # of what was asked for: the head may have moved on
             return Repaired(room, changes, early)
-        return StartOver(room, missing.heads, anew=False)  # too many, or retention has cut the log meanwhile
+        return StartOver(room, missing.heads, anew=False)  # too many

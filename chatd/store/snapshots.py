@@ -248,11 +248,16 @@ class _Missed:
         self._pages: dict[int, Page] = {}
 
     def is_same(self, place: _Place, position: Position, epoch: str | None) -> bool:
-        """Whether a position is in this history: its mark decides, and without one the epoch."""
+        """Whether a position is in this history: its mark decides, and without one the epoch.
+
+        A mark below the cut of retention cannot be checked; `of` starts it over in any case.
+        """
         if position.after is None:
             return True
         if position.mark is UNSET:
             return epoch in (None, self.epoch) and position.after <= place.last_seq
+        if position.after < place.low_seq:
+            return True
         heads = Heads(place.last_seq, place.low_seq, place.members_version, mark=place.mark)
         return is_of(place.id, position.after, position.mark, heads, self._marks)
 
