@@ -393,9 +393,8 @@ async def test_a_daemon_that_was_killed_tells_at_its_next_start_who_has_gone(dae
         await trio.to_thread.run_sync(daemon.start)
         async with login(daemon, 8):
             await comes_to_believe(backend, 8)
-            assert [
-                asked.json["event"] for asked in backend.asked if asked.json["data"].get("user_id") == 8
-            ] == ["user.online"]
+            told = {one.json["event"] for one in backend.asked if one.json["data"].get("user_id") == 8}
+            assert told == {"user.online"}  # perhaps twice: the kill may come before its delivery is noted
             await trio.to_thread.run_sync(daemon.stop)
         await trio.to_thread.run_sync(daemon.start)
         await comes_to_believe(backend)

@@ -24,7 +24,7 @@ from chatd.auth.keyserver import UNKNOWN, KeyServer
 from chatd.auth.tokens import AFTER, Tokens
 from chatd.chat.logins import check_standing
 from chatd.config import Auth
-from chatd.errors import BadRequest, Close, Final, NotYet, Outdated, Revoked, Unauthorized, Unavailable
+from chatd.errors import BadRequest, CallFailed, Close, Final, NotYet, Outdated, Revoked, Unauthorized
 from chatd.fetch import Answer
 from chatd.model import Identity, timestamp
 from chatd.store.reads import Standing
@@ -226,7 +226,7 @@ async def test_a_key_that_was_published_a_moment_ago_is_waited_for(
 
     async def read(method: str, url: str, **_: Any) -> Answer:
         if not up:
-            raise Unavailable("down")
+            raise CallFailed("unreachable", "down")
         return Answer(200, json.dumps({"keys": keys}).encode())
 
     tokens = Tokens("", Auth(algorithms=["EdDSA"], jwks_url="https://x"), KeyServer(read, "https://x"))  # type: ignore[arg-type]

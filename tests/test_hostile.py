@@ -748,6 +748,6 @@ async def test_a_thousand_silent_http_connections_cost_others_nothing(
     async with undisturbed(daemon, conversation):
         others = daemon.sockets
         async with crowd(daemon.api_port):
-            await until(lambda: daemon.sockets >= others + MANY, 2 * SLACK)
             await trio.to_thread.run_sync(daemon.post, conversation + 10**6, MEMBER, "in the crowd")
+            await until(lambda: daemon.sockets <= others + MANY // 4, 2 * SLACK)  # most had to make room
         await until(lambda: daemon.sockets <= others, 2 * SLACK)

@@ -80,7 +80,7 @@ def test_an_older_schema_is_not_migrated(idle: Daemon, command: tuple[str, ...])
         with connection:
             connection.execute("DROP TABLE chat_client_ids")
             connection.execute("UPDATE alembic_version SET version_num = '0004'")
-            connection.execute("INSERT INTO chat_meta VALUES ('token_secret', 'x'), ('epoch', 'y')")
+            connection.execute("INSERT OR REPLACE INTO chat_meta VALUES ('token_secret', 'x'), ('epoch', 'y')")
     before = files_of(file)
     done = idle.command(*command)
     assert "Traceback" not in done.stderr
