@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import trio
+from sqlalchemy import create_engine
 
 from chatd import config
 from chatd.config import Database
 from chatd.errors import ConfigError
 from chatd.store import reads
 from chatd.store.database import migrate
+from chatd.store.sessions import Sessions
 from chatd.store.urls import parse
 from tests.conftest import Daemons
 from tests.daemon import Daemon
@@ -202,3 +208,27 @@ def test_doctor_says_what_a_failover_would_cost(replication: Replication, tmp_pa
 def test_doctor_finds_no_server_that_takes_writes(replication: Replication, tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, database__url=replication.standby.url)
     assert "read-only" in wrong(inspected(daemon))["database"]
+
+
+def test_a_look_at_a_server_that_lets_in_and_hangs_ends(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that freezes just then: its own timeouts do not run, and its TCP acknowledges all."""
+    monkeypatch.setattr("chatd.store.sessions.ANSWER_SECONDS", 0.5, raising=False)
+    frozen: list[int] = []
+
+    def connect() -> Any:
+        driver = psycopg.connect(postgres_url)
+        frozen.append(driver.info.backend_pid)
+        os.kill(frozen[0], signal.SIGSTOP)
+        return driver
+
+    looking = Sessions()
+    looking.watch(create_engine("postgresql+psycopg://"), connect)
+    thread = threading.Thread(target=looking.look, daemon=True)
+    thread.start()
+    try:
+        thread.join(5)
+        assert not thread.is_alive()
+    finally:
+        os.kill(frozen[0], signal.SIGCONT)

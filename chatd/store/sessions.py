@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ CONNECT: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds until a write to a vanished host fails
 }
+ANSWER_SECONDS = 5.0  # for a server that has let us in, and then falls silent
 # SQLSTATEs that say: this server is not for you. It takes no writes, stops, starts, or has lost the database.
 NOT_FOR_US = frozenset({"25006", "57P01", "57P02", "57P03", "57P04", "57P05"})
 # PostgreSQL 14 and newer report these by themselves whenever they change: to look at them costs nothing.
@@ -95,7 +96,11 @@ class Sessions:
         """
         self.doubted = False
         assert self._connect is not None
-        with suppress(psycopg.Error, OSError), self._connect() as driver:
+        with (
+            suppress(psycopg.Error, OSError),
+            self._connect() as driver,
+            _cut_off_after(driver, ANSWER_SECONDS),
+        ):
             self._compare(_timeline(driver))
 
     def has_strayed(self, driver: Any, info: dict[str, Any]) -> bool:
@@ -219,6 +224,24 @@ def _timeline(driver: Any) -> int | None:
         if not driver.broken:
             driver.rollback()
     return found
+
+
+@contextmanager
+def _cut_off_after(driver: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
+    """The server's own timeouts do not end the wait for a server that hangs."""
+
+    def cut_off() -> None:
+        with suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+
+    with socket.socket(fileno=os.dup(driver.fileno())) as line:
+        timer = threading.Timer(seconds, cut_off)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def _pid(driver: psycopg.Connection[Any]) -> int:
