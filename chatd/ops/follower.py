@@ -47,6 +47,7 @@ class Follower:
         self._cursor: int | None = None
         self._mark: str | None = None  # of the change at the cursor: proves that it is of the server's history
         self._epoch: str | None = None
+        self._asked_at: int | None = None  # the cursor behind which a hole was asked for
         self._attempts = 0
         self._troubled = False
 
@@ -93,11 +94,14 @@ class Follower:
 
     def _take_place(self, place: Event) -> None:
         """What a (re)subscription brings: all that was missed, or the word that it is too much."""
-        if self._cursor is not None:
-            if not place.get("recovered"):
+        self._asked_at = None
+        known, recovered = self._cursor, place.get("recovered")
+        if known is not None:
+            if not recovered:
                 self._notice("What was missed cannot be had in one piece: these are the newest messages.")
             for change in place.get("changes", ()):
-                self._tell(change)
+                if not recovered or change["seq"] > known:
+                    self._tell(change)
         self._cursor, self._mark = place["seq"], place.get("mark")
         self._epoch = place.get("epoch") or self._epoch
 
@@ -110,6 +114,8 @@ class Follower:
                 self._say_lost(Disconnected("the server asks to"))
                 return least / 1000, most / 1000
             self._check_let_in(event)
+            if event["event"] == "error":
+                self._asked_at = None  # the next change behind the hole asks again
             if event["event"] == "subscribed":
                 self._take_place(event)
             elif event["event"] in CHANGES and "seq" in event:
@@ -123,7 +129,8 @@ class Follower:
             # First: what `tell` raises shall not bring it twice.
             self._cursor, self._mark = event["seq"], event.get("mark")
             self._tell(event)
-        elif event["seq"] > self._cursor:
+        elif event["seq"] > self._cursor and self._asked_at != self._cursor:  # once for each hole
+            self._asked_at = self._cursor
             fields = {"after": self._cursor, "mark": self._mark, "epoch": self._epoch}
             await connection.send("subscribe", conversation_id=self._room, **fields)
 
