@@ -19,7 +19,7 @@ READ_BYTES = 64 * 1024
 class Links:
     """One port for each of `targets`. `rate` is in bytes a second to each client; the way back is always quick.
 
-    `broken` counts links that ended by themselves, not those that `cut` ended.
+    `broken` counts links that chatd has reset, not those that `cut` or a client ended.
     """
 
     def __init__(self, targets: Sequence[int]) -> None:
@@ -78,15 +78,21 @@ class Links:
                     nursery.start_soon(self._down, far, near, nursery.cancel_scope)
             finally:
                 self._links.discard(scope)
-                self.broken += not scope.cancel_called
 
     async def _up(self, near: trio.SocketStream, far: trio.SocketStream, link: trio.CancelScope) -> None:
         while data := await near.receive_some(READ_BYTES):
             await far.send_all(data)
         link.cancel()
 
+    async def _from_chatd(self, far: trio.SocketStream) -> bytes:
+        try:
+            return bytes(await far.receive_some(self._most()))
+        except trio.BrokenResourceError:
+            self.broken += 1
+            raise
+
     async def _down(self, far: trio.SocketStream, near: trio.SocketStream, link: trio.CancelScope) -> None:
-        while data := await far.receive_some(self._most()):
+        while data := await self._from_chatd(far):
             await near.send_all(data)
             self.passed += len(data)
             await trio.sleep(len(data) / self.rate)

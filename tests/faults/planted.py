@@ -26,6 +26,7 @@ from chatd.hub.repair import Repairs
 from chatd.hub.rooms import Room, Subscription
 from chatd.model import MemberChange
 from chatd.store import attendance, reads, snapshots
+from chatd.store.retries import Retries
 from chatd.store.transaction import Step, Transaction
 from chatd.store.writer import Submission, Writer
 
@@ -75,7 +76,7 @@ def ack_before_commit() -> None:
 
 def no_idempotency() -> None:
     """G2: a retry is not recognised. The index that would refuse it is dropped before anybody can write."""
-    replace(Transaction, "_read_earlier", lambda original: lambda self, commands: None)
+    replace(Retries, "read", lambda original: lambda self, commands, conversations: None)
 
     def init(original: Any) -> Any:
         def patched(self: Any, engine: Any, **named: Any) -> None:
