@@ -93,10 +93,10 @@ def hole_in_the_log() -> None:
     """G3: now and then a seq is taken and nothing is logged under it."""
 
     def number(original: Any) -> Any:
-        def patched(self: Any, kind: Any, row: Any) -> Step:
+        def patched(self: Any, kind: Any, row: Any, command: Any) -> Step:
             if random.randrange(ONE_IN) == 0:
                 self._conversations[row["chat_conversation_id"]]["last_seq"] += 1
-            step: Step = original(self, kind, row)
+            step: Step = original(self, kind, row, command)
             row["seq"] = step.seq if row.get("id") is None else row["seq"]
             return step
 
