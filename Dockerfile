@@ -4,7 +4,7 @@ FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
 # Nothing but this directory goes from here into the image.
 RUN python -m venv /opt/chatd
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY chatd ./chatd
 # Compiled here, for the container, whose file system is read-only, could not keep its bytecode.
 RUN /opt/chatd/bin/pip install --disable-pip-version-check --no-cache-dir --compile .
