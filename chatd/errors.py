@@ -17,6 +17,7 @@
     ├── UnknownEvent      unknown_event    –
     ├── Superseded        superseded       –     another node reads chat.ingest now; nobody outside sees it
     ├── Internal          internal         500   `incident` finds it in the log
+    │   └── UnusableVerdict   internal     500   … and it would be so again: not retryable
     └── Unavailable       unavailable      503   `retry_after`
         ├── NotYet        unavailable      503   a token that counts in a moment
         └── CallFailed    unavailable      503   the backend's or a key server's; the log has the reason
@@ -210,6 +211,13 @@ class Superseded(ChatError):
 class Internal(ChatError):
     code, status, retryable = "internal", 500, True
     sentence = "something went wrong on our side; the log has it under this incident"
+
+
+class UnusableVerdict(Internal):
+    """The backend's hook has answered what cannot be used, and would again: somebody has to change the hook."""
+
+    retryable = False
+    sentence = "the verdict on this message cannot be used; the log has it under this incident"
 
 
 class Unavailable(ChatError):

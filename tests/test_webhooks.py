@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,6 +32,7 @@ from chatd.webhooks import Webhooks as Deliveries
 from tests.backend import Asked, Backend, serving
 from tests.client import login
 from tests.conftest import Daemons
+from tests.daemon import Daemon
 from tests.services import PostgresServer, RedisServer
 
 SECRET = "w" * 32
@@ -455,8 +457,12 @@ async def test_what_became_of_events_is_noted_when_the_database_is_back(
 # The hook.
 
 
+def unchecked(wanted: Any) -> None:
+    """No limits are of interest here."""
+
+
 def hook(fetch: Fetcher, backend: Backend, **more: Any) -> BeforeMessage:
-    return BeforeMessage(Webhooks(secret=SECRET, before_message_url=backend.url, **more), fetch)
+    return BeforeMessage(Webhooks(secret=SECRET, before_message_url=backend.url, **more), fetch, unchecked)
 
 
 async def test_the_hook_accepts_refuses_and_changes(backend: Backend) -> None:
@@ -498,7 +504,7 @@ async def test_a_hook_that_fails_is_left_alone_for_a_while(
         return Answer(200, b'{"action":"accept"}')
 
     settings = Webhooks(secret=SECRET, before_message_url="http://127.0.0.1/", before_message_failure=failure)
-    before = BeforeMessage(settings, fetch)  # type: ignore[arg-type]
+    before = BeforeMessage(settings, fetch, unchecked)  # type: ignore[arg-type]
 
     async def check() -> bool:
         try:
@@ -542,13 +548,56 @@ async def test_a_silent_hook_means_what_was_configured(backend: Backend) -> None
     await fetch.close()
 
 
+WRONG = {
+    "content": [{"content": ""}, {"content": "x" * 8001}, {"content": "\0"}, {"content": 5}],
+    "meta": [{"meta": {"a": "x" * 9000}}],
+    "type": [{"type": ""}, {"type": "x" * 33}],
+}
+
+
+@pytest.mark.parametrize("failure", ["refuse", "accept"])
+async def test_a_verdict_that_cannot_be_used_is_final_for_the_client_and_told_to_the_operator(
+    daemons: Daemons, backend: Backend, failure: str
+) -> None:
+    daemon = daemons(
+        webhooks__before_message_url=backend.url,
+        webhooks__secret=SECRET,
+        webhooks__before_message_failure=failure,
+    )
+    async with login(daemon, 7, {"1": None}) as client:
+        for field, verdicts in WRONG.items():
+            for verdict in verdicts:
+                backend.answer = lambda asked, verdict=verdict: (200, {"action": "change"} | verdict)  # type: ignore[misc]
+                refused = await client.request("send", conversation_id=1, content="x")
+                assert (refused["code"], refused["retryable"]) == ("internal", False), verdict
+                assert "hook" not in refused["message"], "where the backend is, and what, is not for clients"
+            lines = [json.loads(one) for one in daemon.log.splitlines() if '"hook_verdict_unusable"' in one]
+            (line,) = [one for one in lines if one["field"] == field]
+            assert line["incident"] == refused["incident"], "one cause, one incident"
+            assert line["advice"]
+        half = b'{"action": "change", "content": "an emoji cut in two: \\ud83d"}'
+        backend.answer = lambda asked: (200, half)
+        assert (await client.request("send", conversation_id=1, content="x"))["retryable"] is False
+        metrics = daemon.get("/metrics").body.decode()
+        assert 'chatd_hook_failures_total{reason="unusable_verdict"} 8.0' in metrics
+        assert 'chatd_backend_answers{call="before_message"} 1.0' in metrics
+        assert daemon.get("/api/ws/conversations/1/messages").json["messages"] == []
+
+
+async def test_null_in_a_verdict_means_that_nothing_is_changed(backend: Backend) -> None:
+    asked = Create(conversation_id=1, user_id=7, content="x", type="image")
+    fetch = Fetcher(["127.0.0.0/8"])
+    backend.answer = lambda request: (200, {"action": "change", "content": None, "type": None})
+    changed = await hook(fetch, backend).check(asked)
+    assert (changed.content, changed.type) == ("x", "image")
+    await fetch.close()
+
+
 async def test_a_client_meets_the_hook(daemons: Daemons, backend: Backend) -> None:
     def judge(asked: Asked) -> tuple[int, Any]:
         content = asked.json["data"]["content"]
         if content == "spam":
             return 200, {"action": "refuse", "message": "no spam"}
-        if content == "long":
-            return 200, {"action": "change", "content": "x" * 8001}
         return 200, {"action": "change", "content": content.upper()}
 
     backend.answer = judge
@@ -557,9 +606,8 @@ async def test_a_client_meets_the_hook(daemons: Daemons, backend: Backend) -> No
         for _ in range(2):  # the retry is one, whatever the hook makes of it
             (ok,) = await send(client, "hello")
         assert (ok["event"], ok["seq"], ok["duplicate"]) == ("ok", 1, True)
-        refused, long = await send(client, "spam", "long")
+        (refused,) = await send(client, "spam")
         assert (refused["code"], refused["message"]) == ("forbidden", "no spam")
-        assert (long["code"], long["field"]) == ("too_large", "content")
         for number in range(5):  # in order, though each waits for the backend
             await client.send("send", conversation_id=1, content=f"n{number}", ref=number + 500)
         (first, *rest) = await client.messages(6)
@@ -596,6 +644,10 @@ async def test_the_hook_judges_edits_too(daemons: Daemons, backend: Backend) -> 
         assert backend.asked[-1].json["data"]["meta"] == {"a": 1}
         assert "content" not in backend.asked[-1].json["data"]
         await client.expect("message.updated")
+        asked = len(backend.asked)
+        await client.request("react", conversation_id=1, id=sent["id"], emoji="spam", on=True)
+        await client.expect("message.updated")
+        assert len(backend.asked) == asked, "reactions are bounded, not judged"
         for number in (1, 2):  # a retried edit is one more edit, and is asked for again
             asked = len(backend.asked)
             edited = await client.request("edit", conversation_id=1, id=sent["id"], content="darn")
@@ -603,6 +655,70 @@ async def test_the_hook_judges_edits_too(daemons: Daemons, backend: Backend) -> 
             assert len(backend.asked) == asked + 1, number
             told = await client.expect("message.updated")
             assert (told["content"], told["meta"], told["type"]) == ("d**n", {"clean": True}, "text")
+
+
+@pytest.fixture
+def judged(daemons: Daemons, backend: Backend) -> Daemon:
+    """A daemon whose rooms are for members, and whose hook accepts all."""
+    backend.answer = lambda request: (200, {"action": "accept"})
+    url = {"webhooks__before_message_url": backend.url, "webhooks__secret": SECRET}
+    return daemons(rooms__access="members", **url)
+
+
+def member(daemon: Daemon, user: int, conversation: int = 1, **more: Any) -> None:
+    answer = daemon.request("PUT", f"/api/ws/conversations/{conversation}/members/{user}", more)
+    assert answer.status == 200
+
+
+async def test_the_hook_is_not_asked_about_what_is_refused_anyway(judged: Daemon, backend: Backend) -> None:
+    member(judged, 7)
+    place = {"conversation_id": 1, "content": "x"}
+    own, others, deleted = (judged.post(1, user, "x")["id"] for user in (7, 8, 7))
+    judged.request("DELETE", f"/api/ws/messages/{deleted}")
+    elsewhere = judged.post(2, 8, "x")["id"]
+    async with login(judged, 7) as client:
+        for id, code in ((others, "forbidden"), (deleted, "not_found"), (10**6, "not_found")):
+            refused = await client.request("edit", id=id, **place)
+            assert (refused["code"], refused["field"]) == (code, "id")
+        assert (await client.request("edit", id=elsewhere, **place))["code"] == "not_found"
+        for conversation in (2, 3):  # not a member; there is none
+            for command in ({"event": "send"}, {"event": "edit", "id": elsewhere}):
+                refused = await client.request(**command, conversation_id=conversation, content="x")
+                assert refused["code"] == "not_found"
+        member(judged, 7, muted_until="2999-01-01T00:00:00Z")
+        assert (await client.request("edit", id=own, **place))["code"] == "muted"
+        assert backend.asked == []
+        member(judged, 7, muted_until=None, role="moderator")
+        for id in (own, others):
+            assert (await client.request("edit", id=id, **place))["event"] == "ok"
+        assert len(backend.asked) == 2
+
+
+async def test_what_was_accepted_is_decided_once_more_when_it_is_stored(
+    judged: Daemon, backend: Backend
+) -> None:
+    member(judged, 7)
+    id = judged.post(1, 7, "x")["id"]
+
+    def delete(asked: Asked) -> tuple[int, Any]:
+        judged.request("DELETE", f"/api/ws/messages/{id}")
+        return 200, {"action": "accept"}
+
+    backend.answer = delete
+    async with login(judged, 7) as client:
+        refused = await client.request("edit", conversation_id=1, id=id, content="y")
+        assert (refused["code"], len(backend.asked)) == ("not_found", 1)
+
+
+async def test_a_retry_of_one_who_is_muted_meanwhile_is_a_retry(judged: Daemon) -> None:
+    member(judged, 7)
+    async with login(judged, 7) as client:
+        (sent,) = await send(client, "hello")
+        member(judged, 7, muted_until="2999-01-01T00:00:00Z")
+        (again,) = await send(client, "hello")
+        assert (again["event"], again["id"], again["duplicate"]) == ("ok", sent["id"], True)
+        (refused,) = await send(client, "more")
+        assert refused["code"] == "muted"
 
 
 async def test_sends_and_edits_keep_their_order_while_the_hook_is_asked(

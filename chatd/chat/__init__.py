@@ -63,7 +63,8 @@ class Chat:
         self.typing = Typing(tell)
         self.events = Events(tell)
         hooks = config.webhooks
-        self.before_message = BeforeMessage(hooks, fetch) if hooks.before_message_url else None
+        asked = bool(hooks.before_message_url)
+        self.before_message = BeforeMessage(hooks, fetch, self.messages.check) if asked else None
         self.attendance = Attendance(store.attendances, presence, hooks.events if hooks.url else ())
 
     def tokens_of(self, config: Config) -> Tokens:

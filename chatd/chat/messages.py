@@ -13,7 +13,7 @@ from chatd.config import ANY_TYPE
 from chatd.errors import BadRequest, ChatError, Forbidden
 from chatd.protocol import check_content, check_label, check_meta
 from chatd.settings import Settings
-from chatd.store import reads
+from chatd.store import permits, reads
 from chatd.store.commands import Changed, Create, Created, Delete, Edit, Fence, React
 from chatd.store.reader import Reader
 from chatd.store.reads import Page
@@ -42,6 +42,13 @@ class Messages:
         allowed = self._settings.now.rooms.client_types
         if name not in allowed and ANY_TYPE not in allowed:
             raise Forbidden(f"clients may not send messages of the type {name!r}", field="type")
+
+    async def check_allowed(self, command: Create | Edit) -> None:
+        """What the writer would say to a user's command just now; it decides again when it stores it.
+
+        Raises NotFound, Muted, Forbidden, Unavailable.
+        """
+        await self._read(permits.look, command)
 
     def submit(self, command: Create | Edit | Delete | React, then: Then | None = None) -> Submission:
         """Check and queue one command. Commands are committed in the order of these calls."""

@@ -355,6 +355,7 @@ class Session:
         if isinstance(wanted, Create | Edit) and self._chat.before_message is not None:
             # Here, not in a task of its own: what a client sends and edits keeps its order.
             self._chat.messages.check(wanted)
+            await self._chat.messages.check_allowed(wanted)
             wanted = await self._chat.before_message.check(wanted)
         await self._requests.slot()
         try:

@@ -1,6 +1,6 @@
 """Members within one transaction: who may do what in the conversations of a group, and who comes and goes.
 
-Used by `transaction` alone. Each answer sees what the commands before it in the group did.
+Used by `transaction` and `permits`. Each answer sees what the commands before it in the group did.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages that a command may be a retry of, by their `client_id`, within one transaction; also those that
 retention has removed.
 
-Used by `transaction` alone. Each answer sees what the commands before it in the group did.
+Used by `transaction` and `permits`. Each answer sees what the commands before it in the group did.
 """
 
 from __future__ import annotations

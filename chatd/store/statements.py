@@ -1,6 +1,6 @@
 """The writer's statements, built once: building one costs more than running it.
 
-Parameters named in the plural are lists. Used by `transaction` alone.
+Parameters named in the plural are lists. Used by `transaction` and `permits`.
 """
 
 from __future__ import annotations

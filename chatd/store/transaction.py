@@ -13,10 +13,10 @@ from typing import Any
 from msgspec import UNSET, Struct
 from sqlalchemy import Connection, Executable, Select
 
-from chatd.errors import BadRequest, ChatError, Forbidden, NotFound
+from chatd.errors import BadRequest, ChatError, NotFound
 from chatd.model import Change, Group, Kind, now
 from chatd.protocol import change_payload
-from chatd.store import statements
+from chatd.store import permits, statements
 from chatd.store.commands import (
     AnyCommand,
     Changed,
@@ -207,7 +207,7 @@ class Transaction:
 
     def _create(self, command: Create) -> Step:
         self._fences.check(command)
-        self._check_rights(command.conversation_id, command.user_id, command.rights)
+        self._check_rights(command)
         if earlier := self._retries.find(command):
             return Step(Kind.CREATED, earlier["seq"], earlier, duplicate=True)
         member = (command.conversation_id, command.user_id)
@@ -240,19 +240,19 @@ class Transaction:
         }
 
     def _edit(self, command: Edit) -> Step:
-        row = self._own_message(command)
+        row = permits.own(self._members, command, self._messages.get(command.message_id))
         fresh = {"content": command.content, "meta": command.meta}
         fresh = {key: value for key, value in fresh.items() if value is not UNSET}
         return self._alter(Kind.EDITED, row | fresh | {"edited_at": self._now}, command)
 
     def _delete(self, command: Delete) -> Step:
-        row = self._own_message(command)
+        row = permits.own(self._members, command, self._messages.get(command.message_id))
         self._reactions.clear(row["id"])
         gone = {"content": None, "meta": None, "reactions": None, "deleted_at": self._now}
         return self._alter(Kind.DELETED, row | gone, command)
 
     def _react(self, command: React) -> Step | Changed:
-        row = self._visible_message(command)
+        row = permits.visible(self._members, command, self._messages.get(command.message_id))
         summary = self._reactions.toggle(command, row["reactions"])
         if summary is None:  # it was so already
             return Changed(row["id"], self._conversations[row["chat_conversation_id"]]["last_seq"])
@@ -262,41 +262,13 @@ class Transaction:
         self._messages[row["id"]] = self._changed[row["id"]] = row
         return self._number(kind, row, command)
 
-    def _own_message(self, command: Edit | Delete) -> Row:
-        """The message as it is now, if the user may change it: the author, a moderator, the backend."""
-        row = self._visible_message(command)
-        if command.user_id in (None, row["user_id"]):
-            return row
-        if not self._members.moderates((row["chat_conversation_id"], command.user_id)):
-            raise Forbidden("only its author or a moderator may change a message", field="id")
-        return row
-
-    def _visible_message(self, command: Edit | Delete | React) -> Row:
-        """The message as it is now, if the user may see and write in its room. Deleted is as good as gone."""
-        row = self._messages.get(command.message_id)
-        elsewhere = row is not None and command.conversation_id not in (None, row["chat_conversation_id"])
-        if row is None or elsewhere:
-            raise NotFound(field="id")
-        if command.user_id is not None:
-            self._check_rights(row["chat_conversation_id"], command.user_id, command.rights, field="id")
-            self._members.check_mute((row["chat_conversation_id"], command.user_id), command.rights)
-        if row["deleted_at"] is not None:
-            raise NotFound(field="id")
-        return row
-
-    def _check_rights(
-        self, conversation_id: int, user_id: int, rights: Rights, *, field: str = "conversation_id"
-    ) -> None:
-        if rights is Rights.TRUSTED:
-            return
-        if conversation_id not in self._conversations or not self._members.may_enter(
-            (conversation_id, user_id), rights
-        ):
-            raise NotFound(field=field)
+    def _check_rights(self, command: Create) -> None:
+        if command.conversation_id not in self._conversations:
+            raise NotFound(field="conversation_id")
+        permits.check_entry(self._members, (command.conversation_id, command.user_id), command.rights)
 
     def _move_cursor(self, command: MoveCursor) -> CursorMoved:
-        if not self._members.may_enter((command.conversation_id, command.user_id), command.rights):
-            raise NotFound(field="conversation_id")
+        permits.check_entry(self._members, (command.conversation_id, command.user_id), command.rights)
         return self._cursors.move(command)
 
     def _set_member(self, command: SetMember) -> MemberSet:
