@@ -1,14 +1,16 @@
 """Connections of those whom nobody knows yet: they have a share of the places, and make room for who comes.
 
 Who is silent longest goes first, at once if one address holds many of the places, and after a moment's grace if
-not. So whoever comes and says who it is gets in, however many hold connections open and say nothing.
+not. So whoever comes and says who it is gets in, however many hold connections open and say nothing. Nobody is
+silent while it waits for us.
 """
 
 from __future__ import annotations
 
 import select
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import trio
@@ -25,11 +27,12 @@ LOOKED_AT = 50  # of those who may have to go
 class Stay:
     """One connection that is not known yet. `key`: whose address; empty: nobody's own."""
 
-    __slots__ = ("_lobby", "end", "key", "since", "stream")
+    __slots__ = ("_lobby", "end", "key", "ours", "since", "stream")
 
     def __init__(self, lobby: Lobby, stream: trio.SocketStream, key: str, end: Callable[[], None]) -> None:
         """`end` ends the connection: synchronous."""
         self._lobby, self.stream, self.key, self.end = lobby, stream, key, end
+        self.ours = False  # it is our turn: we work on what it has said
         self.enter(key)
 
     def enter(self, key: str) -> None:
@@ -42,9 +45,22 @@ class Stay:
         """It is known, or has ended. Does nothing the second time."""
         self._lobby.forget(self)
 
+    @contextmanager
+    def our_turn(self) -> Iterator[None]:
+        """A block that works on what the peer has said. How long it takes is not the peer's fault."""
+        self.ours = True
+        try:
+            yield
+        finally:
+            self.ours = False
+            if self in self._lobby:
+                self.enter(self.key)  # from here on it has its own time
+
     @property
     def silent(self) -> bool:
-        """Whether it is the peer's turn: nothing of it waits to be read by us."""
+        """Whether it is the peer's turn: nothing of it waits to be read by us, and we work on nothing."""
+        if self.ours:
+            return False
         look = select.poll()
         look.register(self.stream.socket.fileno(), select.POLLIN)
         return not look.poll(0)
@@ -60,6 +76,9 @@ class Lobby:
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def __contains__(self, stay: Stay) -> bool:
+        return stay in self._all
 
     @property
     def full(self) -> bool:
@@ -98,7 +117,10 @@ class Lobby:
         mine = max(crowds, key=len, default=None)
         if mine is None or len(mine) * ADDRESS_SHARE < self.most:
             return None
-        return next((stay for stay in islice(mine, LOOKED_AT) if stay.silent), next(iter(mine)))
+        looked_at = list(islice(mine, LOOKED_AT))
+        idle = next((stay for stay in looked_at if stay.silent), None)
+        slow = next((stay for stay in looked_at if not stay.ours), None)
+        return idle or slow or next(reversed(mine))  # we work on all: those before the last get done
 
     def _overdue(self) -> Stay | None:
         late = trio.current_time() - GRACE

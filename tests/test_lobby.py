@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -15,7 +17,8 @@ import trio
 from chatd import lobby
 from chatd.hub.handshakes import SHARE, Handshakes
 from chatd.lobby import Lobby, Stay
-from tests.client import login
+from tests.backend import Asked, serving
+from tests.client import connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
@@ -58,6 +61,28 @@ async def test_who_logs_in_gets_in_beside_those_who_never_do(
     with trio.fail_after(20):
         async with login(few, 7) as client:
             assert (await client.request("ping"))["event"] == "pong"
+
+
+async def test_a_backend_that_takes_its_time_sends_nobody_away(daemons: Daemons, held: ExitStack) -> None:
+    def slow(asked: Asked) -> tuple[int, Any]:
+        if asked.json["token"] == "slow":
+            time.sleep(2.5)
+        return 200, {"user_id": 7, "expires_in": 60}
+
+    with serving() as backend:
+        backend.answer = slow
+        daemon = daemons(
+            open_files=120, hub__handshake_timeout=60, hub__auth_timeout=60, auth__backend_url=backend.url
+        )
+        async with connect(daemon.ws_url) as client:
+            await client.expect("hello")
+            await client.send("auth", ref=1, token="slow")
+            while not backend.asked:
+                await trio.sleep(0.01)
+            for _ in range(150):
+                knock(daemon, held, UPGRADE)
+            with trio.fail_after(20):
+                assert (await client.expect("ready"))["ref"] == 1
 
 
 async def test_who_is_logged_in_is_not_sent_away_for_who_comes(few: Daemon, held: ExitStack) -> None:
@@ -130,6 +155,38 @@ async def test_who_shares_an_address_with_all_has_a_moment(hall: Lobby, held: Ex
     assert ended == [1]
     stays[1].leave()  # again: it has gone
     assert len(hall) == 6
+
+
+async def test_whom_we_keep_waiting_is_not_silent(hall: Lobby, held: ExitStack) -> None:
+    ended: list[int] = []
+    stays = [Stay(hall, Peer(held), "", partial(ended.append, n)) for n in range(8)]  # type: ignore[arg-type]
+    for stay in stays[:2]:
+        stay.since -= lobby.GRACE
+    with stays[0].our_turn():
+        assert hall.make_room()
+        assert not hall.make_room()
+        assert ended == [1]
+    assert not hall.make_room(), "it has its own moment after ours"
+    stays[0].since -= lobby.GRACE
+    assert hall.make_room()
+    with stays[0].our_turn():
+        pass
+    assert len(hall) == 6, "who was sent away does not come back by that"
+
+
+async def test_of_a_crowd_that_we_keep_waiting_the_last_goes(hall: Lobby, held: ExitStack) -> None:
+    """So that those before it get done."""
+    ended: list[int] = []
+    with ExitStack() as turns:
+        for n in range(4):
+            stay = Stay(hall, Peer(held), "a", partial(ended.append, n))  # type: ignore[arg-type]
+            if n != 2:
+                turns.enter_context(stay.our_turn())
+        stay = Stay(hall, dripping := Peer(held), "a", partial(ended.append, 4))  # type: ignore[arg-type]
+        dripping.theirs.sendall(b"GET")
+        for _ in range(4):
+            assert hall.make_room()
+    assert ended == [2, 4, 3, 1]
 
 
 async def test_no_address_uses_up_the_handshakes_of_others() -> None:

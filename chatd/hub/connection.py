@@ -7,7 +7,7 @@ handshakes, and the outbox below nothing of WebSocket but that its own frames pa
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, urlsplit
 
@@ -148,7 +148,7 @@ async def _shake_hands(
             _log_refusal(refusal, request)
             await _refuse(request, refusal)
             return None
-        connection = Connection(outbox, nursery, stay.leave, flat=handshake.flat)
+        connection = Connection(outbox, nursery, stay, flat=handshake.flat)
         kind = TrivialSession if handshake.flat else Session
         session = kind(services, connection, handshake, address)
         try:
@@ -205,14 +205,14 @@ class Connection:
 
     __slots__ = (
         *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
-        *("known", "name", "nursery", "offer", "push", "reply"),
+        *("known", "name", "nursery", "offer", "our_turn", "push", "reply"),
     )
 
     _ws: WebSocketConnection
 
-    def __init__(self, outbox: Outbox, nursery: trio.Nursery, known: Callable[[], None], *, flat: bool) -> None:
-        """`open` must follow, before anything is pushed. `known` is called once the peer has a valid token."""
-        self.known = known
+    def __init__(self, outbox: Outbox, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
+        """`open` must follow, before anything is pushed. `stay` ends once the peer has a valid token."""
+        self.known, self.our_turn = stay.leave, stay.our_turn
         self._outbox, self.nursery, self._flat = outbox, nursery, flat
         # Called for each delivery, so nothing stands between.
         self.push, self.offer, self.reply = outbox.push, outbox.offer, outbox.reply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,9 @@ class Line(Protocol):
 
     async def drained(self) -> None:
         """Wait until the peer has taken most of what was pushed."""
+
+    def our_turn(self) -> AbstractContextManager[None]:
+        """A block in which a peer that is not known yet waits for us, and is not silent."""
 
     def known(self) -> None:
         """The peer has brought a valid token: it does not make room for others any more."""

@@ -247,7 +247,8 @@ class Session:
         guesses, guesser = registry.guesses, registry.guesser(self._address)
         try:
             async with guesses.turn(guesser):
-                identity = await self._chat.logins.verify(token)
+                with self._line.our_turn():
+                    identity = await self._chat.logins.verify(token)
             self._line.known()
             return identity
         except Unauthorized:
