@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run tour test test-systemd check install uninstall format bench bench-quick faults clean
+.PHONY: help run tour test test-systemd check docs reference install uninstall format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
-$(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/dev))
+$(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/docs $(VENV)/dev))
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,13 @@ check: $(VENV)/dev  ## lint, format, types, which module may import which, and h
 	$(BIN)/lint-imports
 	sh tests/units.sh
 
+docs: $(VENV)/docs  ## the documentation as a searchable site in site/, with its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/ is made. Look at it: $(BIN)/python -m http.server --directory site --bind 127.0.0.1 8000"
+
+reference: $(VENV)/run  ## write what is generated from the code: chatd.toml, and parts of docs/
+	$(BIN)/python -m tools.reference
+
 install:  ## as a systemd service, or an upgrade of one: as root (PYTHON=/usr/bin/python3.12: with another Python)
 	@$(if $(filter-out python3,$(PYTHON)),PYTHON=$(PYTHON)) sh systemd/install.sh
 
@@ -59,17 +66,21 @@ bench-quick: $(VENV)/dev  ## the same in three minutes: A to E, beside write() a
 	@$(BIN)/python -m benchmarks goals --quick $(ARGS)
 
 clean:  ## remove .venv and all caches; databases stay
-	rm -rf $(VENV) .bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .bench build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Two stamps: installed with what `run` needs, and with what the checks need on top. The package itself is
+# Stamps: installed with what `run` needs, what the docs need on top, and what the checks need. The package itself is
 # editable, so that only pyproject.toml asks for another installation, never a change of the code.
 $(VENV)/run: pyproject.toml
 	$(call install,.)
 
+$(VENV)/docs: pyproject.toml
+	$(call install,.[docs])
+	@touch $(VENV)/run
+
 $(VENV)/dev: pyproject.toml
 	$(call install,.[dev])
-	@touch $(VENV)/run
+	@touch $(VENV)/run $(VENV)/docs
 
 define install
 @set -e; \

@@ -55,7 +55,7 @@ class Final(Enum):
     """Every way into a code from 4500, where clients stop.
 
     A final word must be true for good. Whatever time alone cures, or the next token that the client fetches by
-    itself, gets a `Close`. docs/protocol.md has a row for each of these, which says why it is final.
+    itself, gets a `Close`. docs/errors.md has a row for each of these, which says why it is final.
     """
 
     TOKEN_MALFORMED = "token_malformed", 4500, _NOT_VALID

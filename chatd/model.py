@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
-    """The flat message. Its fields stand in the order of the wire; those with a default are optional there."""
+    """The flat message, in the order of the wire. A field with a default is left out if it has no value."""
 
     conversation_id: int
     id: int

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from chatd import config
 from chatd.errors import ConfigError
 from chatd.ops.showing import as_toml
 from tests.daemon import Daemon
+from tests.services import RedisServer
 
 SAMPLE = Path(__file__).parent.parent / "chatd.toml"
 
@@ -38,8 +42,9 @@ def test_the_sample_lists_every_option_with_its_default() -> None:
 
 
 def test_the_sample_explains_every_option() -> None:
-    for line in SAMPLE.read_text().splitlines():
-        assert "=" not in line or "#" in line, line
+    lines = SAMPLE.read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        assert not re.match(r"\w+ =", line) or before.startswith("# "), line
 
 
 def test_all_mistakes_are_reported_at_once_with_their_keys(tmp_path: Path) -> None:
@@ -88,6 +93,19 @@ def test_the_environment_wins_over_credentials_and_they_over_the_file(tmp_path: 
 def test_the_names_of_the_original_deployment_still_work() -> None:
     loaded = config.load(None, {"WS_INTERNAL_TOKEN": "t", "REDIS_HOST": "cache", "REDIS_PORT": "6380"})
     assert (loaded.api.internal_token, loaded.redis.url) == ("t", "redis://cache:6380/0")
+
+
+def test_the_log_names_an_original_name_that_sets_an_option(tmp_path: Path, redis_server: RedisServer) -> None:
+    """REDIS_HOST may be there for another program, and makes chatd use Redis all the same."""
+    daemon = Daemon(tmp_path)
+    daemon.environ |= {"REDIS_HOST": "127.0.0.1", "REDIS_PORT": str(redis_server.port)}
+    try:
+        daemon.start()
+        assert daemon.get("/readyz").json["checks"]["redis"] == "ok"
+        told = [json.loads(line) for line in daemon.log.splitlines() if "original_name_used" in line]
+        assert [(one["variable"], one["option"]) for one in told] == [("REDIS_HOST", "redis.url")]
+    finally:
+        daemon.close()
 
 
 @pytest.mark.parametrize(

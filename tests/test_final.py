@@ -1,6 +1,6 @@
 """A final word (4500–4999) is for what is final: whatever time, or the next token, cures must not get one.
 
-`Final` enumerates the ways into one. Each has a row in docs/protocol.md that says why it is final, and a test
+`Final` enumerates the ways into one. Each has a row in docs/errors.md that says why it is final, and a test
 here that goes it; nothing else in the code may name such a code.
 """
 
@@ -449,7 +449,7 @@ async def test_each_way_is_gone(daemons: Daemons, way: Final) -> None:
 
 
 def test_each_way_is_in_the_documentation_and_nothing_else() -> None:
-    text = (ROOT / "docs/protocol.md").read_text()
+    text = (ROOT / "docs/errors.md").read_text()
     rows = re.findall(r"^\| (45\d\d) \| `(\w+)` \| (.+) \| (.+) \|$", text, re.M)
     assert [(int(code), label) for code, label, *_ in rows] == [(way.code, way.label) for way in Final]
     assert all(len(why.split()) >= 4 for *_, why in rows)

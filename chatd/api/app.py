@@ -13,9 +13,10 @@ from quart_trio.wrappers import TrioRequest
 from quart_trio.wrappers.request import TrioBody
 
 from chatd import __version__
-from chatd.api import conversations, demo, errors, health, messages, status, tokens, users
+from chatd.api import conversations, demo, errors, health, messages, reference, status, tokens, users
 from chatd.api.access import check_access, check_host
 from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, Incomplete
+from chatd.api.description import Description
 from chatd.api.health import Health
 from chatd.api.hot import Post
 from chatd.api.messages import BATCH_BYTES, BATCH_PATH
@@ -24,7 +25,7 @@ from chatd.errors import ChatError
 from chatd.settings import Settings
 from chatd.vitals import Vitals
 
-OPEN_PATHS = status.OPEN_PATHS | {"/healthz", "/readyz", "/metrics", "/openapi.json"}
+OPEN_PATHS = status.OPEN_PATHS | reference.OPEN_PATHS | {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
@@ -106,6 +107,7 @@ def create_app(settings: Settings, chat: Chat, healthy: Health, vitals: Vitals, 
     errors.install(app)
     app.register_blueprint(health.blueprint(healthy))
     app.register_blueprint(status.blueprint(healthy, vitals, node))
+    app.register_blueprint(reference.blueprint())
     app.register_blueprint(messages.blueprint(chat))
     app.register_blueprint(conversations.blueprint(chat))
     app.register_blueprint(users.blueprint(chat))
@@ -120,6 +122,7 @@ def create_app(settings: Settings, chat: Chat, healthy: Health, vitals: Vitals, 
         swagger_ui_path=None,
         conversion_preference="msgspec",
         info=Info(title="chatd", version=__version__),
+        openapi_provider_class=Description,
         security=[{"internal": []}],
         security_schemes={"internal": APIKeySecurityScheme(in_="header", name="X-Internal-Token")},
     )

@@ -36,7 +36,7 @@ class BodyTooSlow(BadRequest):
 
 
 class Stored(Struct, frozen=True, kw_only=True):
-    """Committed. `duplicate`: an exact retry, answered with the first id and seq."""
+    """A message that is committed. An exact retry gets the `id` and `seq` of the first attempt."""
 
     id: int
     status: str = "ok"
@@ -50,7 +50,7 @@ class Batch(Struct, frozen=True):
 
 
 class BatchResult(Struct, frozen=True, kw_only=True):
-    """The keys of `Stored` for what was accepted; `code`, `message` and `errors` for what was not."""
+    """For an accepted message the fields of `Stored`, for a refused one those of `Error`."""
 
     id: int | UnsetType = UNSET
     status: str | UnsetType = UNSET
@@ -65,13 +65,13 @@ class BatchResult(Struct, frozen=True, kw_only=True):
 
 
 class BatchResults(Struct, frozen=True):
-    """One for each message, in their order."""
+    """What became of each message."""
 
     results: list[BatchResult]
 
 
 class Alteration(Struct, frozen=True, kw_only=True):
-    """What is left out stays as it is; `meta` of null removes it."""
+    """What you change in a message."""
 
     content: Content | UnsetType = UNSET
     meta: Any = UNSET
@@ -90,22 +90,21 @@ class PageQuery(Struct, frozen=True, kw_only=True):
 
 
 class Membership(Struct, frozen=True, kw_only=True):
-    """What is left out stays as it is. `muted_until`: an RFC 3339 moment, or null."""
+    """What you set of a membership. What you leave out stays as it is."""
 
     role: Annotated[str, Meta(min_length=1, max_length=32)] | UnsetType | None = UNSET
     muted_until: str | UnsetType | None = UNSET
 
 
 class Removal(Struct, frozen=True, kw_only=True):
-    """`ban`: for the record; a removed member comes back by `PUT` alone, too."""
+    """How a member is removed. A removed member comes back only by `PUT`, banned or not."""
 
     ban: bool = False
 
 
 class Place(Struct, frozen=True, kw_only=True):
-    """A conversation: its head, its first members by id, how many there are, where they stand, who is online.
-
-    With more than `limits.members_detail` members there are no `receipts` and no `online` but their count.
+    """Where a conversation stands. One with more than `limits.members_detail` members shows only the first of
+    them, and no `receipts` and `online`.
     """
 
     conversation_id: int
@@ -118,10 +117,7 @@ class Place(Struct, frozen=True, kw_only=True):
 
 
 class CustomEvent(Struct, frozen=True, kw_only=True):
-    """Any name that the protocol does not use itself; `data` goes to clients as it is.
-
-    `user_ids`: only to these of those who are in the room.
-    """
+    """An event of your own."""
 
     event: Annotated[str, Meta(min_length=1, max_length=64)]
     data: Any = None
@@ -129,7 +125,7 @@ class CustomEvent(Struct, frozen=True, kw_only=True):
 
 
 class Disconnection(Struct, frozen=True, kw_only=True):
-    """`reconnect`: the clients are told to come back; otherwise, that they shall not."""
+    """How the connections are closed."""
 
     reconnect: bool = False
 
@@ -140,13 +136,13 @@ class Disconnected(Struct, frozen=True, kw_only=True):
 
 
 class Revocation(Struct, frozen=True, kw_only=True):
-    """`before`: an RFC 3339 moment or unix seconds; now if it is left out."""
+    """Which tokens are void."""
 
     before: str | float | None = None
 
 
 class Ban(Struct, frozen=True, kw_only=True):
-    """`until`: an RFC 3339 moment; for ever if it is left out."""
+    """How long the user is banned."""
 
     until: str | None = None
 
@@ -156,7 +152,7 @@ class Done(Struct, frozen=True):
 
 
 class TokenRequest(Struct, frozen=True, kw_only=True):
-    """`ttl` in seconds; `conversations` that the token opens without a membership."""
+    """Whose token you want."""
 
     user_id: Id
     ttl: Annotated[int, Meta(ge=1, le=366 * 24 * 3600)] | None = None

@@ -29,7 +29,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.get("/<int:conversation_id>")
     @document_response(Place)
     async def get(conversation_id: int) -> Response:
-        """Where a conversation stands: its head, its members and how far they have read, who is online."""
+        """The newest change of a conversation, its members, how far they have read, and who is online."""
         id = check_id("conversation_id", conversation_id)
         found, online = await chat.conversations.get(id)
         return answer(
@@ -48,7 +48,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_querystring(PageQuery)
     @document_response(Page)
     async def history(conversation_id: int) -> Response:
-        """A page of messages in ascending id: the newest, or next to `before` or `after` (message ids)."""
+        """A page of messages, in ascending id.
+
+        It holds the newest messages, or those next to the message `before` or `after`.
+        """
         query = asked(PageQuery)
         check_id("conversation_id", conversation_id)
         return answer(await chat.messages.history(conversation_id, query.before, query.after, query.limit))
@@ -57,7 +60,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Membership)
     @document_response(Done)
     async def add_member(conversation_id: int, user_id: int) -> Response:
-        """Add a member, bring a removed one back, or change a role or a mute."""
+        """Add a member, bring a removed one back, or change a role or a mute.
+
+        What you leave out of the body stays as it is. It takes effect on live connections within a second.
+        """
         body = await posted(Membership) if (await request.get_data()) else Membership()
         check_role(body.role or None)
         muted = body.muted_until
@@ -74,7 +80,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_querystring(Removal)
     @document_response(Done)
     async def remove_member(conversation_id: int, user_id: int) -> Response:
-        """Remove a member: live connections hear no more of the conversation within a second."""
+        """Remove a member.
+
+        The live connections of that user hear nothing more of the conversation from one second later.
+        """
         ban = asked(Removal).ban
         place, user = check_id("conversation_id", conversation_id), check_id("user_id", user_id)
         await chat.members.remove(place, user, ban=ban)
@@ -84,7 +93,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(CustomEvent)
     @document_response(Done)
     async def send_event(conversation_id: int) -> Response:
-        """Send an event of your own to who is in the room just now. It is not stored."""
+        """Send an event of your own to everybody who is in the room just now.
+
+        chatd does not store it.
+        """
         body = await posted(CustomEvent)
         place = check_id("conversation_id", conversation_id)
         chat.events.send(place, body.event, body.data, body.user_ids)

@@ -6,9 +6,10 @@ from contextlib import suppress
 from typing import Any
 
 import trio
+from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
-from quart_schema import hide
+from quart_schema import document_response, hide
 
 from chatd import metrics
 from chatd.api.bodies import answer
@@ -20,6 +21,19 @@ from chatd.store.writer import Writer
 
 REMEMBER = 1.0  # seconds that a look at the database serves all who ask
 DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
+
+
+class Alive(Struct, frozen=True):
+    """The event loop turns."""
+
+    status: str = "ok"
+
+
+class Ready(Struct, frozen=True):
+    """Whether chatd can store messages, and the state of each part."""
+
+    status: str
+    checks: dict[str, str]
 
 
 class Health:
@@ -68,13 +82,16 @@ def blueprint(health: Health) -> Blueprint:
     routes = Blueprint("health", __name__)
 
     @routes.get("/healthz")
+    @document_response(Alive)
     async def alive() -> Response:
-        """The loop answers. Restart the process when this does not; nothing else cures it."""
-        return answer({"status": "ok"})
+        """Whether the process answers. If it does not, restart it."""
+        return answer(Alive())
 
     @routes.get("/readyz")
+    @document_response(Ready)
+    @document_response(Ready, 503)
     async def ready() -> Response:
-        """Whether to send traffic here: ok, degraded (200), unavailable or stopping (503)."""
+        """Whether to send traffic here: `ok` and `degraded` (200), `unavailable` and `stopping` (503)."""
         status, body = await health.report()
         return answer(body, status)
 

@@ -42,8 +42,8 @@ def blueprint(chat: Chat) -> Blueprint:
     async def post() -> Response:
         """Store a message and deliver it to everybody in its conversation.
 
-        The conversation is created if need be, and the sender becomes a member. A retry with the same
-        `client_id`, or `Idempotency-Key` header, never makes a second message.
+        chatd creates the conversation if it does not exist, and makes the sender a member. A retry with the
+        same `client_id`, or with the same `Idempotency-Key` header, never makes a second message.
         """
         raise AssertionError("`hot` answers this; here it is described")
 
@@ -51,7 +51,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Batch)
     @document_response(BatchResults)
     async def post_batch() -> Response:
-        """Store up to 1000 messages, usually in one commit. Each is accepted or refused on its own."""
+        """Store up to 1,000 messages, usually in one commit.
+
+        chatd accepts or refuses each message by itself.
+        """
         batch = await posted(Batch)
         commands: list[Create | ChatError] = []
         for count, raw in enumerate(batch.messages, 1):
@@ -65,7 +68,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Alteration)
     @document_response(Altered)
     async def edit(message_id: int) -> Response:
-        """Change the content or the meta of a message, whoever wrote it."""
+        """Change the content or the `meta` of any message."""
         body = await posted(Alteration)
         changed = await chat.messages.edit(check_id("id", message_id), body.content, body.meta)
         return answer(Altered(id=changed.id, seq=changed.seq))
@@ -73,14 +76,17 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.delete("/<int:message_id>")
     @document_response(Altered)
     async def delete(message_id: int) -> Response:
-        """Delete a message: its content goes, its place in the conversation stays."""
+        """Delete any message.
+
+        chatd removes its content and keeps its place in the conversation.
+        """
         changed = await chat.messages.delete(check_id("id", message_id))
         return answer(Altered(id=changed.id, seq=changed.seq))
 
     @routes.get("/<int:message_id>/delivery")
     @document_response(Delivery)
     async def delivery(message_id: int) -> Response:
-        """Who has a message, who is online, and who needs a push notification: all but its author."""
+        """Who has read or received a message, who is online, and who needs a push notification."""
         return answer(await chat.receipts.delivery(check_id("id", message_id)))
 
     return routes

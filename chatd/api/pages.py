@@ -13,7 +13,14 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "") -> None:
     """Path → name in chatd/web. `sockets`: origins that a page may connect to, beside its own."""
-    headers = {
+    headers = headers_of(sockets)
+    for path, name in files.items():
+        routes.add_url_rule(path, name.replace(".", "-"), hide(_view(name, headers)), methods=["GET"])
+
+
+def headers_of(sockets: str = "") -> dict[str, str]:
+    """What a page may load, and from where."""
+    return {
         "Content-Security-Policy": (
             "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
             f"connect-src 'self' {sockets}; base-uri 'none'; frame-ancestors 'none'; form-action 'none'; "
@@ -23,8 +30,6 @@ def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    for path, name in files.items():
-        routes.add_url_rule(path, name.replace(".", "-"), hide(_view(name, headers)), methods=["GET"])
 
 
 def _view(name: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:

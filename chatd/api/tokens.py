@@ -17,7 +17,7 @@ def blueprint(chat: Chat, settings: Settings) -> Blueprint:
     @document_request(TokenRequest)
     @document_response(Token)
     async def issue() -> Response:
-        """A token for a user to connect with."""
+        """Issue a token with which a user can connect."""
         body = await posted(TokenRequest)
         ttl = body.ttl or settings.now.auth.token_ttl
         # After a revocation in this very second: else the user would have to wait for the next.

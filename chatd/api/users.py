@@ -34,14 +34,17 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.get("/<int:user_id>")
     @document_response(User)
     async def get(user_id: int) -> Response:
-        """Whether a user is online, with how many connections, and what is unread where."""
+        """Whether a user is online, and what the user has not read in which conversation."""
         return answer(await chat.users.get(check_id("user_id", user_id)))
 
     @routes.post("/<int:user_id>/disconnect")
     @document_request(Disconnection)
     @document_response(Disconnected)
     async def disconnect(user_id: int) -> Response:
-        """End all connections of a user. Tokens stay valid: `revoke` is for those."""
+        """Close all connections of a user.
+
+        The user's tokens stay valid. To void them, use `revoke`.
+        """
         body = await posted(Disconnection) if (await request.get_data()) else Disconnection()
         closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=body.reconnect)
         return answer(Disconnected(closed=closed))
@@ -50,7 +53,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Revocation)
     @document_response(Done)
     async def revoke(user_id: int) -> Response:
-        """Void the tokens issued before a moment, and end the connections that came with them."""
+        """Void the tokens that were issued before a moment.
+
+        chatd closes the connections that were made with them.
+        """
         body = await posted(Revocation) if (await request.get_data()) else Revocation()
         await chat.users.revoke(check_id("user_id", user_id), _seconds(body.before))
         return answer(Done())
@@ -59,7 +65,10 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Ban)
     @document_response(Done)
     async def ban(user_id: int) -> Response:
-        """Keep a user out of everything, until a moment or for ever. Live connections end."""
+        """Keep a user out of all conversations, until a moment or for ever.
+
+        chatd closes the user's connections.
+        """
         body = await posted(Ban) if (await request.get_data()) else Ban()
         until = FOR_EVER if body.until is None else moment("until", body.until)
         await chat.users.ban(check_id("user_id", user_id), until)
@@ -68,7 +77,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.delete("/<int:user_id>/ban")
     @document_response(Done)
     async def unban(user_id: int) -> Response:
-        """Let a banned user in again."""
+        """End a ban."""
         await chat.users.ban(check_id("user_id", user_id), None)
         return answer(Done())
 

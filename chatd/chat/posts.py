@@ -19,7 +19,7 @@ EXPLAIN_BYTES = 64 * 1024  # of a longer body only the first mistake is named: r
 
 
 class NewMessage(Struct, frozen=True, kw_only=True):
-    """A message from a backend. `sender_id` is the user it speaks for."""
+    """A message that a backend posts."""
 
     conversation_id: Id
     sender_id: Id

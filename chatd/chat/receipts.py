@@ -15,10 +15,7 @@ from chatd.store.writer import Then, Writer
 
 
 class Delivery(Struct, frozen=True):
-    """User ids, of everybody in the conversation but the author. Who has read it has received it too.
-
-    `pending` have neither received it nor a connection: a push notification is for them.
-    """
+    """Who has a message: user ids of all members but the author."""
 
     read: list[int]
     delivered: list[int]

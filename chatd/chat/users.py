@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 class User(Struct, frozen=True):
-    """`connections` on all nodes; `conversations` by membership, the most recently active first."""
+    """A user's connections and conversations."""
 
     user_id: int
     online: bool

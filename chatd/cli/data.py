@@ -42,7 +42,7 @@ NEW_FILE = NewFile(path_type=Path)
 LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
 # Seconds; by then a daemon has looked whose tokens are void, and ended their connections.
 GONE_AFTER = EVERY + 2.0
-WAIT_HELP = "Seconds for connections to end, until which the user can speak; 0 if chatd does not run."
+WAIT_HELP = "Seconds to wait until the user's connections have ended; 0 if chatd does not run."
 
 
 def settings_of(path: Path | None) -> config.Config:
@@ -57,7 +57,8 @@ def settings_of(path: Path | None) -> config.Config:
 def backup(path: Path | None, target: Path) -> None:
     """Copy the database to a file, or into a directory, while chatd serves.
 
-    SQLite: a compact, checked copy as of one moment, readable by you alone. PostgreSQL has pg_dump.
+    The copy is compact, holds the database as of one moment, and is checked; you alone can read it. This
+    works for SQLite. For PostgreSQL use pg_dump.
     """
     settings = settings_of(path)
     _tidy_up_when_terminated()
@@ -72,13 +73,17 @@ def backup(path: Path | None, target: Path) -> None:
 
 @main.command()
 @click.argument("source", type=FILE, required=False)
-@click.option("--new-epoch", is_flag=True, help="After PostgreSQL's own restore: let older clients start over.")
+@click.option(
+    "--new-epoch",
+    is_flag=True,
+    help="After a restore with PostgreSQL's own tools: let older clients start over.",
+)
 @with_config
 def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
-    """Put a backup in the place of the database. chatd must not run; the old database is kept beside it.
+    """Replace the database by a backup. Stop chatd first; the old database is kept beside the new one.
 
-    Clients that come back start over (`recovered: false`), unless they prove by a mark that the backup has all
-    that they have seen.
+    Clients that come back start over (`recovered: false`), unless they prove by a mark that the backup holds
+    everything that they have seen.
     """
     settings = settings_of(path)
     if new_epoch == (source is not None):
@@ -93,14 +98,25 @@ def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
 
 
 @main.command()
-@click.option("--older-than", "days", type=click.FloatRange(0, 36_500), help="Days; else retention.days.")
 @click.option(
-    "--keep", "messages", type=click.IntRange(0, MAX_ID), help="Of each room; else retention.messages."
+    "--older-than",
+    "days",
+    type=click.FloatRange(0, 36_500),
+    help="Remove messages older than so many days. Otherwise retention.days counts.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say how many messages would go.")
+@click.option(
+    "--keep",
+    "messages",
+    type=click.IntRange(0, MAX_ID),
+    help="Keep so many messages of each room. Otherwise retention.messages counts.",
+)
+@click.option("--dry-run", is_flag=True, help="Only count the messages that would be removed.")
 @with_config
 def prune(path: Path | None, days: float | None, messages: int | None, dry_run: bool) -> None:
-    """Remove old messages now, bit by bit, beside the daemon. 0 means: by that nothing goes."""
+    """Remove old messages now, in small transactions, while chatd serves.
+
+    A value of 0 switches that rule off.
+    """
     settings = settings_of(path)
     kept = settings.retention
     rules = Rules(kept.days if days is None else days, kept.messages if messages is None else messages)
@@ -117,17 +133,19 @@ def prune(path: Path | None, days: float | None, messages: int | None, dry_run: 
 
 @main.group()
 def user() -> None:
-    """All that is known of one user: hand it out, or erase it."""
+    """Export or erase everything that chatd knows of one user."""
 
 
 @user.command()
 @click.argument("user_id", type=ID)
 @click.option(
-    "--output", type=NEW_FILE, help="A new file, readable by you alone; standard output if not given."
+    "--output",
+    type=NEW_FILE,
+    help="Write to this new file, which you alone can read, instead of standard output.",
 )
 @with_config
 def export(path: Path | None, user_id: int, output: Path | None) -> None:
-    """Print everything, a JSON object a line, each with the `table` it is from."""
+    """Print all rows about a user, one JSON object on each line, with the `table` that each is from."""
     rows = maintenance.exported(settings_of(path).database, user_id)
     lines = (msgspec.json.encode(row).decode() for row in rows)
     if output is None:
@@ -147,15 +165,17 @@ def export(path: Path | None, user_id: int, output: Path | None) -> None:
 @click.argument("user_id", type=ID)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--wait", type=click.FloatRange(0), default=GONE_AFTER, show_default=True, help=WAIT_HELP)
-@click.option("--in-place", is_flag=True, help="Do not write SQLite's file anew: posts wait for that.")
+@click.option(
+    "--in-place", is_flag=True, help="Do not rewrite SQLite's file. Posts wait while it is rewritten."
+)
 @with_config
 def erase(path: Path | None, user_id: int, yes: bool, wait: float, in_place: bool) -> None:
-    """Erase what a user has said, and void the tokens. It cannot be undone.
+    """Erase what a user has written, and void the user's tokens. You cannot undo it.
 
-    Messages stay as deleted ones, so that conversations have no hole; their content, the reactions, receipts
-    and memberships go, also from chat.stream. SQLite's file is written anew, so that no byte is left; with
-    --in-place older versions of what was edited may be. Clients see the messages go within seconds. Backups
-    still hold them.
+    The user's messages become deleted messages, so that conversations have no hole. chatd removes their
+    content, and the user's reactions, receipts and memberships, also from chat.stream. It rewrites SQLite's
+    file, so that no byte is left; with --in-place older versions of edited messages may stay in the file.
+    Clients see the messages disappear within seconds. Backups still hold them.
     """
     settings = settings_of(path)
     if not yes:

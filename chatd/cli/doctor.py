@@ -22,24 +22,28 @@ WIDTH = 18  # of what was looked at
 
 @main.command()
 @click.option(
-    "--config", "path", type=click.Path(path_type=Path), envvar="CHATD_CONFIG", help="The file to read."
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    envvar="CHATD_CONFIG",
+    help="The configuration to read.",
 )
 @click.option(
-    "--url", default="", help="Where clients connect, wss://chat.example.com/ws: look at the proxy, too."
+    "--url", default="", help="Check the proxy, too: where clients connect, as in wss://chat.example.com/ws."
 )
 @click.option(
-    "--write", is_flag=True, help="Let the round trip be a message that is stored, and deleted again."
+    "--write", is_flag=True, help="Send a message that is stored and deleted again, instead of an event."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
 def doctor(path: Path | None, url: str, write: bool, as_json: bool) -> None:
-    """Look for what goes wrong in practice, and say what to do.
+    """Check what goes wrong in practice, and say what to do.
 
-    Run it on the machine of the daemon, as its user, with its configuration, but outside the sandbox of its
-    unit. Exit codes: 0 all is well, 1 there are warnings, 2 there are problems.
+    Run it on the daemon's machine, as the daemon's user, with the daemon's configuration, but outside the
+    sandbox of its unit. Exit codes: 0 all is well, 1 there are warnings, 2 there are problems.
 
-    It changes nothing that lasts. The round trip sends an event to the reserved room 9007199254740991, to the
-    user of that number; nobody else hears it, and it is not stored. A webhook for presence is told of that
-    user. With --write it is a message, whose place in that room stays after it is deleted.
+    It changes nothing that lasts. For the round trip it sends an event to the reserved room 9007199254740991
+    and the user of the same number. Nobody else gets it, and chatd does not store it. A webhook about presence
+    reports that user. With --write it sends a message and deletes it; its place in that room stays.
     """
     if path is None and DEFAULT_FILE.is_file():
         path = DEFAULT_FILE

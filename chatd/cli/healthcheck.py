@@ -15,12 +15,14 @@ WITHIN = 2.5  # seconds, less than the probe's own patience: its word is worth m
 
 
 @main.command()
-@click.option("--ready", is_flag=True, help="Ask whether it can store messages, not only whether it lives.")
+@click.option(
+    "--ready", is_flag=True, help="Ask whether it can store messages, and not only whether it answers."
+)
 @with_config
 def healthcheck(path: Path | None, ready: bool) -> None:
-    """Ask the daemon on api.bind how it is: exit code 0 for well, 1 for not.
+    """Ask the daemon on api.bind whether it is well. Exit codes: 0 yes, 1 no.
 
-    For containers and other probes. It needs no token, and no more of the configuration than api.bind.
+    It is for containers and other probes. It needs no token, and of the configuration only api.bind.
     """
     settings = config.load(path, require_token=False)
     backend = Backend(settings, within=WITHIN)

@@ -21,14 +21,14 @@ ID = click.IntRange(1, MAX_ID)
 @main.command()
 @click.argument("room", type=ID)
 @click.argument("text")
-@click.option("--user", "user_id", type=ID, required=True, help="Who says it.")
-@click.option("--url", default="", help="Of the HTTP API, if it is not that of api.bind.")
+@click.option("--user", "user_id", type=ID, required=True, help="The user for whom you post.")
+@click.option("--url", default="", help="The URL of the HTTP API, if it is not on api.bind.")
 @with_config
 def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> None:
     """Post a message to a room, as a backend does, and print its id and seq.
 
-    TEXT may be - for what standard input brings. The room is created if need be, and the user becomes a member
-    of it. Exit codes: 0 posted, 75 not now (nobody answers, too many: try again), 1 refused.
+    With - as TEXT it reads standard input. chatd creates the room if it does not exist, and makes the user a
+    member. Exit codes: 0 posted; 75 not posted now, try again later; 1 refused.
     """
     settings = config.load(path)
     content = sys.stdin.read().rstrip("\n") if text == "-" else text
@@ -49,18 +49,19 @@ def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> Non
 
 @main.command()
 @click.argument("room", type=ID)
-@click.option("--user", "user_id", type=ID, help="Look in as this member, who may be online by that.")
+@click.option("--user", "user_id", type=ID, help="Read as this member, who is shown as online meanwhile.")
 @click.option("--since", type=click.IntRange(0, 10_000), default=0, help="So many earlier messages first.")
-@click.option("--all", "everything", is_flag=True, help="Typing and receipts, too.")
+@click.option("--all", "everything", is_flag=True, help="Show typing and receipts, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as a line of JSON.")
-@click.option("--url", default="", help="Of the WebSocket, if it is not that of hub.bind: wss://host/ws.")
+@click.option("--url", default="", help="The URL of the WebSocket, if it is not on hub.bind: wss://host/ws.")
 @with_config
 def tail(path: Path | None, room: int, user_id: int | None, url: str, **how: Any) -> None:
-    """Follow a room until Ctrl-C, over restarts of the daemon.
+    """Print what happens in a room until Ctrl-C, also over restarts of the daemon.
 
-    Without --user you look in as the reserved user 9007199254740991, with a token for this room alone: it is
-    nobody's account and becomes no member, but clients that ask who is here see it. With --user you see what
-    that user may see, and exit code 1 says that it is nothing. Nothing is marked as read or delivered.
+    Without --user you read as the reserved user 9007199254740991, with a token for this room alone. That user
+    is nobody's account and becomes no member, but clients that ask who is online see it. With --user you see
+    what that user may see; exit code 1 says that the user may not enter. Nothing is marked as read or
+    delivered.
     """
     settings = config.load(path, require_token=False)
     logs.configure("error", settings.logs.format)

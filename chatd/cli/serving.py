@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+import structlog
 import trio
 
 from chatd import config, logs, workers
@@ -17,21 +18,29 @@ from chatd.errors import DatabaseGone, OperatorError
 from chatd.ops import showing
 from chatd.store import database
 
+log = structlog.get_logger()
+
 
 @main.command()
 @click.option(
-    "--demo", is_flag=True, help="On this machine alone: a chat page, open rooms, the token `secret`."
+    "--demo",
+    is_flag=True,
+    help="Serve a chat page and open rooms, with the token `secret`, on this machine alone.",
 )
 @with_config
 def serve(path: Path | None, demo: bool) -> None:
     """Run the daemon until SIGTERM or Ctrl-C."""
     faulthandler.enable()  # systemd's watchdog ends a stuck process with SIGABRT: say where it was stuck
 
+    origins: config.Origins = {}
+
     def read() -> config.Config:
-        return workers.share(config.load(path, demo=demo))
+        return workers.share(config.load(path, demo=demo, origins=origins))
 
     settings = read()
     logs.configure(settings.logs.level, settings.logs.format)
+    if not workers.is_worker():
+        _log_original_names(origins)
     store = database.open_store(settings.database)
     greets = demo and not workers.is_worker()  # the parent greets for all
     on_ready = partial(_welcome, settings) if greets else lambda: None
@@ -55,14 +64,13 @@ def serve(path: Path | None, demo: bool) -> None:
 
 @main.command("check-config")
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
-@click.option("--show", is_flag=True, help="Print what is in effect, without secrets, and where it comes from.")
-@click.option("--no-credentials", is_flag=True, help="Leave out systemd's credentials, and miss no token.")
+@click.option("--show", is_flag=True, help="Print each value, without secrets, and where it comes from.")
+@click.option(
+    "--no-credentials", is_flag=True, help="Do not read systemd's credentials, and do not ask for a token."
+)
 @with_config
 def check_config(path: Path | None, demo: bool, show: bool, no_credentials: bool) -> None:
-    """Report every mistake in the configuration.
-
-    The exit code is 78 if there is one.
-    """
+    """Report every mistake in the configuration. The exit code is 78 if there is one."""
     environ = {name: value for name, value in os.environ.items() if name != config.CREDENTIALS}
     origins: config.Origins = {}
     settings = config.load(
@@ -84,7 +92,7 @@ def check_config(path: Path | None, demo: bool, show: bool, no_credentials: bool
 @main.command()
 @with_config
 def migrate(path: Path | None) -> None:
-    """Bring the database's schema to this version. SQLite does it by itself at start."""
+    """Bring the database's schema to this version. For SQLite `chatd serve` does it at its start."""
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
     before, after = database.migrate(settings.database)
@@ -92,6 +100,14 @@ def migrate(path: Path | None) -> None:
         click.echo(f"The schema is at version {after} already.")
     else:
         click.echo(f"The schema went from {before or 'nothing'} to version {after}.")
+
+
+def _log_original_names(origins: config.Origins) -> None:
+    """A variable that is meant for another program may set an option: REDIS_HOST alone switches to Redis."""
+    for (section, key), name in origins.items():
+        if name in config.ORIGINAL_NAMES:
+            option = f"{section}.{key}"
+            log.info("original_name_used", variable=name, option=option, advice=f"set {option} instead")
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> OperatorError:

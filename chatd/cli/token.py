@@ -16,13 +16,19 @@ from chatd.store import database
 
 @main.command()
 @click.argument("user_id", type=click.IntRange(1, MAX_ID))
-@click.option("--ttl", type=click.IntRange(1), help="Seconds it is valid; auth.token_ttl if not given.")
 @click.option(
-    "--room", "rooms", type=click.IntRange(1, MAX_ID), multiple=True, help="A room it opens; repeatable."
+    "--ttl", type=click.IntRange(1), help="Seconds for which it is valid. Otherwise auth.token_ttl counts."
+)
+@click.option(
+    "--room",
+    "rooms",
+    type=click.IntRange(1, MAX_ID),
+    multiple=True,
+    help="A room that the token opens; you may repeat it.",
 )
 @with_config
 def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ...]) -> None:
-    """Print a token for a user, to try things with."""
+    """Print a token for a user, for trying things."""
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
     tokens = issuer(settings)

@@ -1,6 +1,7 @@
 """The configuration: `chatd.toml`, credentials and the environment, decoded into frozen structs.
 
-Every option is described in `chatd.toml`. All mistakes are reported at once, each with its key.
+`options` describes each option, and `chatd.toml` is made of it. All mistakes are reported at once, each with
+its key.
 
 options   what there is
 sources   where values come from
@@ -38,6 +39,7 @@ from chatd.config.rules import contradictions, is_loopback, is_loopback_name, sp
 from chatd.config.sources import (
     CREDENTIALS,
     DEMO_TOKEN,
+    ORIGINAL_NAMES,
     Data,
     Origins,
     for_a_demo,
@@ -52,6 +54,7 @@ __all__ = [
     "ANY_TYPE",
     "CREDENTIALS",
     "DEMO_TOKEN",
+    "ORIGINAL_NAMES",
     "SECTIONS",
     "AllowedOrigins",
     "Api",

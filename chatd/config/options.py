@@ -1,4 +1,8 @@
-"""Every option, its type, its default and its bounds; `chatd.toml` describes each."""
+"""Every option: its type, its default, its bounds, and what it means.
+
+This is the one place where options are described. `chatd.toml` and docs/configuration.md are made of it, by
+`make reference`.
+"""
 
 from __future__ import annotations
 
@@ -14,57 +18,115 @@ Positive = Annotated[int, Meta(ge=1, le=MOST)]
 
 
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
+    """The process itself."""
+
     drain_window: Annotated[float, Meta(ge=0, le=300)] = 5.0
+    """Seconds that a stop takes for the clients: they are asked to move in the first half, and closed in
+    the second.
+    """
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Processes. Raise it when one process keeps a core busy; more than one need Redis."""
     private_networks: list[str] = field(default_factory=lambda: ["127.0.0.0/8", "::1/128"])
+    """Networks that chatd may call (`auth.backend_url`, `auth.jwks_url`, webhooks) although they are
+    private. To them it may also speak plain HTTP.
+    """
 
 
 class Api(Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTP for your backend. Keep this port off the internet."""
+
     bind: str = "127.0.0.1:8080"
+    """Where the API listens: `host:port`."""
     internal_token: str = ""
+    """Required. Your backend sends it as `X-Internal-Token`; make one with `openssl rand -hex 32`."""
     previous_internal_token: str = ""
+    """A second token that is accepted as well, while you replace the first."""
 
 
 class Hub(Struct, frozen=True, forbid_unknown_fields=True):
+    """WebSocket for your users."""
+
     bind: str = "127.0.0.1:6001"
+    """Where the WebSockets listen: `host:port`, or `:6001` for every address. Put a TLS proxy in front."""
     allow_query_token: bool = False
+    """Accept `/ws?token=…&conversation_id=1`. Tokens in URLs reach access logs."""
     origins: list[str] = []
+    """Browser origins that may connect: `https://app.example.com`, `https://*.example.org`,
+    `capacitor://localhost`. If the list is empty, pages of the host that the request names may. A list
+    replaces that rule, so name the origin of your own pages, too.
+    """
     handshake_timeout: Seconds = 5.0
+    """Seconds that a client has for the HTTP upgrade."""
     auth_timeout: Seconds = 10.0
+    """Seconds that a connection has to authenticate."""
     ping_interval: Seconds = 25.0
+    """Seconds of silence after which chatd asks a client for a sign of life."""
     ping_timeout: Seconds = 10.0
+    """Seconds that the client then has to answer."""
 
 
 class Database(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where messages are stored."""
+
     url: str = "sqlite:///chatd.db"
+    """`sqlite:///chatd.db` (relative to the working directory) or
+    `postgresql://user:password@host/database`. PostgreSQL with standbys: `@host1:5432,host2:5432/`.
+    """
     readers: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Connections that read, beside the one that writes."""
 
 
 class Redis(Struct, frozen=True, forbid_unknown_fields=True):
+    """Needed for several nodes or workers, and for other services that listen."""
+
     url: str = ""
+    """`redis://127.0.0.1:6379/0`. If it is empty, this process serves all clients by itself."""
     ingest: bool = True
+    """Store the messages that others add to the stream `chat.ingest`. Who may XADD there may post."""
     accept_foreign: bool = False
+    """Deliver what others PUBLISH on `chat.messages`. chatd does not store it."""
     stream_length: Positive = 100_000
+    """Entries that `chat.stream` keeps, about."""
     stream_bytes: Positive = 64 * 1024 * 1024
+    """Bytes of messages that `chat.stream` keeps, about. The bound that is reached first counts."""
 
 
 Algorithm = Literal["HS256", "RS256", "ES256", "EdDSA"]
 
 
 class Auth(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tokens of your users: JWTs, or whatever your backend understands."""
+
     secret: str = ""
+    """The secret that signs tokens, shared with your backend if that signs them; at least 32 characters. If
+    it is empty, chatd makes one and keeps it in the database.
+    """
     previous_secret: str = ""
+    """A second secret that is accepted as well, while you replace the first."""
     algorithms: list[Algorithm] = field(default_factory=lambda: ["HS256"])
+    """Algorithms that a token may use. HS256 uses the secrets; RS256, ES256 and EdDSA use public keys."""
     key_files: list[str] = []
+    """PEM files with public keys."""
     jwks_url: str = ""
+    """A key server: `https://login.example.com/.well-known/jwks.json`."""
     audience: str = ""
+    """The audience that a token must name in `aud`, if you set one."""
     issuer: str = ""
+    """The issuer that a token must name in `iss`, if you set one."""
     leeway: Annotated[float, Meta(ge=0, le=30)] = 5.0
+    """Seconds by which the clock of the token's issuer and that of chatd may differ."""
     expiry_grace: Annotated[float, Meta(ge=0, le=300)] = 2.0
+    """Seconds that a connected client has to bring a new token after its own has expired."""
     token_ttl: Positive = 3600
+    """Seconds that a token from `POST /api/ws/tokens` is valid, unless the request says otherwise."""
     backend_url: str = ""
+    """Ask your backend whose a token is: chatd POSTs `{"token"}` with `X-Internal-Token` to this address,
+    and your backend answers `{"user_id", "expires_in"}`.
+    """
     backend_timeout: Seconds = 3.0
+    """Seconds that your backend has to answer."""
     backend_cache: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    """Seconds for which chatd remembers that your backend accepted a token. 0: it asks each time."""
 
 
 ANY_TYPE = "*"  # in rooms.client_types
@@ -72,23 +134,51 @@ TypeName = Annotated[str, Meta(min_length=1, max_length=32)]
 
 
 class Rooms(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may enter a room, and what clients may send there."""
+
     access: Literal["members", "open"] = "members"
+    """Who may enter a conversation: `members` (and users whose token lists it), or `open`, everybody with a
+    token.
+    """
     client_types: list[TypeName] = field(default_factory=lambda: ["text", "image", "video", "audio", "file"])
+    """Message types that clients may send. `*` allows any, as backends may."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits. 0 means no limit. With several workers each has its share of `connections` and
+    `handshakes_per_second`, and counts the connections and sends of a user, and the connections of an
+    address, for itself.
+    """
+
     connections: Count = 0
+    """WebSocket connections in all. A handshake beyond that gets 503."""
     connections_per_user: Count = 20
+    """Connections of one user. One beyond that is closed for good (`too_many_connections`)."""
     connections_per_address: Count = 0
+    """Connections from one address. A handshake beyond that gets 503."""
     handshakes_per_second: Count = 500
+    """Handshakes in a second. One beyond that gets 503 with `Retry-After`. One address alone can use half
+    of them.
+    """
     failed_logins_per_minute: Count = 10
+    """Failed logins from one address in a minute; this machine and proxies do not count. A failure beyond
+    that is closed with 4006.
+    """
     rooms_per_connection: Positive = 200
+    """Subscriptions of one connection."""
     sends_per_second: Count = 10
+    """Messages, edits, deletes and reactions of one user in a second. A burst may have twice as many."""
     frame_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 65536
+    """Bytes of a WebSocket frame from a client. A connection that sends a larger one is closed with 1009.
+    """
     content_chars: Annotated[int, Meta(ge=1, le=262_144)] = 8000
+    """Characters of a message."""
     meta_bytes: Annotated[int, Meta(ge=0, le=262_144)] = 8192
+    """Bytes of a message's `meta`, as JSON."""
     members_detail: Count = 100
+    """Members up to which a conversation shows the receipts of others and who is online."""
     trusted_proxies: list[str] = []
+    """Addresses or networks whose `X-Forwarded-For` chatd believes: `127.0.0.1`."""
 
 
 Unasked = Literal["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
@@ -96,25 +186,49 @@ Asked = Literal["message.updated", "message.deleted", "message.reacted", "member
 
 
 class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
+    """What chatd reports to your backend."""
+
     url: str = ""
+    """Where chatd POSTs events. If it is empty, chatd reports nothing."""
     secret: str = ""
+    """Signs what chatd sends; at least 32 characters."""
     events: list[Unasked | Asked] = field(default_factory=lambda: list(get_args(Unasked)))
+    """Events that you want. There are also `message.updated`, `message.deleted`, `message.reacted`,
+    `member.added` and `member.removed`.
+    """
     timeout: Seconds = 5.0
+    """Seconds that your backend has for one event."""
     attempts: Annotated[int, Meta(ge=1, le=100)] = 15
+    """Attempts until chatd gives an event up: 15 take some three hours, 21 nine hours."""
     kept: Positive = 100_000
+    """Events that may wait. While so many wait, chatd adds no more about presence."""
     before_message_url: str = ""
+    """chatd asks here before it stores what a client sends or edits. Your backend may refuse or change it.
+    """
     before_message_timeout: Seconds = 1.0
+    """Seconds that your backend has to judge."""
     before_message_failure: Literal["refuse", "accept"] = "refuse"
+    """What happens to a message that your backend did not judge: `refuse` (the client gets `unavailable`)
+    or `accept`.
+    """
 
 
 class Retention(Struct, frozen=True, forbid_unknown_fields=True):
+    """What chatd removes, once an hour. A client that comes back with an older cursor starts over."""
+
     days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0
+    """Remove messages that are older than so many days. 0: keep them, however old they are."""
     messages: Count = 0
+    """Keep only the newest so many messages of each conversation. 0: keep all."""
 
 
 class Logs(Struct, frozen=True, forbid_unknown_fields=True):
+    """The log, on standard error."""
+
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least level that is logged."""
     format: Literal["auto", "json", "text"] = "auto"
+    """`json`, `text`, or `auto`: text on a terminal, JSON elsewhere."""
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):

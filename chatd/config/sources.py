@@ -17,6 +17,8 @@ CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
 
 # The names of the original deployment, still understood: (variable, section, key).
 _ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
+_ORIGINAL_REDIS = "REDIS_HOST"
+ORIGINAL_NAMES = frozenset([*_ORIGINAL_NAMES, _ORIGINAL_REDIS])
 _PREFIX = "CHATD_"
 
 Data = dict[str, dict[str, Any]]
@@ -76,10 +78,10 @@ def from_environment(environ: Mapping[str, str], found: list[str], origins: Orig
         if environ.get(name):
             data.setdefault(section, {})[key] = environ[name]
             origins[section, key] = name
-    if environ.get("REDIS_HOST"):
-        url = f"redis://{environ['REDIS_HOST']}:{environ.get('REDIS_PORT') or 6379}/0"
+    if environ.get(_ORIGINAL_REDIS):
+        url = f"redis://{environ[_ORIGINAL_REDIS]}:{environ.get('REDIS_PORT') or 6379}/0"
         data.setdefault("redis", {})["url"] = url
-        origins["redis", "url"] = "REDIS_HOST"
+        origins["redis", "url"] = _ORIGINAL_REDIS
     found += [f"{name}: write {better}, with two underscores." for name, better in _misspelt(environ)]
     for name, section, key in _our_variables(environ):
         if section not in SECTIONS:
