@@ -319,14 +319,58 @@ def origin_daemons(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> 
 
 async def status_of_upgrade(daemon: Daemon, host: str, origin: str) -> int:
     """The answer to a handshake for a host of any name: the client library sends the one it connected to."""
-    request = (
-        f"GET /ws HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
+    lines = [f"Origin: {origin}", "Connection: Upgrade", "Upgrade: websocket"]
+    return int((await answer_to_upgrade(daemon, host, *lines)).split()[1])
+
+
+async def answer_to_upgrade(daemon: Daemon, host: str, *lines: str) -> str:
+    """The head of the answer to a handshake with these lines."""
+    head = [f"GET /ws HTTP/1.1\r\nHost: {host}", *lines]
+    head += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"]
     with trio.fail_after(SLACK):
         async with await trio.open_tcp_stream("127.0.0.1", daemon.hub_port) as stream:
-            await stream.send_all(request.encode())
-            return int((await stream.receive_some()).split()[1])
+            await stream.send_all("\r\n".join([*head, "", ""]).encode())
+            answer = b""
+            while b"\r\n\r\n" not in answer:
+                answer += await stream.receive_some()
+    return answer.partition(b"\r\n\r\n")[0].decode()
+
+
+WANTED = ("Connection: Upgrade", "Upgrade: websocket")
+SUBPROTOCOL = "Sec-WebSocket-Protocol:"
+
+
+@pytest.mark.parametrize(
+    ("lines", "chosen"),
+    [
+        (("Connection: Upgrade", "Connection: keep-alive", "Upgrade: websocket"), None),
+        (("Connection: keep-alive", "Connection: Upgrade", "Upgrade: websocket"), None),
+        (("Connection: Upgrade", "Upgrade: WebSocket, h2c"), None),
+        (("Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"), None),
+        ((*WANTED, f"{SUBPROTOCOL} other", f"{SUBPROTOCOL} chatd.v1"), "chatd.v1"),
+        ((*WANTED, f"{SUBPROTOCOL} chatd.v1", f"{SUBPROTOCOL} other"), "chatd.v1"),
+        ((*WANTED, f"{SUBPROTOCOL}", f"{SUBPROTOCOL} a,,chatd.v1"), "chatd.v1"),
+        ((*WANTED, f"{SUBPROTOCOL} "), None),
+    ],
+)
+async def test_lines_of_a_list_header_are_one_list(
+    daemon: Daemon, lines: tuple[str, ...], chosen: str | None
+) -> None:
+    answer = await answer_to_upgrade(daemon, "a", *lines)
+    assert answer.split()[1] == "101"
+    named = [line.split(": ")[1] for line in answer.split("\r\n") if line.startswith(SUBPROTOCOL)]
+    assert named == ([chosen] if chosen else [])
+
+
+async def test_a_header_that_comes_twice_and_is_no_list_fits_nothing(daemon: Daemon) -> None:
+    """A proxy may have judged another line than we would."""
+    for origins in (("http://evil.example", "http://a"), ("http://a", "http://evil.example")):
+        lines = [f"Origin: {origin}" for origin in origins]
+        assert (await answer_to_upgrade(daemon, "a", *WANTED, *lines)).split()[1] == "403"
+    token = await trio.to_thread.run_sync(daemon.token_for, 7)
+    twice = [(b"Authorization", f"Bearer {one}".encode()) for one in ("other", token)]
+    async with connect(daemon.ws_url, extra_headers=twice) as client:
+        assert (await client.closed())[0] == 4500
 
 
 async def test_another_subprotocol_is_accepted_and_closed(daemon: Daemon) -> None:

@@ -1,4 +1,5 @@
-"""One WebSocket connection from its first byte to its goodbye: trio_websocket is known here and in client.py.
+"""One WebSocket connection from its first byte to its goodbye: with `upgrade` and client.py the only place that
+knows trio_websocket.
 
 `serve` is the barrier: whatever a peer sends, its error ends here. The session above knows nothing of
 handshakes, and the outbox below nothing of WebSocket but that its own frames pass through it.
@@ -9,7 +10,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import parse_qs, urlsplit
 
 import structlog
 import trio
@@ -18,31 +18,31 @@ from trio_websocket import (
     HandshakeError,
     WebSocketConnection,
     WebSocketRequest,
-    wrap_server_stream,
 )
+from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection
 from wsproto.utilities import ProtocolError
 
 from chatd import metrics
 from chatd.errors import Close, Final
+from chatd.hub import upgrade
 from chatd.hub.heartbeat import Ping
 from chatd.hub.outbox import LINGER_PAUSE, LINGER_SECONDS, Outbox
-from chatd.hub.registry import Admission, Handshake, Refused
+from chatd.hub.registry import Admission, Refused
 from chatd.hub.services import Services
 from chatd.hub.session import Session
 from chatd.hub.trivial import TrivialSession
 from chatd.limits import TokenBucket
 from chatd.lobby import Stay, key_of
 from chatd.logs import Recurring
-from chatd.protocol import PING_FRAME, SUBPROTOCOL, text_frame
+from chatd.protocol import PING_FRAME, text_frame
 
 RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
 ANSWER_TIMEOUT = 2.0  # seconds for commands at the writer, before a goodbye
 PACE_BYTES = 32 * 1024  # of a long answer that may still wait when more of it is read and sent
 CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
 ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
-FORWARDED_FOR = b"x-forwarded-for"
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
 
 # What peers bring about: they vanish, dawdle, or send what is no WebSocket. The last is raised by the library's
@@ -130,15 +130,9 @@ async def _shake_hands(
     registry = services.registry
     deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
     with trio.fail_at(deadline):
-        request = await wrap_server_stream(
-            nursery,
-            outbox,
-            max_message_size=services.settings.now.limits.frame_bytes,
-            message_queue_size=1,
-            receive_buffer_size=RECEIVE_BYTES,
-        )
+        request = await _request(outbox, nursery, services.settings.now.limits.frame_bytes)
         try:
-            handshake = _read(request)
+            handshake = upgrade.read(request)
             peer = str(stay.stream.socket.getpeername()[0])
             address = registry.address_of(peer, handshake.forwarded_for)
             stay.enter(registry.guesser(address) or "")
@@ -153,12 +147,27 @@ async def _shake_hands(
         session = kind(services, connection, handshake, address)
         try:
             await session.prepare(deadline - ACCEPT_SECONDS)
-            connection.open(await request.accept(subprotocol=_chosen(handshake)))
+            connection.open(await request.accept(subprotocol=upgrade.chosen(handshake)))
         except BaseException:
             session.end()
             raise
     outbox.message_finished()
     return connection, session
+
+
+async def _request(outbox: Outbox, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
+    """What `trio_websocket.wrap_server_stream` does, with a handshake that reads list headers as lists."""
+    protocol = WSConnection(ConnectionType.SERVER)
+    protocol.handshake = upgrade.Joining(ConnectionType.SERVER)
+    ws = WebSocketConnection(
+        outbox,
+        protocol,
+        max_message_size=frame_bytes,
+        message_queue_size=1,
+        receive_buffer_size=RECEIVE_BYTES,
+    )
+    nursery.start_soon(ws._reader_task)
+    return await ws._get_request()
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
@@ -172,32 +181,6 @@ def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
 async def _refuse(request: WebSocketRequest, refusal: Refused) -> None:
     headers = [(b"retry-after", RETRY_AFTER)] if refusal.status == 503 else []
     await request.reject(refusal.status, extra_headers=headers, body=refusal.reason.encode())
-
-
-def _read(request: WebSocketRequest) -> Handshake:
-    headers = {name.lower(): value.decode("latin-1") for name, value in request.headers}
-    try:
-        parts = urlsplit(request.path)
-    except ValueError:
-        raise Refused(404, "not_found") from None
-    forwarded = [value.decode("latin-1") for name, value in request.headers if name.lower() == FORWARDED_FOR]
-    scheme, _, credentials = headers.get(b"authorization", "").partition(" ")
-    return Handshake(
-        path=parts.path,
-        query={key: values[-1] for key, values in parse_qs(parts.query).items()},
-        host=request._event.host,  # the pinned version has no public name for it
-        origin=headers.get(b"origin"),
-        bearer=credentials.strip() if scheme.lower() == "bearer" else None,
-        forwarded_for=",".join(forwarded),  # each proxy may have added a line of its own
-        subprotocols=request.proposed_subprotocols,
-    )
-
-
-def _chosen(handshake: Handshake) -> str | None:
-    """Ours if it was offered; else what was, for a browser drops a connection that chose nothing."""
-    if SUBPROTOCOL in handshake.subprotocols:
-        return SUBPROTOCOL
-    return handshake.subprotocols[0] if handshake.subprotocols else None
 
 
 class Connection:
