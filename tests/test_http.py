@@ -158,6 +158,16 @@ def test_go_on_is_said_to_those_whose_body_is_wanted(daemon: Daemon) -> None:
             assert statuses(rest(peer)) in ([413], [401])
 
 
+def test_two_idempotency_keys_are_refused(daemon: Daemon) -> None:
+    """Whoever takes one of them for the key may be wrong."""
+    for keys in ("Idempotency-Key: a\r\nidempotency-key: b", "Idempotency-Key: a\r\nIdempotency-Key: a"):
+        with talk(daemon) as peer:
+            peer.sendall(post("x", conversation=78).replace(b"\r\n", f"\r\n{keys}\r\n".encode(), 1))
+            status, _, body = answer(peer)
+            assert (status, body["code"], list(body["errors"])) == (422, "bad_request", ["Idempotency-Key"])
+    assert daemon.get("/api/ws/conversations/78/messages").json["messages"] == []
+
+
 def test_a_refusal_is_read_although_the_body_still_comes(daemon: Daemon) -> None:
     """To close with bytes unread would reset the connection and take the answer with it."""
     with talk(daemon) as peer:

@@ -94,7 +94,7 @@ IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": CLIENT_ID_CHARS},
-    "description": "Serves as `client_id` if the body has none.",
+    "description": "Serves as `client_id` if the body has none. More than one is 422.",
 }
 
 

@@ -24,6 +24,7 @@ from chatd.settings import Settings
 
 PATH = "/api/ws/messages"
 
+Lines = list[tuple[bytes, bytes]]
 Headers = dict[bytes, bytes]
 
 
@@ -57,16 +58,20 @@ class Post:
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
 
-    async def _post(self, lines: list[tuple[bytes, bytes]], receive: Any) -> bytes:
+    async def _post(self, lines: Lines, receive: Any) -> bytes:
         headers = dict(lines)
         if self._settings.now.demo:
             check_host(headers.get(b"host", b"").decode("latin-1"))
-        tokens = [value for name, value in lines if name == b"x-internal-token"]
+        tokens = _values(lines, b"x-internal-token")
         check_access(self._settings.now.api, tokens, origin=b"origin" in headers)
         raw = await _body(headers, receive)
         message = decode(NewMessage, raw, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
-        command = create(message, check_key(headers.get(b"idempotency-key")))
+        command = create(message, check_key(_values(lines, b"idempotency-key")))
         return msgspec.json.encode(stored(await self._chat.messages.post(command)))
+
+
+def _values(lines: Lines, name: bytes) -> list[bytes]:
+    return [value for found, value in lines if found == name]
 
 
 async def _body(headers: Headers, receive: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -92,10 +93,14 @@ def blueprint(chat: Chat) -> Blueprint:
     return routes
 
 
-def check_key(header: bytes | None) -> str | None:
-    """An `Idempotency-Key`, which serves as a `client_id`. Raises BadRequest."""
-    key = header.decode("latin-1") if header is not None else None
-    if key is not None and not 1 <= len(key) <= CLIENT_ID_CHARS:
+def check_key(lines: Sequence[bytes]) -> str | None:
+    """An `Idempotency-Key`, which serves as a `client_id`. Raises BadRequest, for two of them too."""
+    if not lines:
+        return None
+    key = lines[0].decode("latin-1")
+    if len(lines) > 1:
+        raise BadRequest("There is more than one key.", field="Idempotency-Key")
+    if not 1 <= len(key) <= CLIENT_ID_CHARS:
         raise BadRequest(f"The key has 1 to {CLIENT_ID_CHARS} characters.", field="Idempotency-Key")
     return key
 
