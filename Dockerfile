@@ -6,6 +6,7 @@ WORKDIR /src
 RUN python -m venv /opt/chatd
 COPY pyproject.toml README.md LICENSE ./
 COPY chatd ./chatd
+COPY clients ./clients
 # Compiled here, for the container, whose file system is read-only, could not keep its bytecode.
 RUN /opt/chatd/bin/pip install --disable-pip-version-check --no-cache-dir --compile .
 

@@ -22,12 +22,15 @@ from msgspec import Struct
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
 from benchmarks.daemons import SECRET
-from chatd import config, daemon, garbage, logs
-from chatd.hub.rooms import Subscription
-from chatd.listen import client_places, open_socket, raise_descriptor_limit
-from chatd.model import Change, Group, Kind, Message
-from chatd.protocol import change_payload
-from chatd.settings import Settings
+from chatd import config
+from chatd.config.settings import Settings
+from chatd.core.model import Change, Group, Kind, Message
+from chatd.core.protocol import change_payload
+from chatd.daemon import garbage, lifecycle
+from chatd.daemon.listen import open_socket
+from chatd.hub.fanout.rooms import Subscription
+from chatd.net.descriptors import client_places, raise_descriptor_limit
+from chatd.observe import logs
 from chatd.store.database import Store, open_store
 
 ROOM = 1
@@ -102,7 +105,7 @@ class ChatdServer:
 
     async def _serve(self, settings: config.Config, store: Store, status: trio.TaskStatus[int]) -> None:
         listening = open_socket("hub.bind", settings.hub.bind)
-        parts = daemon.assemble(Settings(settings), store, "benchmark")
+        parts = lifecycle.assemble(Settings(settings), store, "benchmark")
         self._bus = parts.bus
         self._rooms = parts.fanout.rooms
         # What is published here is in no database: the sweep would find that the database has another history.
@@ -235,7 +238,7 @@ def main(name: str, core: str) -> None:
     signal.alarm(IDLE_SECONDS)
     warnings.simplefilter("default")
     os.sched_setaffinity(0, {int(core)})
-    sys.setswitchinterval(daemon.SWITCH_INTERVAL)
+    sys.setswitchinterval(lifecycle.SWITCH_INTERVAL)
     trio.run(partial(_run, SERVERS[name]()))
 
 

@@ -13,7 +13,7 @@ from benchmarks.audience import SOURCES, Failure
 from benchmarks.daemons import SECRET, Pinned, tell
 from benchmarks.results import Results
 from chatd.auth.tokens import Tokens
-from chatd.protocol import event
+from chatd.core.protocol import event
 
 ROOM_SIZE = 2
 TICK = 0.01  # seconds between two handfuls of messages

@@ -33,7 +33,7 @@ from benchmarks.daemons import SECRET, Pinned, process_cpu
 from benchmarks.peers.peer import Peer, Publisher, Running
 from benchmarks.servers import ROOM, Command, Go, Prepare, messages
 from chatd.auth.tokens import Tokens
-from chatd.protocol import text_frame
+from chatd.core.protocol import text_frame
 from tests.daemon import TOKEN
 from tests.services import free_port
 

@@ -6,7 +6,7 @@ import socket
 from io import BufferedReader
 
 from benchmarks.audience import Failure
-from chatd.protocol import event
+from chatd.core.protocol import event
 
 MASK = bytes(4)  # a client must mask what it sends; zeros change nothing
 

@@ -30,7 +30,7 @@ $prefix/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear
 # From a copy: pip builds where the sources are, as root, and takes along what an older build left there.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -R chatd pyproject.toml README.md LICENSE "$copy"
+cp -R chatd clients pyproject.toml README.md LICENSE "$copy"
 $prefix/bin/python -m pip install --quiet --disable-pip-version-check --no-input --upgrade "$copy"
 
 # Not /etc/systemd/system: there no unit can be masked.

@@ -24,7 +24,7 @@ from tests.daemon import Daemon
 from tests.node import run_script
 
 WEB = Path(__file__).parent / "web"
-CLIENT = Path(__file__).parent.parent / "chatd" / "web" / "chatd.js"
+CLIENT = Path(__file__).parent.parent / "clients" / "js" / "chatd.js"
 PEOPLE = 5
 ROOM = 1
 UP, DOWN = "up", "down"

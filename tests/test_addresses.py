@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from chatd.addresses import client_of, counted_as
+from chatd.core.addresses import client_of, counted_as
 
 PROXIES = [ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8"), ip_network("2001:db8:ffff::/48")]
 

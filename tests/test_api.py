@@ -14,10 +14,10 @@ import structlog.testing
 import trio
 import trio.testing
 
-from chatd.api.bodies import BODY_BYTES, BODY_SECONDS
-from chatd.api.hot import Post
+from chatd.api.routes.post_message import Post
+from chatd.api.schemas import BODY_BYTES, BODY_SECONDS
 from chatd.config import Api, Config
-from chatd.settings import Settings
+from chatd.config.settings import Settings
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon

@@ -12,14 +12,14 @@ import trio
 from sqlalchemy import event as events
 from sqlalchemy import select, text
 
-from chatd.chat.attendance import Attendance
 from chatd.chat.leases import BEAT, LOOKS, Leases, Life
 from chatd.chat.presence import ROOMS, USERS, Presence
+from chatd.chat.presence_webhooks import Attendance
 from chatd.config import Database
-from chatd.errors import Unavailable
+from chatd.core.errors import Unavailable
 from chatd.store import schema
-from chatd.store.attendance import SLICE, Attendances, Change, Lease, LeaseLost, Seen
 from chatd.store.database import Store, open_store
+from chatd.store.queues.presence import SLICE, Attendances, Change, Lease, LeaseLost, Seen
 from tests.backend import Backend as HttpBackend
 from tests.backend import serving
 from tests.client import login
@@ -42,7 +42,7 @@ def store(database_url: str) -> Iterator[Store]:
 def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Doubts are told in whole seconds: they are due at once here."""
     for name, seconds in {"DEBOUNCE": 0.0, "AFRESH": 0.0, "TICK": 0.5 / HASTE, "BEAT": BEAT / HASTE}.items():
-        monkeypatch.setattr(f"chatd.chat.attendance.{name}", seconds)
+        monkeypatch.setattr(f"chatd.chat.presence_webhooks.{name}", seconds)
 
 
 class Backend:

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import trio
 
-from chatd import daemon
 from chatd.chat.presence import USERS
 from chatd.config import Config, Database, Rooms
-from chatd.errors import ChatError, Close, Final
-from chatd.hub.rooms import Subscription
-from chatd.hub.subscriptions import Subscriptions
-from chatd.model import Identity, MemberChange, Position, State
-from chatd.settings import Settings
-from chatd.store.commands import Create, SetMember
+from chatd.config.settings import Settings
+from chatd.core.errors import ChatError, Close, Final
+from chatd.core.model import Identity, MemberChange, Position, State
+from chatd.daemon import lifecycle
+from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.session.subscriptions import Subscriptions
 from chatd.store.database import open_store
+from chatd.store.write.commands import Create, SetMember
 
 ROOM = 5
 ADA, BOB, CYD, OUTSIDER = 21, 22, 23, 99
@@ -83,7 +83,7 @@ class Ear:
 class Node:
     """The parts of a daemon without its ports, and the database past them."""
 
-    def __init__(self, parts: daemon.Parts, nursery: trio.Nursery) -> None:
+    def __init__(self, parts: lifecycle.Parts, nursery: trio.Nursery) -> None:
         self.parts, self.nursery = parts, nursery
         self.presence, self.audiences = parts.chat.presence, parts.hub.audiences
         self.sweep = parts.fanout.sweep
@@ -112,7 +112,7 @@ class Node:
 async def node(tmp_path: Path, nursery: trio.Nursery) -> Any:
     config = Config(database=Database(url=f"sqlite:///{tmp_path}/x.db"), rooms=Rooms(access="members"))
     store = open_store(config.database)
-    parts = daemon.assemble(Settings(config), store, "node")
+    parts = lifecycle.assemble(Settings(config), store, "node")
     for part in (parts.writer, parts.bus, parts.fanout):
         await nursery.start(part.run)
     one = Node(parts, nursery)
@@ -231,7 +231,7 @@ async def test_what_an_overrun_queue_left_out_is_told_after(
 ) -> None:
     _, ear = await node.watching(ADA)
     with monkeypatch.context() as patch:
-        patch.setattr("chatd.hub.fanout.QUEUE_BYTES", 10)
+        patch.setattr("chatd.hub.fanout.fanout.QUEUE_BYTES", 10)
         node.presence.arrive(USERS, BOB)
     ear.events.clear()
     await node.sweep.once()

@@ -21,14 +21,14 @@ import trio.testing
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from chatd.auth.backend import Backend as BackendAuth
 from chatd.auth.keyserver import KEEP, UNKNOWN, KeyServer
 from chatd.auth.tokens import Tokens
-from chatd.breaker import REST
+from chatd.backend.auth_callback import Backend as BackendAuth
+from chatd.backend.breaker import REST
+from chatd.backend.fetch import Answer, Fetcher
 from chatd.config import Api, Auth, Config
-from chatd.errors import CallFailed, ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
-from chatd.fetch import Answer, Fetcher
-from chatd.settings import Settings
+from chatd.config.settings import Settings
+from chatd.core.errors import CallFailed, ConfigError, Forbidden, TokenExpired, Unauthorized, Unavailable
 from tests.backend import Backend, serving
 from tests.client import connect, login
 from tests.conftest import Daemons

@@ -17,9 +17,9 @@ import pytest
 import trio
 
 from chatd.config import Database
-from chatd.errors import ConfigError, OperatorError
-from chatd.store import copies
+from chatd.core.errors import ConfigError, OperatorError
 from chatd.store.database import migrate, open_store
+from chatd.store.upkeep import copies
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon

@@ -10,8 +10,8 @@ import trio
 
 from chatd.bus.redis import RedisBus
 from chatd.config import Redis
-from chatd.errors import Unavailable
-from chatd.model import Present, Signal
+from chatd.core.errors import Unavailable
+from chatd.core.model import Present, Signal
 from tests.services import RedisServer
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from chatd import config
-from chatd.errors import ConfigError
+from chatd.core.errors import ConfigError
 from chatd.ops.showing import as_toml
 from tests.daemon import Daemon
 from tests.services import RedisServer

@@ -15,7 +15,7 @@ import pytest
 
 from chatd.api.examples import EXAMPLES
 from chatd.cli import main
-from chatd.errors import ChatError, Close, Final
+from chatd.core.errors import ChatError, Close, Final
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.test_page import BrowserContext, browser  # noqa: F401  # a fixture

@@ -20,7 +20,7 @@ import trio
 
 from chatd import config
 from chatd.config import Config
-from chatd.limits import OPERATOR
+from chatd.core.limits import OPERATOR
 from chatd.ops import checks
 from chatd.ops.checks import data, machine
 from chatd.ops.finding import Case, Finding, Level, examine, ok

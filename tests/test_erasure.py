@@ -12,8 +12,8 @@ import trio
 from sqlalchemy import select
 
 from chatd.store import schema
-from chatd.store.commands import Delete, Notify
-from chatd.store.erasure import Erasure, export, forget
+from chatd.store.upkeep.erasure import Erasure, export, forget
+from chatd.store.write.commands import Delete, Notify
 from tests.client import connect, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon

@@ -17,9 +17,9 @@ from sqlalchemy import create_engine
 
 from chatd import config
 from chatd.config import Database
-from chatd.errors import ConfigError
-from chatd.store import reads
+from chatd.core.errors import ConfigError
 from chatd.store.database import migrate
+from chatd.store.read import lookups
 from chatd.store.sessions import Sessions
 from chatd.store.urls import parse
 from tests.conftest import Daemons
@@ -126,7 +126,7 @@ async def test_a_server_that_stops_taking_writes_is_left_at_once(replication: Re
             replication.standby.promote()
             address.leads_to = replication.standby.port
             replication.standby.execute("UPDATE chat_conversations SET last_seq = 77")
-            heads = await b.store.read(reads.heads, [1])
+            heads = await b.store.read(lookups.heads, [1])
             assert heads[1].seq == 77, "the very next read is one of the new server"
             assert (await b.do(post("b")))[0].seq == 78
     finally:
@@ -168,9 +168,9 @@ async def read_at_once(b: Bench, count: int) -> set[int]:
     return found
 
 
-def _slow_heads(connection: Any) -> dict[int, reads.Heads]:
+def _slow_heads(connection: Any) -> dict[int, lookups.Heads]:
     connection.exec_driver_sql("SELECT pg_sleep(0.1)")
-    return reads.heads(connection, [1])
+    return lookups.heads(connection, [1])
 
 
 def test_a_server_that_falls_silent_is_given_up_once_another_has_taken_over(

@@ -16,22 +16,22 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from trio.testing import wait_all_tasks_blocked
 
-from chatd import metrics
 from chatd.chat.conversations import Conversations
 from chatd.chat.presence import Presence
 from chatd.config import Api, Config, Database
-from chatd.errors import ChatError, NotFound, Unavailable
-from chatd.hub import sweep
-from chatd.hub.fanout import Announcement, Fanout
-from chatd.hub.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
-from chatd.hub.subscriptions import Subscriptions
-from chatd.model import Change, Group, Identity, Kind, MemberChange, Position, State
-from chatd.protocol import text_frame
-from chatd.settings import Settings
-from chatd.store import reads
-from chatd.store.commands import Create, SetMember
+from chatd.config.settings import Settings
+from chatd.core.errors import ChatError, NotFound, Unavailable
+from chatd.core.model import Change, Group, Identity, Kind, MemberChange, Position, State
+from chatd.core.protocol import text_frame
+from chatd.hub.fanout import sweep
+from chatd.hub.fanout.fanout import Announcement, Fanout
+from chatd.hub.fanout.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
+from chatd.hub.session.subscriptions import Subscriptions
+from chatd.observe import metrics
 from chatd.store.database import Store, open_store
-from chatd.store.writer import Writer
+from chatd.store.read import lookups
+from chatd.store.write.commands import Create, SetMember
+from chatd.store.write.writer import Writer
 
 
 class Ear:
@@ -74,7 +74,7 @@ class Repairs:
 
     def version(self) -> int:
         with self.store._writing.connect() as connection:
-            return reads.heads(connection, [1])[1].members_version
+            return lookups.heads(connection, [1])[1].members_version
 
     async def heard(self, *seqs: int, patience: float = 3.0) -> None:
         """Exactly these have been pushed, in this order."""
@@ -119,8 +119,8 @@ async def test_a_hole_that_fills_by_itself_is_not_read(
     def no_reading(*_: Any) -> Any:
         raise AssertionError("the database was asked")
 
-    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 0.2)
-    monkeypatch.setattr(reads, "changes_after", no_reading)
+    monkeypatch.setattr("chatd.hub.fanout.fanout.HOLE_WAIT", 0.2)
+    monkeypatch.setattr(lookups, "changes_after", no_reading)
     echoes = [replace(repairs.changes[seq - 1], previous=UNSET) for seq in (3, 1)]  # from an outbox
     for change in [*(repairs.changes[seq - 1] for seq in (2, 1, 4, 3)), *echoes]:
         repairs.fanout.changes([change])
@@ -140,8 +140,8 @@ async def test_a_hole_that_fills_while_it_is_read_starts_nobody_over(
         go_on.wait(3)
         return missing(*arguments)
 
-    missing = reads.missing
-    monkeypatch.setattr(reads, "missing", slowly)
+    missing = lookups.missing
+    monkeypatch.setattr(lookups, "missing", slowly)
     repairs.fanout.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
     repairs.fanout.changes([repairs.changes[203]])
@@ -175,7 +175,7 @@ async def test_a_forged_change_blocks_nobody(repairs: Repairs) -> None:
 async def test_without_redis_in_sight_a_hole_is_read_at_once(
     repairs: Repairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.HOLE_WAIT", 60)
+    monkeypatch.setattr("chatd.hub.fanout.fanout.HOLE_WAIT", 60)
     repairs.fanout.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
     repairs.fanout._up = False  # as `links(False)` does, without the sweep that goes with it
@@ -218,7 +218,7 @@ async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repai
 
 
 async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.QUEUE_BYTES", 200 * 180)
+    monkeypatch.setattr("chatd.hub.fanout.fanout.QUEUE_BYTES", 200 * 180)
     for start in range(0, 400, 100):
         repairs.fanout.changes(repairs.changes[start : start + 100])
     await repairs.heard(*range(1, 401))
@@ -369,7 +369,7 @@ async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     repairs: Repairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G6 before speed: the room waits for the database, and goes on without a hole when it is back."""
-    monkeypatch.setattr("chatd.hub.fanout.RETRY", 0.05)
+    monkeypatch.setattr("chatd.hub.fanout.fanout.RETRY", 0.05)
     database = watched(repairs)
     database.away.add(1)
     gone = Outsider()
@@ -463,7 +463,7 @@ async def test_a_role_or_a_mute_is_nothing_for_the_sweep(repairs: Repairs) -> No
 
 
 async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.RETRY", 0.05)
+    monkeypatch.setattr("chatd.hub.fanout.fanout.RETRY", 0.05)
     database = watched(repairs)
     database.away.add(1)
     room = repairs.fanout.rooms.get(1)

@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from chatd.auth.keyserver import UNKNOWN, KeyServer
 from chatd.auth.tokens import AFTER, Tokens
+from chatd.backend.fetch import Answer
 from chatd.chat.logins import check_standing
 from chatd.config import Auth
-from chatd.errors import BadRequest, CallFailed, Close, Final, NotYet, Outdated, Revoked, Unauthorized
-from chatd.fetch import Answer
-from chatd.model import Identity, timestamp
-from chatd.store.reads import Standing
+from chatd.core.errors import BadRequest, CallFailed, Close, Final, NotYet, Outdated, Revoked, Unauthorized
+from chatd.core.model import Identity, timestamp
+from chatd.store.read.lookups import Standing
 from tests.backend import serving
 from tests.client import Client, awake, connect, login
 from tests.conftest import Daemons

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chatd.client import Disconnected, Event
+from chatd.ops.client import Disconnected, Event
 from chatd.ops.follower import Follower
 
 

@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from chatd import garbage
 from chatd.api.connection import Connection
+from chatd.daemon import garbage
 from tests.test_http import GET, everything, served
 
 

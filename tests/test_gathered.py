@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from chatd.store import gathered
-from chatd.store.gathered import GATHERED, Gathered
+from chatd.store.read import batching
+from chatd.store.read.batching import GATHERED, Gathered
 
 Request = tuple[int, str, int]  # whose, what, and its weight
 HEAVY = GATHERED + 1
@@ -50,7 +50,7 @@ def ask(database: Database) -> Gathered[Request, str]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathered, "GATHER", 0.0)
+    monkeypatch.setattr(batching, "GATHER", 0.0)
 
 
 async def test_many_reads_of_one_user_hold_up_nobody(database: Database, ask: Gathered[Request, str]) -> None:
@@ -113,7 +113,7 @@ async def test_who_has_had_much_waits_and_others_do_not(
         autojump_clock.autojump_threshold = 0
     assert [user for user, _ in finished] == [1, 2, 1]
     begun = finished[2][1] - 0.6
-    assert begun - finished[0][1] == pytest.approx((0.6 - gathered.FREE) / gathered.SHARE)
+    assert begun - finished[0][1] == pytest.approx((0.6 - batching.FREE) / batching.SHARE)
 
 
 async def test_users_take_turns(database: Database, ask: Gathered[Request, str]) -> None:

@@ -24,7 +24,7 @@ import trio.testing
 from chatd.api import connection
 from chatd.api.connection import Connection, Settings
 from chatd.api.leave import Leave
-from chatd.lobby import Lobby
+from chatd.net.lobby import Lobby
 from tests.conftest import Daemons
 from tests.daemon import TOKEN, Daemon
 

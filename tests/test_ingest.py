@@ -16,10 +16,11 @@ import pytest
 import redis
 import trio
 
-from chatd.bus import intake
 from chatd.config import Redis
-from chatd.store import reads, statements
-from chatd.store.commands import Fence
+from chatd.ingest import stream
+from chatd.store.read import lookups
+from chatd.store.write import statements
+from chatd.store.write.commands import Fence
 from tests.client import login
 from tests.daemon import Daemon
 from tests.services import RedisServer
@@ -276,7 +277,7 @@ class Interrupted(redis.Redis):
         return super().execute_command(*arguments, **options)
 
 
-def interrupted(reader: intake.Intake, url: str, number: int, action: Callable[[], None]) -> None:
+def interrupted(reader: stream.Intake, url: str, number: int, action: Callable[[], None]) -> None:
     """From now on the reader's client is one to which that happens."""
     reader.close()
     reader._client = client = Interrupted.from_url(url, protocol=2)
@@ -285,7 +286,7 @@ def interrupted(reader: intake.Intake, url: str, number: int, action: Callable[[
 
 @pytest.mark.parametrize("number", range(1, 8))
 def test_what_a_paused_reader_gets_in_the_middle_of_a_takeover_is_not_lost(
-    readers: tuple[intake.Intake, intake.Intake, Any], own_redis: RedisServer, number: int
+    readers: tuple[stream.Intake, stream.Intake, Any], own_redis: RedisServer, number: int
 ) -> None:
     """It looks as if it had nothing, and in that moment it is given something."""
     first, second, looking = readers
@@ -308,7 +309,7 @@ def test_what_a_paused_reader_gets_in_the_middle_of_a_takeover_is_not_lost(
 
 @pytest.mark.parametrize("number", range(1, 5))
 def test_a_reader_that_was_followed_in_the_middle_of_a_read_gets_nothing_new(
-    readers: tuple[intake.Intake, intake.Intake, Any], own_redis: RedisServer, number: int
+    readers: tuple[stream.Intake, stream.Intake, Any], own_redis: RedisServer, number: int
 ) -> None:
     first, second, looking = readers
     assert first.hold()
@@ -332,9 +333,9 @@ def test_a_reader_that_was_followed_in_the_middle_of_a_read_gets_nothing_new(
 
 
 @pytest.fixture
-def readers(own_redis: RedisServer) -> Iterator[tuple[intake.Intake, intake.Intake, Any]]:
+def readers(own_redis: RedisServer) -> Iterator[tuple[stream.Intake, stream.Intake, Any]]:
     """Two that read by turns, and a client that looks."""
-    first, second = (intake.Intake(Redis(url=own_redis.url), name) for name in ("first", "second"))
+    first, second = (stream.Intake(Redis(url=own_redis.url), name) for name in ("first", "second"))
     looking = redis.Redis.from_url(own_redis.url, protocol=2)
     yield first, second, looking
     for one in (first, second, looking):
@@ -342,7 +343,7 @@ def readers(own_redis: RedisServer) -> Iterator[tuple[intake.Intake, intake.Inta
 
 
 def test_nothing_is_read_or_settled_without_the_lease(
-    readers: tuple[intake.Intake, intake.Intake, Any],
+    readers: tuple[stream.Intake, stream.Intake, Any],
 ) -> None:
     first, second, looking = readers
     assert first.hold()
@@ -353,21 +354,21 @@ def test_nothing_is_read_or_settled_without_the_lease(
     looking.xadd(STREAM, {"m": "2"})
     assert first.read() is None
     assert not first.holding
-    first.settle([], [intake.Refusal(one, "bad_request", "No.", None)])
+    first.settle([], [stream.Refusal(one, "bad_request", "No.", None)])
     assert (looking.xlen(DEAD), looking.xlen(STREAM)) == (0, 2)
     assert [entry.payload for entry in second.read() or ()] == [b"1"]
     assert [entry.payload for entry in second.read() or ()] == [b"2"]
 
 
 def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
-    readers: tuple[intake.Intake, intake.Intake, Any], monkeypatch: pytest.MonkeyPatch
+    readers: tuple[stream.Intake, stream.Intake, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake, "DEAD_KEPT", 1024 * 1024)
+    monkeypatch.setattr(stream, "DEAD_KEPT", 1024 * 1024)
     reader, _, looking = readers
     assert reader.hold()
     for number in range(40):
         looking.xadd(STREAM, {"m": f"{number} " + "x" * 200_000})
-        refused = [intake.Refusal(entry, "bad_request", "No.", "m") for entry in reader.read() or ()]
+        refused = [stream.Refusal(entry, "bad_request", "No.", "m") for entry in reader.read() or ()]
         reader.settle([], refused)
     assert looking.memory_usage(DEAD, samples=0) < 1024 * 1024
     kept = [fields[b"m"].split()[0] for _, fields in looking.xrange(DEAD)]
@@ -377,7 +378,7 @@ def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
 
 
 def test_many_small_ones_that_are_refused_do_not_hold_redis_up(
-    readers: tuple[intake.Intake, intake.Intake, Any],
+    readers: tuple[stream.Intake, stream.Intake, Any],
 ) -> None:
     """Redis walks over all that is kept to say how large it is: not for each entry."""
     reader, _, looking = readers
@@ -387,7 +388,7 @@ def test_many_small_ones_that_are_refused_do_not_hold_redis_up(
     entries = reader.read() or ()
     assert len(entries) == 500
     before = looking.info("commandstats").get("cmdstat_memory|usage", {"calls": 0})["calls"]
-    reader.settle([], [intake.Refusal(entry, "bad_request", "No.", "m") for entry in entries])
+    reader.settle([], [stream.Refusal(entry, "bad_request", "No.", "m") for entry in entries])
     asked = looking.info("commandstats")["cmdstat_memory|usage"]["calls"] - before
     assert (looking.xlen(DEAD), looking.xlen(STREAM), asked) == (500, 0, 1)
 
@@ -403,7 +404,7 @@ async def test_a_commit_of_a_reader_that_was_followed_is_refused(database_url: s
         )
         assert [late[0], late[2]] == ["superseded", "superseded"]
         assert late[1].seq == 4
-        page = await b.store.read(reads.history, 1, None, None, 9)
+        page = await b.store.read(lookups.history, 1, None, None, 9)
         assert [one.content for one in page.messages] == ["before", "of a", "of nobody", "in time"]
 
 

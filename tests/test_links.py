@@ -18,7 +18,7 @@ import trio
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection, Message, RejectConnection, Request, TextMessage
 
-from chatd.errors import Final
+from chatd.core.errors import Final
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from chatd import listen, systemd
 from chatd.config import Api, Config, Hub
-from chatd.errors import OperatorError
-from chatd.listen import IN_A_ROW, USER_TIMEOUT, Gate, open_sockets
+from chatd.core.errors import OperatorError
+from chatd.daemon import systemd
+from chatd.daemon.listen import USER_TIMEOUT, open_sockets
+from chatd.net import gate
+from chatd.net.gate import IN_A_ROW, Gate
 from tests.client import connect
 from tests.daemon import Daemon
 
@@ -137,16 +139,16 @@ def test_names_that_mean_nothing_here_are_refused(monkeypatch: pytest.MonkeyPatc
 
 async def test_the_worker_with_few_clients_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without their pauses it is chance, or the order in which the kernel wakes them."""
-    monkeypatch.setattr(listen, "SHARED", True)
+    monkeypatch.setattr(gate, "SHARED", True)
     with listening() as one:
         one.setblocking(False)
         counts = {"few": 0, "many": 0}
 
         async def accept(name: str, clients: int) -> None:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(one.dup()))
-            async with Gate(listener, trio.Semaphore(100), lambda: clients) as gate:
+            async with Gate(listener, trio.Semaphore(100), lambda: clients) as limited:
                 while True:
-                    async with await gate.accept() as stream:
+                    async with await limited.accept() as stream:
                         counts[name] += 1
                         await stream.send_all(b"!")
 
@@ -161,24 +163,24 @@ async def test_the_worker_with_few_clients_takes_the_next(monkeypatch: pytest.Mo
 
 
 async def test_a_crowd_is_taken_without_a_pause_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "SHARED", True)
-    monkeypatch.setattr(listen, "PAUSE_LEAST", 1.0)
-    monkeypatch.setattr(listen, "PAUSE_MOST", 1.0)
+    monkeypatch.setattr(gate, "SHARED", True)
+    monkeypatch.setattr(gate, "PAUSE_LEAST", 1.0)
+    monkeypatch.setattr(gate, "PAUSE_MOST", 1.0)
     with listening() as one:
         one.setblocking(False)
         async with Gate(
             trio.SocketListener(trio.socket.from_stdlib_socket(one.dup())), trio.Semaphore(100)
-        ) as gate:
+        ) as limited:
             with ExitStack() as clients:
                 for _ in range(IN_A_ROW):
                     clients.enter_context(socket.create_connection(one.getsockname()))
-                await (await gate.accept()).aclose()  # it pauses for the first, up to a second
+                await (await limited.accept()).aclose()  # it pauses for the first, up to a second
                 started = trio.current_time()
                 for _ in range(IN_A_ROW - 1):
-                    await (await gate.accept()).aclose()
+                    await (await limited.accept()).aclose()
                 assert trio.current_time() - started < 0.5
                 with trio.move_on_after(0.1):
-                    await gate.accept()
+                    await limited.accept()
                     raise AssertionError("nobody waits")
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import trio
 
-from chatd import lobby
-from chatd.hub.handshakes import SHARE, Handshakes
-from chatd.lobby import Lobby, Stay
+from chatd.hub.admission.handshake_rate import SHARE, Handshakes
+from chatd.net import lobby
+from chatd.net.lobby import Lobby, Stay
 from tests.backend import Asked, serving
 from tests.client import connect, login
 from tests.conftest import Daemons

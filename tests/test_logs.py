@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
-from chatd import logs
-from chatd.logs import SELDOM, Recurring
+from chatd.observe import logs
+from chatd.observe.logs import SELDOM, Recurring
 
 SPEAK = """
 import structlog

@@ -14,7 +14,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from chatd.vitals import percentile
+from chatd.observe.sampler import percentile
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon

@@ -22,10 +22,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec import UNSET
 
 from chatd.config import Database
-from chatd.errors import ChatError
-from chatd.model import Position, State
-from chatd.store import reads, snapshots
-from chatd.store.commands import (
+from chatd.core.errors import ChatError
+from chatd.core.model import Position, State
+from chatd.store.database import Store, open_store
+from chatd.store.read import lookups, snapshots
+from chatd.store.read.snapshots import Entry, Snapshot
+from chatd.store.write.commands import (
     Create,
     Created,
     CursorMoved,
@@ -36,9 +38,7 @@ from chatd.store.commands import (
     Rights,
     SetMember,
 )
-from chatd.store.database import Store, open_store
-from chatd.store.snapshots import Entry, Snapshot
-from chatd.store.transaction import Transaction
+from chatd.store.write.transaction import Transaction
 
 FURTHER = int(os.environ.get("CHATD_TEST_EXAMPLES", "0"))
 MUTED = "2999-01-01T00:00:00.000000Z"
@@ -330,7 +330,7 @@ class Chats(RuleBasedStateMachine):
     @rule(place=PLACES, limit=st.integers(1, 5), before=st.none() | st.integers(1, 12))
     def page(self, place: int, limit: int, before: int | None) -> None:
         with self.store._reading.begin() as connection:
-            page = reads.history(connection, place, before, None, limit)
+            page = lookups.history(connection, place, before, None, limit)
         there = [id for id, one in self.model.messages.items() if one.place == place]
         older = [id for id in there if before is None or id < before]
         assert [one.id for one in page.messages] == older[-limit:]

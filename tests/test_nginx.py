@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from chatd.client import Connection, Disconnected, connect
 from chatd.config import Hub
+from chatd.ops.client import Connection, Disconnected, connect
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.nginx import NAME, SHIPPED, Nginx

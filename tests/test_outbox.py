@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from chatd.hub.outbox import UNFINISHED_READS, Outbox
+from chatd.hub.connection.send_queue import UNFINISHED_READS, Outbox
 
 LIMIT = 64 * 1024
 
@@ -195,7 +195,7 @@ async def test_a_goodbye_waits_for_a_slow_peer_and_not_for_a_silent_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is queued before a goodbye is sent as long as the peer takes some of it."""
-    monkeypatch.setattr("chatd.hub.outbox.LINGER_PAUSE", 0.3)
+    monkeypatch.setattr("chatd.hub.connection.send_queue.LINGER_PAUSE", 0.3)
     for reads in (True, False):
         ours, theirs = pair(small=True)
         async with ours, theirs:

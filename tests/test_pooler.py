@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from chatd.config import Database
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 from chatd.store.database import migrate, open_store
 from tests.conftest import Daemons
 from tests.services import PgBouncer, PostgresServer

@@ -10,7 +10,7 @@ import trio.testing
 
 from chatd.chat.leases import Life
 from chatd.chat.presence import FORGET, GATHER, ROOMS, SAY, SILENT, SLICE, TELL_ALL, USERS, Presence, Transition
-from chatd.model import Present, Signal
+from chatd.core.model import Present, Signal
 from tests.client import connect, login
 from tests.conftest import Daemons, Deployment
 

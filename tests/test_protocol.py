@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.frame_protocol import FrameDecoder, FrameProtocol
 
-from chatd import metrics, protocol
 from chatd.auth.tokens import Tokens
 from chatd.bus import payloads
 from chatd.config import Auth
-from chatd.errors import ChatError, NotJSON, TokenExpired, Unauthorized
-from chatd.limits import META_DEPTH, TokenBucket
-from chatd.model import Kind, Message
+from chatd.core import protocol
+from chatd.core.errors import ChatError, NotJSON, TokenExpired, Unauthorized
+from chatd.core.limits import META_DEPTH, TokenBucket
+from chatd.core.model import Kind, Message
+from chatd.observe import metrics
 
 SECRET = "s" * 64
 

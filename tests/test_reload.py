@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chatd.auth.tokens import Tokens
 from chatd.config import Config, Hub, Limits, Redis
-from chatd.settings import Settings, merge
+from chatd.config.settings import Settings, merge
 from tests.client import awake, connect, login
 from tests.daemon import START_SECONDS, Daemon
 from tests.test_security import refused

@@ -383,8 +383,8 @@ async def test_a_subscriber_in_a_busy_room_starts_over_without_a_gap(daemons: Da
 
 
 def test_the_limits_leave_an_honest_resume_below_the_outbox() -> None:
-    from chatd import limits
-    from chatd.hub.outbox import LIMIT_BYTES
+    from chatd.core import limits
+    from chatd.hub.connection.send_queue import LIMIT_BYTES
 
     assert limits.READY_BYTES <= LIMIT_BYTES // 2
     assert limits.REPLAY_BYTES + Limits().content_chars * 12 < LIMIT_BYTES // 2

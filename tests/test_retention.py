@@ -15,11 +15,12 @@ from sqlalchemy import text
 
 from chatd.config import Config
 from chatd.config import Retention as Kept
-from chatd.retention import Retention
-from chatd.settings import Settings
-from chatd.store import erasure, reads, retention, scans
-from chatd.store.commands import Create, Delete, Edit, Notify, React
-from chatd.store.retention import Pruner, Rules
+from chatd.config.settings import Settings
+from chatd.daemon.retention import Retention
+from chatd.store.read import lookups
+from chatd.store.upkeep import erasure, retention, scans
+from chatd.store.upkeep.retention import Pruner, Rules
+from chatd.store.write.commands import Create, Delete, Edit, Notify, React
 from tests.client import login
 from tests.conftest import Daemons
 from tests.test_store import Bench, bench, post, snapshot_of
@@ -43,12 +44,12 @@ def prune(b: Bench, **rules: Any) -> tuple[int, list[int]]:
 
 
 async def contents(b: Bench, conversation_id: int = 1) -> list[str | None]:
-    page = await b.store.read(reads.history, conversation_id, None, None, 100)
+    page = await b.store.read(lookups.history, conversation_id, None, None, 100)
     return [message.content for message in page.messages]
 
 
 async def log(b: Bench, after: int, conversation_id: int = 1) -> list[int]:
-    changes, _ = await b.store.read(reads.changes_after, conversation_id, after)
+    changes, _ = await b.store.read(lookups.changes_after, conversation_id, after)
     return [change.seq for change in changes]
 
 
@@ -64,7 +65,7 @@ async def test_old_messages_go_and_the_log_with_them(database_url: str) -> None:
         # The log begins after the newest message that went.
         assert (await snapshot_of(b, 1, 3)).recovered
         assert not (await snapshot_of(b, 1, 2)).recovered
-        assert [m.seq for m in (await b.store.read(reads.history, 1, None, None, 9)).messages] == [4, 5, 6]
+        assert [m.seq for m in (await b.store.read(lookups.history, 1, None, None, 9)).messages] == [4, 5, 6]
         # It goes on as ever, with ids and seqs that nobody had.
         (more,) = await b.do(post("more"))
         assert (more.seq, more.id > created[-1].id) == (8, True)
@@ -99,7 +100,7 @@ async def test_what_has_happened_to_an_old_message_cuts_nobody_off(database_url:
         assert by_id == [old[0], old[1], old[2], old[0]]
         assert not (await snapshot_of(b, 9, 3)).recovered
         mark = b.scalar("SELECT mark FROM chat_changes WHERE seq = 5")
-        missing = await b.store.read(reads.missing, 1, 5, mark)
+        missing = await b.store.read(lookups.missing, 1, 5, mark)
         assert [change.seq for change in missing.changes] == [6, 7, 8, 9], "for nodes, too"
 
 
@@ -253,7 +254,7 @@ async def test_an_answer_outlives_what_it_answers(database_url: str) -> None:
         old, answer = await b.do(post("question"), post("filler"))
         (answer,) = await b.do(post("answer", reply_to=old.id))
         prune(b, messages=1)
-        (left,) = (await b.store.read(reads.history, 1, None, None, 9)).messages
+        (left,) = (await b.store.read(lookups.history, 1, None, None, 9)).messages
         assert (left.id, left.content, left.reply_to) == (answer.id, "answer", old.id)
         assert await b.do(Edit(message_id=answer.id, content="edited")) != ["not_found"]
         assert await b.do(post("too late", reply_to=old.id)) == ["bad_request"]
@@ -374,4 +375,4 @@ async def test_a_cursor_at_the_cut_still_proves_itself(
                 assert (found.recovered, len(found.changes)) == (True, 10 - seq)
                 assert not (await snapshot_of(b, 1, seq, mark="another")).recovered
             assert not (await snapshot_of(b, 1, low - 1, mark=marks[low - 1])).recovered
-            assert (await b.store.read(reads.missing, 1, low, marks[low])).same
+            assert (await b.store.read(lookups.missing, 1, low, marks[low])).same

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from chatd.hub.pieces import Piece, pieces
-from chatd.hub.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
-from chatd.model import Change, Kind
+from chatd.core.model import Change, Kind
+from chatd.hub.fanout.chunks import Piece, pieces
+from chatd.hub.fanout.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
 
 
 class Ear:

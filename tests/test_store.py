@@ -21,10 +21,16 @@ from msgspec import UNSET, UnsetType
 from sqlalchemy import ClauseElement, event, text
 
 from chatd.config import Database
-from chatd.errors import ChatError, ConfigError, Unavailable
-from chatd.model import Group, Position, State
-from chatd.store import packing, queries, reads, schema, snapshots, statements
-from chatd.store.commands import (
+from chatd.core.errors import ChatError, ConfigError, Unavailable
+from chatd.core.model import Group, Position, State
+from chatd.store import schema
+from chatd.store.database import Store, open_store
+from chatd.store.engine import writing_engine
+from chatd.store.read import lookups, snapshots
+from chatd.store.read import statements as queries
+from chatd.store.read.snapshots import Entry
+from chatd.store.write import packing, statements
+from chatd.store.write.commands import (
     AnyCommand,
     Changed,
     Create,
@@ -36,10 +42,7 @@ from chatd.store.commands import (
     Rights,
     SetMember,
 )
-from chatd.store.database import Store, open_store
-from chatd.store.engine import writing_engine
-from chatd.store.snapshots import Entry
-from chatd.store.writer import QUEUE, QUEUE_BYTES, Writer
+from chatd.store.write.writer import QUEUE, QUEUE_BYTES, Writer
 
 
 class Bench:
@@ -126,7 +129,7 @@ async def test_seq_is_one_two_three_in_commit_order_without_a_hole(database_url:
             assert [c.seq for c in mine] == list(range(1, 101))
             assert [c.id for c in mine] == sorted(c.id for c in mine)
         assert len(b.groups) < 20, "committed in groups"
-        page = await b.store.read(reads.history, 1, None, None, 100)
+        page = await b.store.read(lookups.history, 1, None, None, 100)
         assert [m.content for m in page.messages] == [str(n) for n in range(0, 200, 2)]
 
 
@@ -141,11 +144,11 @@ async def test_no_statement_walks_through_a_table(tmp_path: Path) -> None:
         await b.do(SetMember(conversation_id=1, user_id=3, state=State.ACTIVE), post(reply_to=2))
         rooms = [(1, Position(1, "x"), True), (2, Position(), True)]
         await b.store.read(snapshots.logins, [Entry(1, rooms, None, 100)])
-        await b.store.read(reads.history, 1, 4, None, 10)
-        await b.store.read(reads.history_for, 1, True, 1, None, 1, 10)
-        await b.store.read(reads.missing, 1, 1, None)
-        await b.store.read(reads.rights, 1, [1, 2])
-        await b.store.read(reads.conversations_of, 1, 100)
+        await b.store.read(lookups.history, 1, 4, None, 10)
+        await b.store.read(lookups.history_for, 1, True, 1, None, 1, 10)
+        await b.store.read(lookups.missing, 1, 1, None)
+        await b.store.read(lookups.rights, 1, [1, 2])
+        await b.store.read(lookups.conversations_of, 1, 100)
         walks = [f"{plan}: {statement}" for statement, values in ran for plan in b.plan(statement, values)
                  if plan.startswith("SCAN chat_")]  # fmt: skip
         assert len(ran) > 30
@@ -215,7 +218,7 @@ async def test_changes_are_logged_with_the_message_as_it_is_now(database_url: st
         )
         assert (edited, deleted, gone) == (Changed(created.id, 2), Changed(created.id, 3), "not_found")
         assert [b'"content":"b"' in c.payload for g in b.groups for c in g.changes] == [False, True, False]
-        replay, complete = await b.store.read(reads.changes_after, 1, 0)
+        replay, complete = await b.store.read(lookups.changes_after, 1, 0)
         assert complete
         assert [(c.seq, c.kind) for c in replay] == [(1, "created"), (2, "edited"), (3, "deleted")]
         assert all(b'"content":null,"meta":null' in change.payload for change in replay)
@@ -348,8 +351,8 @@ def test_a_command_counts_with_all_that_is_in_it(big: AnyCommand) -> None:
 async def test_who_waits_too_long_is_told_that_the_outcome_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatd.store.writer.DEADLINE", 0.1)
-    monkeypatch.setattr("chatd.store.writer.OVERDUE_TICK", 0.02)
+    monkeypatch.setattr("chatd.store.write.writer.DEADLINE", 0.1)
+    monkeypatch.setattr("chatd.store.write.writer.OVERDUE_TICK", 0.02)
     async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
         with sqlite3.connect(tmp_path / "chatd.db", isolation_level=None) as somebody:
             somebody.execute("BEGIN IMMEDIATE")
@@ -359,7 +362,7 @@ async def test_who_waits_too_long_is_told_that_the_outcome_is_unknown(
                 assert await b.do(post("second", client_id="k")) == ["unavailable"]
             assert [type(outcome) for (outcome,) in told] == [Unavailable]
             somebody.execute("ROLLBACK")
-        monkeypatch.setattr("chatd.store.writer.DEADLINE", 10)
+        monkeypatch.setattr("chatd.store.write.writer.DEADLINE", 10)
         (again,) = await b.do(post("second", client_id="k"))
         assert (again.seq, again.duplicate) == (2, True), "it was committed when the database could"
         assert len(told) == 1
@@ -427,7 +430,7 @@ async def test_snapshots_say_whether_everything_missed_is_in_them(database_url: 
     async with bench(database_url) as b:
         await b.do(*[post(f"m{n}") for n in range(400)])
 
-        async def enter(after: int | None, same_epoch: bool = True) -> reads.Snapshot:
+        async def enter(after: int | None, same_epoch: bool = True) -> lookups.Snapshot:
             return await snapshot_of(b, 9, after, same_epoch=same_epoch)
 
         fresh = await enter(None)
@@ -447,7 +450,7 @@ async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
         assert not snapshot.recovered
         assert 0 < size_of(snapshot) <= 32 * 1024
         assert snapshot.has_more
-        page = await b.store.read(reads.history, 1, None, None, 100)
+        page = await b.store.read(lookups.history, 1, None, None, 100)
         assert sum(len(message.content) for message in page.messages) < 128 * 1024  # characters of two bytes
 
 
@@ -518,7 +521,7 @@ async def test_a_locked_sqlite_answers_unavailable_and_heals(
         backup = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
         backup.execute("BEGIN IMMEDIATE")
         assert await b.do(post("b")) == ["unavailable"]
-        assert len((await b.store.read(reads.history, 1, None, None, 9)).messages) == 1, "reads go on"
+        assert len((await b.store.read(lookups.history, 1, None, None, 9)).messages) == 1, "reads go on"
         backup.execute("ROLLBACK")
         backup.close()
         assert (await b.do(post("c")))[0].seq == 2
@@ -549,7 +552,7 @@ def test_any_mix_of_commands_leaves_a_log_without_a_hole(tmp_path_factory: Any, 
                 if commands:
                     await b.do(*commands)
             for conversation in (1, 2, 3):
-                log, _ = await b.store.read(reads.changes_after, conversation, 0)
+                log, _ = await b.store.read(lookups.changes_after, conversation, 0)
                 told = [c for g in b.groups for c in g.changes if c.conversation_id == conversation]
                 assert [c.seq for c in told] == list(range(1, len(told) + 1))
                 assert [c.seq for c in log] == [c.seq for c in told]
@@ -596,11 +599,11 @@ async def test_a_list_may_be_longer_than_postgresql_has_parameters(database_url:
     many = list(range(1, 70_001))
     async with bench(database_url) as b:
         await b.do(post("a", client_id="a"))
-        version, states = await b.store.read(reads.rights, 1, many)
+        version, states = await b.store.read(lookups.rights, 1, many)
         assert (version, states) == (1, {1: State.ACTIVE})
-        assert (await b.store.read(reads.heads, many)).keys() == {1}
-        assert await b.store.read(reads.standings, many) == {}
-        await b.store.read(reads.marks_of, [(1, after) for after in many])
+        assert (await b.store.read(lookups.heads, many)).keys() == {1}
+        assert await b.store.read(lookups.standings, many) == {}
+        await b.store.read(lookups.marks_of, [(1, after) for after in many])
         b.writer.settle(many)
         assert (await b.do(post("b")))[0].seq == 2
 
@@ -676,6 +679,6 @@ async def test_a_version_before_marks_writes_beside(database_url: str) -> None:
         (third,) = b.groups[-1].changes
         assert (third.seq, third.previous) == (3, None)
         assert (await snapshot_of(b, 1, 2, mark=None)).recovered
-        missing = await b.store.read(reads.missing, 1, 1, first.mark)
+        missing = await b.store.read(lookups.missing, 1, 1, first.mark)
         assert missing.same
         assert [(c.mark, c.previous) for c in missing.changes] == [(None, first.mark), (third.mark, None)]

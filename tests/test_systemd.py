@@ -1,4 +1,4 @@
-"""The service manager's side of `chatd.systemd`, played by a real datagram socket."""
+"""The service manager's side of `chatd.daemon.systemd`, played by a real datagram socket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chatd import systemd
+from chatd.daemon import systemd
 
 
 @pytest.fixture

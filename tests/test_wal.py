@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from chatd import metrics
-from chatd.store import engine, wal
+from chatd.observe import metrics
+from chatd.store import engine
+from chatd.store.upkeep import wal
 from tests.test_store import bench, post
 
 KEPT = 1024 * 1024

@@ -17,18 +17,18 @@ import trio
 import trio.testing
 from sqlalchemy import update
 
-from chatd.breaker import MOST, REST
-from chatd.chat.attendance import DEBOUNCE
-from chatd.chat.hooks import BeforeMessage
+from chatd.backend.before_message import BeforeMessage
+from chatd.backend.breaker import MOST, REST
+from chatd.backend.fetch import Answer, Fetcher
+from chatd.backend.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST
+from chatd.backend.webhooks import Webhooks as Deliveries
+from chatd.chat.presence_webhooks import DEBOUNCE
 from chatd.config import Database, Webhooks
-from chatd.errors import CallFailed, Forbidden, Unavailable
-from chatd.fetch import Answer, Fetcher
+from chatd.core.errors import CallFailed, Forbidden, Unavailable
 from chatd.store import schema
-from chatd.store.commands import Create, Notify
 from chatd.store.database import migrate, open_store
-from chatd.store.webhooks import Failed, Waiting
-from chatd.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST
-from chatd.webhooks import Webhooks as Deliveries
+from chatd.store.queues.webhooks import Failed, Waiting
+from chatd.store.write.commands import Create, Notify
 from tests.backend import Asked, Backend, serving
 from tests.client import login
 from tests.conftest import Daemons

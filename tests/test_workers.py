@@ -19,11 +19,11 @@ import pytest
 import trio
 import trio.testing
 
-from chatd import workers
 from chatd.config import Config, Limits, Server
-from chatd.errors import OperatorError
-from chatd.listen import open_socket
-from chatd.worker import Worker
+from chatd.core.errors import OperatorError
+from chatd.daemon import workers
+from chatd.daemon.listen import open_socket
+from chatd.daemon.worker import Worker
 from tests.client import Client, login
 from tests.daemon import TOKEN, Daemon
 from tests.services import RedisServer

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from benchmarks.audience import Failure
 from benchmarks.wire import masked
-from chatd.protocol import text_frame
+from chatd.core.protocol import text_frame
 
 Enter = Callable[["Line"], None]
 

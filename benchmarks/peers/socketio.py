@@ -6,7 +6,7 @@ import json
 
 from benchmarks.audience import Failure
 from benchmarks.peers.http import Line
-from chatd.protocol import text_frame
+from chatd.core.protocol import text_frame
 
 PATH = "/socket.io/?EIO=4&transport=websocket"
 

@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Sequence
 
 from chatd.config import Api, is_loopback_name
-from chatd.errors import Forbidden, Unauthorized
+from chatd.core.errors import Forbidden, Unauthorized
 
 
 def check_host(host: str) -> None:

@@ -13,17 +13,18 @@ from quart_trio.wrappers import TrioRequest
 from quart_trio.wrappers.request import TrioBody
 
 from chatd import __version__
-from chatd.api import conversations, demo, errors, health, messages, reference, status, tokens, users
+from chatd.api import errors, health, reference
 from chatd.api.access import check_access, check_host
-from chatd.api.bodies import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, Incomplete
 from chatd.api.description import Description
 from chatd.api.health import Health
-from chatd.api.hot import Post
-from chatd.api.messages import BATCH_BYTES, BATCH_PATH
-from chatd.chat import Chat
-from chatd.errors import ChatError
-from chatd.settings import Settings
-from chatd.vitals import Vitals
+from chatd.api.routes import conversations, demo, messages, status, tokens, users
+from chatd.api.routes.messages import BATCH_BYTES, BATCH_PATH
+from chatd.api.routes.post_message import Post
+from chatd.api.schemas import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, Incomplete
+from chatd.chat.chat import Chat
+from chatd.config.settings import Settings
+from chatd.core.errors import ChatError
+from chatd.observe.sampler import Sampler
 
 OPEN_PATHS = status.OPEN_PATHS | reference.OPEN_PATHS | {"/healthz", "/readyz", "/metrics", "/openapi.json"}
 
@@ -99,14 +100,14 @@ class ChatApp(QuartTrio):
         await super().asgi_app(scope, receive, send)
 
 
-def create_app(settings: Settings, chat: Chat, healthy: Health, vitals: Vitals, node: str) -> ChatApp:
+def create_app(settings: Settings, chat: Chat, healthy: Health, sampler: Sampler, node: str) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
     app.hot = Post(chat, settings)
     app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
     _guard(app, settings)
     errors.install(app)
     app.register_blueprint(health.blueprint(healthy))
-    app.register_blueprint(status.blueprint(healthy, vitals, node))
+    app.register_blueprint(status.blueprint(healthy, sampler, node))
     app.register_blueprint(reference.blueprint())
     app.register_blueprint(messages.blueprint(chat))
     app.register_blueprint(conversations.blueprint(chat))

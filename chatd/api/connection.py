@@ -22,12 +22,12 @@ import structlog
 import trio
 from hypercorn.config import Config, Sockets
 
-from chatd import metrics
-from chatd.api.bodies import RESPONSE_SECONDS
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.leave import Leave
-from chatd.errors import ChatError, Unavailable
-from chatd.lobby import Lobby, Stay, key_of
+from chatd.api.schemas import RESPONSE_SECONDS
+from chatd.core.errors import ChatError, Unavailable
+from chatd.net.lobby import Lobby, Stay, key_of
+from chatd.observe import metrics
 
 KEEP_ALIVE = 75.0  # seconds without a request; longer than a pool of a backend holds idle connections
 FIRST_SECONDS = 10.0  # for the first byte of the first request

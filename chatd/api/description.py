@@ -14,7 +14,7 @@ from msgspec import Struct
 from quart_schema.openapi import OpenAPIProvider
 
 from chatd.api.examples import EXAMPLES
-from chatd.limits import CLIENT_ID_CHARS
+from chatd.core.limits import CLIENT_ID_CHARS
 
 Json = dict[str, Any]
 REFERENCE = "#/components/schemas/{name}"

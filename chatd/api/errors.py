@@ -10,8 +10,8 @@ import structlog
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
-from chatd.api.bodies import answer
-from chatd.errors import BadRequest, ChatError, Internal
+from chatd.api.schemas import answer
+from chatd.core.errors import BadRequest, ChatError, Internal
 
 _CODES = {404: "not_found", 413: "too_large", 408: "bad_request"}
 _SENTENCES = {

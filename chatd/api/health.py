@@ -11,13 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 from quart_schema import document_response, hide
 
-from chatd import metrics
-from chatd.api.bodies import answer
+from chatd.api.schemas import answer
 from chatd.bus import Bus
-from chatd.errors import Unavailable
-from chatd.store import migrations, reads
-from chatd.store.reader import Reader
-from chatd.store.writer import Writer
+from chatd.core.errors import Unavailable
+from chatd.observe import metrics
+from chatd.store import migrations
+from chatd.store.read import lookups
+from chatd.store.read.reader import Reader
+from chatd.store.write.writer import Writer
 
 REMEMBER = 1.0  # seconds that a look at the database serves all who ask
 DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
@@ -73,7 +74,7 @@ class Health:
             if trio.current_time() - self._looked >= REMEMBER:
                 found = None
                 with trio.move_on_after(DATABASE_DEADLINE), suppress(Unavailable):
-                    found = await self._read(reads.revision)
+                    found = await self._read(lookups.revision)
                 self._revision, self._looked = found, trio.current_time()
         return self._revision
 

@@ -1,4 +1,7 @@
-"""Files of chatd/web as answers of the API, with the headers that a page wants."""
+"""Files of chatd/web as answers of the API, with the headers that a page wants.
+
+`web/client` leads to clients/js, where the client library is a package of its own. A wheel holds its files.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 
 def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "") -> None:
-    """Path → name in chatd/web. `sockets`: origins that a page may connect to, beside its own."""
+    """URL path → file below chatd/web. `sockets`: origins that a page may connect to, beside its own."""
     headers = headers_of(sockets)
-    for path, name in files.items():
-        routes.add_url_rule(path, name.replace(".", "-"), hide(_view(name, headers)), methods=["GET"])
+    for path, file in files.items():
+        endpoint = file.replace("/", "-").replace(".", "-")
+        routes.add_url_rule(path, endpoint, hide(_view(file, headers)), methods=["GET"])
 
 
 def headers_of(sockets: str = "") -> dict[str, str]:
@@ -32,9 +36,9 @@ def headers_of(sockets: str = "") -> dict[str, str]:
     }
 
 
-def _view(name: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
-    content = (resources.files("chatd") / "web" / name).read_bytes()
-    content_type = f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8"
+def _view(file: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
+    content = (resources.files("chatd") / "web" / file).read_bytes()
+    content_type = f"{_TYPES[file.rpartition('.')[2]]}; charset=utf-8"
 
     async def view() -> Response:
         return Response(content, content_type=content_type, headers=headers)

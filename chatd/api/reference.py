@@ -17,7 +17,7 @@ from quart_schema import hide
 from chatd.api.pages import headers_of, serve_files
 
 PATH = "/docs"
-FILES = {"/docs/reference.css": "reference.css"}
+FILES = {"/docs/reference.css": "docs/reference.css"}
 OPEN_PATHS = frozenset([PATH, *FILES])
 
 Json = dict[str, Any]

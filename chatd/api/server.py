@@ -14,11 +14,12 @@ from chatd.api import connection
 from chatd.api.app import create_app
 from chatd.api.health import Health
 from chatd.api.leave import Leave
-from chatd.chat import Chat
-from chatd.listen import BACKLOG, raise_descriptor_limit, somebody_waits, unknown_places
-from chatd.lobby import Lobby
-from chatd.settings import Settings
-from chatd.vitals import Vitals
+from chatd.chat.chat import Chat
+from chatd.config.settings import Settings
+from chatd.net.descriptors import raise_descriptor_limit, unknown_places
+from chatd.net.gate import BACKLOG, somebody_waits
+from chatd.net.lobby import Lobby
+from chatd.observe.sampler import Sampler
 
 FOR_EVER = 1e9  # seconds; the daemon has deadlines of its own
 SETTLE = 0.1  # seconds until Hypercorn has stopped accepting
@@ -31,7 +32,7 @@ async def serve(
     settings: Settings,
     chat: Chat,
     healthy: Health,
-    vitals: Vitals,
+    sampler: Sampler,
     node: str,
     listening: socket.socket,
     leave: Leave,
@@ -43,7 +44,7 @@ async def serve(
     long that may take is the caller's affair.
     """
     finished = trio.Event()
-    app = create_app(settings, chat, healthy, vitals, node)
+    app = create_app(settings, chat, healthy, sampler, node)
 
     accepted = trio.Event()
 

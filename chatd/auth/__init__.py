@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from chatd.errors import Outdated
-from chatd.model import Identity
+from chatd.core.errors import Outdated
+from chatd.core.model import Identity
 
 
 class Authenticator(Protocol):

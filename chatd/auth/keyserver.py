@@ -13,9 +13,9 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from chatd.errors import CallFailed, NotYet, Unavailable
-from chatd.fetch import Fetcher
-from chatd.logs import Recurring
+from chatd.backend.fetch import Fetcher
+from chatd.core.errors import CallFailed, NotYet, Unavailable
+from chatd.observe.logs import Recurring
 
 KEEP = 600.0  # seconds; a key that was withdrawn is accepted for no longer
 UNKNOWN = 60.0  # seconds between two fetches for a kid that is not known: anybody can make one up

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from chatd.auth.keyserver import KeyServer
 from chatd.config import Auth, Limits
-from chatd.errors import (
+from chatd.core.errors import (
     BadRequest,
     ChatError,
     ConfigError,
@@ -33,8 +33,8 @@ from chatd.errors import (
     TokenExpired,
     Unauthorized,
 )
-from chatd.limits import AUTH_BYTES, MAX_ID
-from chatd.model import Identity
+from chatd.core.limits import AUTH_BYTES, MAX_ID
+from chatd.core.model import Identity
 
 SHARED = "HS256"
 MAX_TOKEN_CHARS = 8192  # longer is no token of ours, and is not looked into

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import trio
 
-from chatd.model import Change, Group, Signal
+from chatd.core.model import Change, Group, Signal
 
 
 class Receiver(Protocol):

@@ -8,7 +8,7 @@ import msgspec
 
 from chatd.bus.client import LOST, STREAM, client_of
 from chatd.config import Redis
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 
 CHUNK = 1000  # entries
 

@@ -14,7 +14,7 @@ from typing import Any
 import redis
 import trio
 
-from chatd.model import Kick
+from chatd.core.model import Kick
 
 STREAM = "chat.kicks"
 KEPT = 1000  # in Redis, some 100 bytes each, and as many that wait for it here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from chatd.bus import Receiver, give_to
-from chatd.model import Group, Signal
+from chatd.core.model import Group, Signal
 
 
 class MemoryBus:

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from chatd import metrics
-from chatd.limits import MAX_ID
-from chatd.logs import Recurring
-from chatd.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
-from chatd.protocol import RESERVED_EVENTS
+from chatd.core.limits import MAX_ID
+from chatd.core.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
+from chatd.core.protocol import RESERVED_EVENTS
+from chatd.observe import metrics
+from chatd.observe.logs import Recurring
 
 FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
 

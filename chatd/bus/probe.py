@@ -11,7 +11,7 @@ import redis
 
 from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 
 PINGS = 20  # of which the middle one counts
 

@@ -23,15 +23,15 @@ import structlog
 import trio
 from msgspec import UNSET, UnsetType
 
-from chatd import metrics
 from chatd.bus import Receiver, give_to, kicks, payloads
 from chatd.bus.client import LOST, MESSAGES, SIGNALS, STREAM, client_of, last_id, order
 from chatd.bus.signals import WaitingSignals
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
-from chatd.errors import ChatError
-from chatd.limits import MAX_ID
-from chatd.model import Group, Kick, MemberChange, Notice, Signal, UserChange
+from chatd.core.errors import ChatError
+from chatd.core.limits import MAX_ID
+from chatd.core.model import Group, Kick, MemberChange, Notice, Signal, UserChange
+from chatd.observe import metrics
 
 PROBE = "chat.probe"  # a key that never is there
 

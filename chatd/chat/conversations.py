@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 from chatd.chat.logins import check_standing
 from chatd.chat.presence import Presence
-from chatd.errors import NotFound
-from chatd.limits import INBOX_ROOMS
-from chatd.model import Identity, Position
-from chatd.settings import Settings
-from chatd.store import people, reads
-from chatd.store.commands import Rights
-from chatd.store.gathered import Gathered
-from chatd.store.people import Place
-from chatd.store.reader import Reader
-from chatd.store.snapshots import Entered, Entry, Snapshot, logins
+from chatd.config.settings import Settings
+from chatd.core.errors import NotFound
+from chatd.core.limits import INBOX_ROOMS
+from chatd.core.model import Identity, Position
+from chatd.store.read import lookups, members
+from chatd.store.read.batching import Gathered
+from chatd.store.read.members import Place
+from chatd.store.read.reader import Reader
+from chatd.store.read.snapshots import Entered, Entry, Snapshot, logins
+from chatd.store.write.commands import Rights
 
 
 class Conversations:
@@ -64,16 +64,16 @@ class Conversations:
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
-        place = await self._read(people.place, conversation_id, self.members_detail)
+        place = await self._read(members.place, conversation_id, self.members_detail)
         return place, sorted(self._presence.who(conversation_id, place.member_ids))
 
     async def member_ids(self, conversation_id: int, most: int) -> tuple[int, list[int]]:
         """The members_version, and at most so many members as of it. Raises Unavailable."""
-        return await self._read(people.member_ids, conversation_id, most)
+        return await self._read(members.member_ids, conversation_id, most)
 
     async def inbox(self, identity: Identity) -> list[int]:
         """The user's conversations, the most recently active first."""
-        return await self._read(reads.conversations_of, identity.user_id, INBOX_ROOMS)
+        return await self._read(lookups.conversations_of, identity.user_id, INBOX_ROOMS)
 
 
 def _weight(entry: Entry) -> int:

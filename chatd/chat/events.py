@@ -7,10 +7,10 @@ from typing import Any
 
 from msgspec import Raw
 
-from chatd.errors import BadRequest, TooLarge
-from chatd.limits import EVENT_BYTES
-from chatd.model import Notice, Signal
-from chatd.protocol import RESERVED_EVENTS, event
+from chatd.core.errors import BadRequest, TooLarge
+from chatd.core.limits import EVENT_BYTES
+from chatd.core.model import Notice, Signal
+from chatd.core.protocol import RESERVED_EVENTS, event
 
 
 class Events:

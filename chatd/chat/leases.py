@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
-from chatd.store.attendance import Seen
+from chatd.store.queues.presence import Seen
 
 BEAT = 2.0  # seconds between two beats, and between two looks at those of the others
 LOOKS = 5  # without a beat between them: its node is gone

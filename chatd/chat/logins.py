@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from chatd.auth import Authenticator
-from chatd.errors import Final, NotYet, Outdated, Revoked
-from chatd.model import Identity
-from chatd.settings import Settings
-from chatd.store import reads
-from chatd.store.reader import Reader
-from chatd.store.reads import Standing
+from chatd.config.settings import Settings
+from chatd.core.errors import Final, NotYet, Outdated, Revoked
+from chatd.core.model import Identity
+from chatd.store.read import lookups
+from chatd.store.read.lookups import Standing
+from chatd.store.read.reader import Reader
 
 SOON = 60.0  # seconds; a ban that ends within them is not told as one for good
 
@@ -48,7 +48,7 @@ class Logins:
         check_standing(identity, standings.get(identity.user_id), self._settings.now.auth.leeway)
 
     async def standings(self, user_ids: Iterable[int]) -> dict[int, Standing]:
-        return await self._read(reads.standings, list(user_ids))
+        return await self._read(lookups.standings, list(user_ids))
 
 
 def check_standing(identity: Identity, standing: Standing | None, leeway: float, *, live: bool = False) -> None:

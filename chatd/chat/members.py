@@ -7,12 +7,12 @@ import difflib
 import structlog
 from msgspec import UNSET, UnsetType
 
-from chatd.errors import BadRequest
-from chatd.model import State
-from chatd.protocol import check_label
-from chatd.store.commands import SetMember
-from chatd.store.members import MODERATOR
-from chatd.store.writer import Writer
+from chatd.core.errors import BadRequest
+from chatd.core.model import State
+from chatd.core.protocol import check_label
+from chatd.store.write.commands import SetMember
+from chatd.store.write.members import MODERATOR
+from chatd.store.write.writer import Writer
 
 log = structlog.get_logger()
 

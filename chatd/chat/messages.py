@@ -10,14 +10,15 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from chatd.config import ANY_TYPE
-from chatd.errors import BadRequest, ChatError, Forbidden
-from chatd.protocol import check_content, check_label, check_meta
-from chatd.settings import Settings
-from chatd.store import permits, reads
-from chatd.store.commands import Changed, Create, Created, Delete, Edit, Fence, React
-from chatd.store.reader import Reader
-from chatd.store.reads import Page
-from chatd.store.writer import Submission, Then, Writer
+from chatd.config.settings import Settings
+from chatd.core.errors import BadRequest, ChatError, Forbidden
+from chatd.core.protocol import check_content, check_label, check_meta
+from chatd.store import permits
+from chatd.store.read import lookups
+from chatd.store.read.lookups import Page
+from chatd.store.read.reader import Reader
+from chatd.store.write.commands import Changed, Create, Created, Delete, Edit, Fence, React
+from chatd.store.write.writer import Submission, Then, Writer
 
 
 class Messages:
@@ -88,7 +89,7 @@ class Messages:
     ) -> Page:
         """A page for a backend. A conversation that nobody has posted to yet has an empty history."""
         _check_page(before, after)
-        return await self._read(reads.history, conversation_id, before, after, limit)
+        return await self._read(lookups.history, conversation_id, before, after, limit)
 
     async def history_for(
         self,
@@ -101,7 +102,7 @@ class Messages:
     ) -> Page:
         """A page for a user. Raises NotFound where the user may not look."""
         _check_page(before, after)
-        return await self._read(reads.history_for, user_id, entitled, conversation_id, before, after, limit)
+        return await self._read(lookups.history_for, user_id, entitled, conversation_id, before, after, limit)
 
 
 def _check_page(before: int | None, after: int | None) -> None:

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from chatd.errors import BadRequest, NotJSON
-from chatd.protocol import ClientId, Content, Id, TypeName, field_of
-from chatd.store.commands import Create
-from chatd.validation import mistakes, reason
+from chatd.core.errors import BadRequest, NotJSON
+from chatd.core.protocol import ClientId, Content, Id, TypeName, field_of
+from chatd.core.validation import mistakes, reason
+from chatd.store.write.commands import Create
 
 S = TypeVar("S", bound=Struct)
 

@@ -22,7 +22,7 @@ import trio
 from msgspec import Struct
 
 from chatd.chat.leases import Life
-from chatd.model import Present, Signal
+from chatd.core.model import Present, Signal
 
 USERS, ROOMS = 0, -1
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from chatd.chat.presence import USERS, Presence
-from chatd.settings import Settings
-from chatd.store import people
-from chatd.store.commands import MoveCursor, Rights
-from chatd.store.reader import Reader
-from chatd.store.writer import Then, Writer
+from chatd.config.settings import Settings
+from chatd.store.read import members
+from chatd.store.read.reader import Reader
+from chatd.store.write.commands import MoveCursor, Rights
+from chatd.store.write.writer import Then, Writer
 
 
 class Delivery(Struct, frozen=True):
@@ -45,7 +45,7 @@ class Receipts:
 
     async def delivery(self, message_id: int) -> Delivery:
         """Raises NotFound, Unavailable."""
-        author, cursors = await self._read(people.cursors_of_message, message_id)
+        author, cursors = await self._read(members.cursors_of_message, message_id)
         others = [cursor for cursor in cursors if cursor.user_id != author]
         online = {one.user_id for one in others if self._presence.has(USERS, one.user_id)}
         return Delivery(

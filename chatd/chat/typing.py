@@ -7,8 +7,8 @@ from collections.abc import Callable
 import trio
 from msgspec import Raw, Struct
 
-from chatd.model import Notice, Signal
-from chatd.protocol import event
+from chatd.core.model import Notice, Signal
+from chatd.core.protocol import event
 
 EVERY = 2.0  # seconds between two that are told of one user in one room
 EXPIRES = 6.0  # seconds until it is over, unless it is said again

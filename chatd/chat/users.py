@@ -10,12 +10,12 @@ import structlog
 from msgspec import Struct
 
 from chatd.chat.presence import USERS, Presence
-from chatd.model import Kick, Signal
-from chatd.store import people
-from chatd.store.commands import SetUser
-from chatd.store.people import Unread
-from chatd.store.reader import Reader
-from chatd.store.writer import Writer
+from chatd.core.model import Kick, Signal
+from chatd.store.read import members
+from chatd.store.read.members import Unread
+from chatd.store.read.reader import Reader
+from chatd.store.write.commands import SetUser
+from chatd.store.write.writer import Writer
 
 log = structlog.get_logger()
 
@@ -37,7 +37,7 @@ class Users:
 
     async def get(self, user_id: int) -> User:
         """Raises Unavailable. A user whom nobody has heard of is offline and nowhere a member."""
-        conversations = await self._read(people.unread_of_user, user_id)
+        conversations = await self._read(members.unread_of_user, user_id)
         connections = self._presence.connections(user_id)
         return User(user_id, self._presence.has(USERS, user_id), connections, conversations)
 
@@ -65,4 +65,4 @@ class Users:
 
     async def issue_from(self, user_id: int) -> int:
         """The user's last revocation: its `valid_after`, 0 if there was none. Raises Unavailable."""
-        return await self._read(people.valid_after, user_id)
+        return await self._read(members.valid_after, user_id)

@@ -16,14 +16,16 @@ from typing import Any
 import click
 import msgspec
 
-from chatd import config, logs
+from chatd import config
 from chatd.bus import erasure as stream
 from chatd.cli.group import main, with_config
-from chatd.errors import OperatorError
-from chatd.hub.sweep import EVERY
-from chatd.limits import MAX_ID
-from chatd.store import copies, maintenance
-from chatd.store.retention import Rules
+from chatd.core.errors import OperatorError
+from chatd.core.limits import MAX_ID
+from chatd.hub.fanout.sweep import EVERY
+from chatd.observe import logs
+from chatd.store import maintenance
+from chatd.store.upkeep import copies
+from chatd.store.upkeep.retention import Rules
 
 ID = click.IntRange(1, MAX_ID)
 FILE = click.Path(path_type=Path)

@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 import trio
 
-from chatd import config, logs
+from chatd import config
 from chatd.cli.group import DEFAULT_FILE, main
-from chatd.errors import ConfigError
+from chatd.core.errors import ConfigError
+from chatd.observe import logs
 from chatd.ops import checks
 from chatd.ops.finding import Case, Finding, Level, examine, problem
 

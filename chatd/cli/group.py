@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from chatd import __version__
-from chatd.errors import ConfigError, OperatorError
+from chatd.core.errors import ConfigError, OperatorError
 
 DEFAULT_FILE = Path("chatd.toml")
 

@@ -9,7 +9,7 @@ import click
 
 from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.ops.backend import Backend, Unreachable
+from chatd.ops.api import Backend, Unreachable
 
 WITHIN = 2.5  # seconds, less than the probe's own patience: its word is worth more than SIGKILL
 

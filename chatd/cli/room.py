@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from chatd import config, logs
+from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.errors import OperatorError
-from chatd.limits import MAX_ID, OPERATOR
-from chatd.ops.backend import Backend, Unreachable, reached_at
+from chatd.core.errors import OperatorError
+from chatd.core.limits import MAX_ID, OPERATOR
+from chatd.observe import logs
+from chatd.ops.api import Backend, Unreachable, reached_at
 
 ID = click.IntRange(1, MAX_ID)
 
@@ -81,8 +82,8 @@ def _follow(
     import trio  # these take long, and `send` needs none of them
 
     from chatd.cli.token import issuer
-    from chatd.client import Connection, Event, history
     from chatd.ops import transcript
+    from chatd.ops.client import Connection, Event, history
     from chatd.ops.follower import Follower, Refused
 
     tokens = issuer(settings)

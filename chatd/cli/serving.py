@@ -12,9 +12,11 @@ import click
 import structlog
 import trio
 
-from chatd import config, logs, workers
+from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.errors import DatabaseGone, OperatorError
+from chatd.core.errors import DatabaseGone, OperatorError
+from chatd.daemon import workers
+from chatd.observe import logs
 from chatd.ops import showing
 from chatd.store import database
 
@@ -48,9 +50,11 @@ def serve(path: Path | None, demo: bool) -> None:
         if settings.server.workers > 1 and not workers.is_worker():
             store.close()  # opened for its mistakes, its migrations, and what is made once for all workers
             sys.exit(trio.run(partial(workers.run, settings, read, on_ready=on_ready)))
-        from chatd import daemon  # Quart and Hypercorn take half a second that the other commands need not pay
+        from chatd.daemon import (
+            lifecycle,  # Quart and Hypercorn take half a second that the other commands need not pay
+        )
 
-        trio.run(partial(daemon.run, settings, store, read, on_ready=on_ready))
+        trio.run(partial(lifecycle.run, settings, store, read, on_ready=on_ready))
     except* DatabaseGone as gone:
         # Without closing it: SQLite would delete the log beside the database by its name, and that may be
         # another file's by now, which another process has open.

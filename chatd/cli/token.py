@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from chatd import config, logs
+from chatd import config
 from chatd.auth.tokens import Tokens
 from chatd.cli.group import main, with_config
-from chatd.errors import BadRequest, Forbidden, OperatorError
-from chatd.limits import MAX_ID
+from chatd.core.errors import BadRequest, Forbidden, OperatorError
+from chatd.core.limits import MAX_ID
+from chatd.observe import logs
 from chatd.store import database
 
 

@@ -47,8 +47,8 @@ from chatd.config.sources import (
     from_environment,
     from_file,
 )
-from chatd.errors import ConfigError
-from chatd.validation import mistakes, suggestion
+from chatd.core.errors import ConfigError
+from chatd.core.validation import mistakes, suggestion
 
 __all__ = [
     "ANY_TYPE",

@@ -10,7 +10,7 @@ from typing import Any, get_origin
 import msgspec
 
 from chatd.config.options import SECTIONS
-from chatd.validation import suggestion
+from chatd.core.validation import suggestion
 
 DEMO_TOKEN = "secret"
 CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 import trio
 
-from chatd.chat import Chat
-from chatd.errors import Close
-from chatd.hub import connection
-from chatd.hub.audience import Audiences
-from chatd.hub.connection import Connection
-from chatd.hub.fanout import Fanout
-from chatd.hub.registry import Registry
-from chatd.hub.rooms import Rooms
+from chatd.chat.chat import Chat
+from chatd.config.settings import Settings
+from chatd.core.errors import Close
+from chatd.core.protocol import event, text_frame
+from chatd.hub.admission.registry import Registry
+from chatd.hub.connection import connection
+from chatd.hub.connection.connection import Connection
+from chatd.hub.fanout.fanout import Fanout
+from chatd.hub.fanout.rooms import Rooms
+from chatd.hub.presence.audience import Audiences
 from chatd.hub.services import Services
-from chatd.listen import Gate
-from chatd.lobby import SHARE, Lobby
-from chatd.protocol import event, text_frame
-from chatd.settings import Settings
+from chatd.net.gate import Gate
+from chatd.net.lobby import SHARE, Lobby
 
 TICK = 1.0  # seconds between looks at all connections
 YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import trio
 
-from chatd.chat import Chat
-from chatd.errors import Close, Final
-from chatd.hub.audience import Audiences
-from chatd.hub.fanout import Fanout
-from chatd.hub.registry import Registry
-from chatd.hub.rooms import Rooms
-from chatd.lobby import Lobby
-from chatd.settings import Settings
+from chatd.chat.chat import Chat
+from chatd.config.settings import Settings
+from chatd.core.errors import Close, Final
+from chatd.hub.admission.registry import Registry
+from chatd.hub.fanout.fanout import Fanout
+from chatd.hub.fanout.rooms import Rooms
+from chatd.hub.presence.audience import Audiences
+from chatd.net.lobby import Lobby
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from chatd.config import Config
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 
 DEADLINE = 15.0  # seconds of one check
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from chatd.client import Connection, Disconnected, Event, connect
+from chatd.ops.client import Connection, Disconnected, Event, connect
 
 RETRY_FIRST, RETRY_MOST = 0.5, 20.0  # seconds; a random moment before that, doubled each time
 LIVED = 10.0  # seconds past `ready` after which the next trouble is a new one

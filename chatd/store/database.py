@@ -17,20 +17,21 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.config import Database
-from chatd.errors import ConfigError, OperatorError
-from chatd.model import Group
-from chatd.store import copies, migrations, schema, urls
-from chatd.store.attendance import Attendances
+from chatd.core.errors import ConfigError, OperatorError
+from chatd.core.model import Group
+from chatd.store import migrations, schema, urls
+from chatd.store.database_file import Place
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
-from chatd.store.outbox import Outbox
-from chatd.store.place import Place
 from chatd.store.private import keep_private
-from chatd.store.reader import Reader
-from chatd.store.retention import Retention
+from chatd.store.queues.outbox import Outbox
+from chatd.store.queues.presence import Attendances
+from chatd.store.queues.webhooks import Webhooks
+from chatd.store.read.reader import Reader
 from chatd.store.sessions import Sessions
-from chatd.store.wal import Wal
-from chatd.store.webhooks import Webhooks
-from chatd.store.writer import Writer
+from chatd.store.upkeep import copies
+from chatd.store.upkeep.retention import Retention
+from chatd.store.upkeep.wal import Wal
+from chatd.store.write.writer import Writer
 
 log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ import msgspec
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event
 
-from chatd import metrics
+from chatd.observe import metrics
 from chatd.store import sessions, urls
 from chatd.store.sessions import Sessions
 

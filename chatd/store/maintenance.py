@@ -11,11 +11,12 @@ from typing import Any
 from sqlalchemy import update
 
 from chatd.config import Database
-from chatd.errors import OperatorError
-from chatd.store import copies, schema, urls
+from chatd.core.errors import OperatorError
+from chatd.store import schema, urls
 from chatd.store.database import changed, looked_at, require
-from chatd.store.erasure import Erasure, export, forget
-from chatd.store.retention import PAUSE, Pruner, Rules, remove_leftovers
+from chatd.store.upkeep import copies
+from chatd.store.upkeep.erasure import Erasure, export, forget
+from chatd.store.upkeep.retention import PAUSE, Pruner, Rules, remove_leftovers
 
 RELAYED_BY_ANYBODY = "maintenance"  # the node of an outbox row that no node calls its own
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from chatd.errors import Forbidden, Muted, NotFound
-from chatd.model import now
-from chatd.store import statements
-from chatd.store.commands import Create, Delete, Edit, React, Rights
-from chatd.store.members import Members
-from chatd.store.retries import Retries
+from chatd.core.errors import Forbidden, Muted, NotFound
+from chatd.core.model import now
+from chatd.store.write import statements
+from chatd.store.write.commands import Create, Delete, Edit, React, Rights
+from chatd.store.write.idempotency import Retries
+from chatd.store.write.members import Members
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping, case
 
-from chatd.model import Message
+from chatd.core.model import Message
 from chatd.store.schema import conversations, messages
 
 # All that a flat message is made of.

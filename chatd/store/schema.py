@@ -29,7 +29,7 @@ from sqlalchemy import (
     false,
 )
 
-from chatd.model import timestamp
+from chatd.core.model import timestamp
 
 
 class Timestamp(TypeDecorator[str]):

@@ -22,7 +22,7 @@ from psycopg.errors import Diagnostic
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DisconnectionError
 
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 
 # PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
 # locks until the last ones end its session. They count between two statements, but not within a pipeline.

@@ -7,7 +7,7 @@ import re
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from chatd.errors import ConfigError
+from chatd.core.errors import ConfigError
 
 # postgresql://user:password@first:5432,second:5432/database, which make_url does not know.
 _SEVERAL = re.compile(r"(?P<scheme>[\w+]+)://(?:(?P<user>.*)@)?(?P<hosts>[^/@?]+,[^/@?]+)(?P<rest>[/?].*)?")

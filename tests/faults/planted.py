@@ -18,17 +18,18 @@ from sqlalchemy import text
 from chatd import cli
 from chatd.bus import payloads
 from chatd.chat.conversations import Conversations
-from chatd.hub import fanout, sweep
-from chatd.hub.audience import Audiences
-from chatd.hub.fanout import Fanout
-from chatd.hub.pieces import Piece
-from chatd.hub.repair import Repairs
-from chatd.hub.rooms import Room, Subscription
-from chatd.model import MemberChange
-from chatd.store import attendance, reads, snapshots
-from chatd.store.retries import Retries
-from chatd.store.transaction import Step, Transaction
-from chatd.store.writer import Submission, Writer
+from chatd.core.model import MemberChange
+from chatd.hub.fanout import fanout, sweep
+from chatd.hub.fanout.chunks import Piece
+from chatd.hub.fanout.fanout import Fanout
+from chatd.hub.fanout.repair import Repairs
+from chatd.hub.fanout.rooms import Room, Subscription
+from chatd.hub.presence.audience import Audiences
+from chatd.store.queues import presence
+from chatd.store.read import lookups, snapshots
+from chatd.store.write.idempotency import Retries
+from chatd.store.write.transaction import Step, Transaction
+from chatd.store.write.writer import Submission, Writer
 
 BEFORE_COMMIT = 0.3  # seconds, so that a SIGKILL finds it in between
 ONE_IN = 50
@@ -189,7 +190,7 @@ def drop_what_is_numbered_again() -> None:
     replace(Room, "_follows", lambda original: lambda self, change: True)
     replace(Room, "_contradicts", lambda original: lambda self, change: False)
     replace(Piece, "follows", lambda original: lambda self, cursor, mark: cursor + 1 >= self.first)
-    replace(reads, "is_of", lambda original: lambda id, after, mark, heads, marks: True)
+    replace(lookups, "is_of", lambda original: lambda id, after, mark, heads, marks: True)
 
     def compare(original: Any) -> Any:
         async def patched(self: Any, room: Any, known: Any, found: Any) -> None:
@@ -221,13 +222,13 @@ def dead_node_stays_online() -> None:
 
     @contextmanager
     def patched_doubt() -> Iterator[None]:
-        before, attendance._doubt = attendance._doubt, lambda *_: None
+        before, presence._doubt = presence._doubt, lambda *_: None
         try:
             yield
         finally:
-            attendance._doubt = before
+            presence._doubt = before
 
-    replace(attendance, "_end", end)
+    replace(presence, "_end", end)
 
 
 def nobody_is_seen_to_go() -> None:

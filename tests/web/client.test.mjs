@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, test } from "node:test";
 import { answer, begin, change, end, jump, pass, settle, sockets } from "./scripted.mjs";
 
-const { Chat } = await import(process.env.CHATD_JS ?? "../../chatd/web/chatd.js");
+const { Chat } = await import(process.env.CHATD_JS ?? "../../clients/js/chatd.js");
 
 beforeEach(begin);
 afterEach(end);

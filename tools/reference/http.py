@@ -8,7 +8,7 @@ from typing import Any, cast
 from chatd.api.app import create_app
 from chatd.api.reference import TITLES, Field, Operation, Thing, operations, shown, things
 from chatd.config import Config
-from chatd.settings import Settings
+from chatd.config.settings import Settings
 
 
 def parts() -> dict[str, str]:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec import inspect as types
 
 from chatd.config import SECTIONS
-from chatd.settings import RELOADABLE
+from chatd.config.settings import RELOADABLE
 
 WIDTH = 100  # of chatd.toml
 MOST = 2**53 - 1  # the bound of what has none that is of interest

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatd.bus import probe as bus_probe
-from chatd.errors import OperatorError
+from chatd.core.errors import OperatorError
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
-from chatd.store import probe as store_probe
 from chatd.store.engine import WRITING_SESSIONS
+from chatd.store.upkeep import probe as store_probe
 
 SLOW_COMMIT = 0.02  # seconds; a disk of today takes under 5 ms, and a group of messages waits for one commit
 SLOW_PING = 0.005

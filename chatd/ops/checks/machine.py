@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatd.config import is_loopback, split_bind
-from chatd.listen import BACKLOG
+from chatd.net.gate import BACKLOG
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.ops.redaction import holds_secret
 

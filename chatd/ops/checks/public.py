@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import trio
 
-from chatd.client import Disconnected, NotUpgraded, connect
-from chatd.errors import OperatorError
-from chatd.ops.backend import ask, reason
+from chatd.core.errors import OperatorError
+from chatd.ops.api import ask, reason
 from chatd.ops.checks.serving import tried
+from chatd.ops.client import Disconnected, NotUpgraded, connect
 from chatd.ops.finding import Case, Finding, ok, problem, warning
 
 CONNECT = 5.0  # seconds

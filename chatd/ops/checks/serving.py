@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 
-from chatd.client import Disconnected, NotUpgraded, connect
-from chatd.errors import OperatorError
-from chatd.listen import RESERVED, client_places
-from chatd.ops.backend import Backend, Unreachable, reached_at
+from chatd.core.errors import OperatorError
+from chatd.net.descriptors import RESERVED, client_places
+from chatd.ops.api import Backend, Unreachable, reached_at
+from chatd.ops.client import Disconnected, NotUpgraded, connect
 from chatd.ops.finding import Case, Finding, ok, problem, warning
-from chatd.ops.trip import NoToken, travel
+from chatd.ops.round_trip import NoToken, travel
 
 FEW_PLACES = 4096  # clients; what a distribution gives a process unasked is less
 SLOW_TRIP = 0.1  # seconds

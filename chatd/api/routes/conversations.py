@@ -1,0 +1,105 @@
+"""`/api/ws/conversations`: where they stand, history, members, events."""
+
+from __future__ import annotations
+
+from quart import Blueprint, Response, request
+from quart_schema import document_querystring, document_request, document_response
+
+from chatd.api.schemas import (
+    CustomEvent,
+    Done,
+    Membership,
+    PageQuery,
+    Place,
+    Removal,
+    answer,
+    asked,
+    check_id,
+    moment,
+    posted,
+)
+from chatd.chat.chat import Chat
+from chatd.chat.members import check_role
+from chatd.store.read.lookups import Page
+
+
+def blueprint(chat: Chat) -> Blueprint:
+    routes = Blueprint("conversations", __name__, url_prefix="/api/ws/conversations")
+
+    @routes.get("/<int:conversation_id>")
+    @document_response(Place)
+    async def get(conversation_id: int) -> Response:
+        """The newest change of a conversation, its members, how far they have read, and who is online."""
+        id = check_id("conversation_id", conversation_id)
+        found, online = await chat.conversations.get(id)
+        return answer(
+            Place(
+                conversation_id=id,
+                seq=found.seq,
+                members=found.members,
+                members_count=len(found.member_ids),
+                receipts=found.receipts,
+                online=[] if found.crowded else online,
+                online_count=len(online),
+            )
+        )
+
+    @routes.get("/<int:conversation_id>/messages")
+    @document_querystring(PageQuery)
+    @document_response(Page)
+    async def history(conversation_id: int) -> Response:
+        """A page of messages, in ascending id.
+
+        It holds the newest messages, or those next to the message `before` or `after`.
+        """
+        query = asked(PageQuery)
+        check_id("conversation_id", conversation_id)
+        return answer(await chat.messages.history(conversation_id, query.before, query.after, query.limit))
+
+    @routes.put("/<int:conversation_id>/members/<int:user_id>")
+    @document_request(Membership)
+    @document_response(Done)
+    async def add_member(conversation_id: int, user_id: int) -> Response:
+        """Add a member, bring a removed one back, or change a role or a mute.
+
+        What you leave out of the body stays as it is. It takes effect on live connections within a second.
+        """
+        body = await posted(Membership) if (await request.get_data()) else Membership()
+        check_role(body.role or None)
+        muted = body.muted_until
+        muted = moment("muted_until", muted) if isinstance(muted, str) else muted
+        await chat.members.add(
+            check_id("conversation_id", conversation_id),
+            check_id("user_id", user_id),
+            role=body.role,
+            muted_until=muted,
+        )
+        return answer(Done())
+
+    @routes.delete("/<int:conversation_id>/members/<int:user_id>")
+    @document_querystring(Removal)
+    @document_response(Done)
+    async def remove_member(conversation_id: int, user_id: int) -> Response:
+        """Remove a member.
+
+        The live connections of that user hear nothing more of the conversation from one second later.
+        """
+        ban = asked(Removal).ban
+        place, user = check_id("conversation_id", conversation_id), check_id("user_id", user_id)
+        await chat.members.remove(place, user, ban=ban)
+        return answer(Done())
+
+    @routes.post("/<int:conversation_id>/events")
+    @document_request(CustomEvent)
+    @document_response(Done)
+    async def send_event(conversation_id: int) -> Response:
+        """Send an event of your own to everybody who is in the room just now.
+
+        chatd does not store it.
+        """
+        body = await posted(CustomEvent)
+        place = check_id("conversation_id", conversation_id)
+        chat.events.send(place, body.event, body.data, body.user_ids)
+        return answer(Done())
+
+    return routes

@@ -1,0 +1,96 @@
+"""`/api/ws/users`: who is there and what is unread; send away, revoke, ban."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+from quart import Blueprint, Response, request
+from quart_schema import document_request, document_response
+
+from chatd.api.schemas import (
+    Ban,
+    Disconnected,
+    Disconnection,
+    Done,
+    Revocation,
+    answer,
+    check_id,
+    moment,
+    posted,
+)
+from chatd.chat.chat import Chat
+from chatd.chat.users import User
+from chatd.core.errors import BadRequest
+
+FOR_EVER = "9999-12-31T23:59:59.000000Z"
+AHEAD = 60  # seconds that a backend's clock may be ahead of ours
+MOST_SECONDS = 253402300799  # the same, as unix seconds
+
+
+def blueprint(chat: Chat) -> Blueprint:
+    routes = Blueprint("users", __name__, url_prefix="/api/ws/users")
+
+    @routes.get("/<int:user_id>")
+    @document_response(User)
+    async def get(user_id: int) -> Response:
+        """Whether a user is online, and what the user has not read in which conversation."""
+        return answer(await chat.users.get(check_id("user_id", user_id)))
+
+    @routes.post("/<int:user_id>/disconnect")
+    @document_request(Disconnection)
+    @document_response(Disconnected)
+    async def disconnect(user_id: int) -> Response:
+        """Close all connections of a user.
+
+        The user's tokens stay valid. To void them, use `revoke`.
+        """
+        body = await posted(Disconnection) if (await request.get_data()) else Disconnection()
+        closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=body.reconnect)
+        return answer(Disconnected(closed=closed))
+
+    @routes.post("/<int:user_id>/revoke")
+    @document_request(Revocation)
+    @document_response(Done)
+    async def revoke(user_id: int) -> Response:
+        """Void the tokens that were issued before a moment.
+
+        chatd closes the connections that were made with them.
+        """
+        body = await posted(Revocation) if (await request.get_data()) else Revocation()
+        await chat.users.revoke(check_id("user_id", user_id), _seconds(body.before))
+        return answer(Done())
+
+    @routes.put("/<int:user_id>/ban")
+    @document_request(Ban)
+    @document_response(Done)
+    async def ban(user_id: int) -> Response:
+        """Keep a user out of all conversations, until a moment or for ever.
+
+        chatd closes the user's connections.
+        """
+        body = await posted(Ban) if (await request.get_data()) else Ban()
+        until = FOR_EVER if body.until is None else moment("until", body.until)
+        await chat.users.ban(check_id("user_id", user_id), until)
+        return answer(Done())
+
+    @routes.delete("/<int:user_id>/ban")
+    @document_response(Done)
+    async def unban(user_id: int) -> Response:
+        """End a ban."""
+        await chat.users.ban(check_id("user_id", user_id), None)
+        return answer(Done())
+
+    return routes
+
+
+def _seconds(before: str | float | None) -> float | None:
+    if isinstance(before, str):
+        before = datetime.fromisoformat(moment("before", before)).timestamp()
+    if before is not None and not 0 <= before <= MOST_SECONDS:
+        raise BadRequest("Write unix seconds, or a moment as 2026-01-01T00:00:00Z.", field="before")
+    if before is not None and before > time.time() + AHEAD:
+        raise BadRequest(
+            "This moment is still to come: tokens that are not issued yet cannot be void.", field="before"
+        )
+    return before

@@ -1,0 +1,198 @@
+"""What is posted and answered, as structs, and how a request becomes one. OpenAPI is made of them too."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+from quart import Response, request
+
+from chatd.chat.posts import POST_BYTES, decode, refuse
+from chatd.core.errors import BadRequest
+from chatd.core.limits import BATCH_MESSAGES, HISTORY_PAGE, MAX_ID
+from chatd.core.model import timestamp
+from chatd.core.protocol import Content, Id, PageSize
+from chatd.core.validation import mistakes
+from chatd.store.read.members import Member
+from chatd.store.read.snapshots import Cursor
+
+S = TypeVar("S", bound=Struct)
+
+BODY_BYTES = POST_BYTES  # of a request; a batch may be longer
+BODY_SECONDS = 10  # a backend has for its body
+RESPONSE_SECONDS = 10  # a backend has for reading the answer
+
+
+class Incomplete(BadRequest):
+    """The peer ended before the body did, or what came of it is no HTTP."""
+
+    status = 400
+
+
+class BodyTooSlow(BadRequest):
+    status = 408
+
+
+class Stored(Struct, frozen=True, kw_only=True):
+    """A message that is committed. An exact retry gets the `id` and `seq` of the first attempt."""
+
+    id: int
+    status: str = "ok"
+    seq: int
+    created_at: str
+    duplicate: bool | UnsetType = UNSET
+
+
+class Batch(Struct, frozen=True):
+    messages: Annotated[list[msgspec.Raw], Meta(max_length=BATCH_MESSAGES)]
+
+
+class BatchResult(Struct, frozen=True, kw_only=True):
+    """For an accepted message the fields of `Stored`, for a refused one those of `Error`."""
+
+    id: int | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    seq: int | UnsetType = UNSET
+    created_at: str | UnsetType = UNSET
+    duplicate: bool | UnsetType = UNSET
+    code: str | UnsetType = UNSET
+    message: str | UnsetType = UNSET
+    errors: dict[str, list[str]] | UnsetType = UNSET
+    retry_after: float | UnsetType = UNSET
+    incident: str | UnsetType = UNSET
+
+
+class BatchResults(Struct, frozen=True):
+    """What became of each message."""
+
+    results: list[BatchResult]
+
+
+class Alteration(Struct, frozen=True, kw_only=True):
+    """What you change in a message."""
+
+    content: Content | UnsetType = UNSET
+    meta: Any = UNSET
+
+
+class Altered(Struct, frozen=True, kw_only=True):
+    id: int
+    status: str = "ok"
+    seq: int
+
+
+class PageQuery(Struct, frozen=True, kw_only=True):
+    before: Id | None = None
+    after: Id | None = None
+    limit: PageSize = HISTORY_PAGE
+
+
+class Membership(Struct, frozen=True, kw_only=True):
+    """What you set of a membership. What you leave out stays as it is."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=32)] | UnsetType | None = UNSET
+    muted_until: str | UnsetType | None = UNSET
+
+
+class Removal(Struct, frozen=True, kw_only=True):
+    """How a member is removed. A removed member comes back only by `PUT`, banned or not."""
+
+    ban: bool = False
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """Where a conversation stands. One with more than `limits.members_detail` members shows only the first of
+    them, and no `receipts` and `online`.
+    """
+
+    conversation_id: int
+    seq: int
+    members: list[Member]
+    members_count: int
+    receipts: list[Cursor]
+    online: list[int]
+    online_count: int
+
+
+class CustomEvent(Struct, frozen=True, kw_only=True):
+    """An event of your own."""
+
+    event: Annotated[str, Meta(min_length=1, max_length=64)]
+    data: Any = None
+    user_ids: Annotated[list[Id], Meta(max_length=1000)] | None = None
+
+
+class Disconnection(Struct, frozen=True, kw_only=True):
+    """How the connections are closed."""
+
+    reconnect: bool = False
+
+
+class Disconnected(Struct, frozen=True, kw_only=True):
+    status: str = "ok"
+    closed: int
+
+
+class Revocation(Struct, frozen=True, kw_only=True):
+    """Which tokens are void."""
+
+    before: str | float | None = None
+
+
+class Ban(Struct, frozen=True, kw_only=True):
+    """How long the user is banned."""
+
+    until: str | None = None
+
+
+class Done(Struct, frozen=True):
+    status: str = "ok"
+
+
+class TokenRequest(Struct, frozen=True, kw_only=True):
+    """Whose token you want."""
+
+    user_id: Id
+    ttl: Annotated[int, Meta(ge=1, le=366 * 24 * 3600)] | None = None
+    conversations: list[Id] | None = None
+
+
+class Token(Struct, frozen=True):
+    token: str
+    expires_in: int
+
+
+def answer(body: Any, status: int = 200) -> Response:
+    # The newline is for people: a shell prompt does not stick to the answer.
+    return Response(msgspec.json.encode(body) + b"\n", status, content_type="application/json")
+
+
+async def posted(kind: type[S]) -> S:
+    """The request's body. Raises NotJSON (400), BadRequest (422) with every field that is wrong."""
+    return decode(kind, await request.get_data(cache=False, as_text=False), sent_as=request.mimetype)
+
+
+def asked(kind: type[S]) -> S:
+    """The query string's parameters."""
+    given = request.args.to_dict()
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError:
+        raise refuse(mistakes(kind, given, strict=False)) from None
+
+
+def moment(field: str, text: str) -> str:
+    """RFC 3339, with UTC where no zone is given, as we write it. Raises BadRequest."""
+    try:
+        found = datetime.fromisoformat(text)
+        return timestamp(found if found.tzinfo else found.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
+        raise BadRequest("Write a moment as 2026-01-01T00:00:00Z.", field=field) from None
+
+
+def check_id(name: str, value: int) -> int:
+    if not 1 <= value <= MAX_ID:
+        raise BadRequest(f"The {name} is no id.", field=name)
+    return value

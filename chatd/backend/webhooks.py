@@ -1,0 +1,238 @@
+"""Delivers events to the backend's webhook: at least once, from a table of their own, until it takes them.
+
+The table is the queue: nothing is lost by a restart, and several nodes deliver side by side, each what it has
+claimed. Two lanes share the work: one for events that were never tried, one for those that failed before, so
+that no event waits behind the failures of others. A backend that is down is asked less and less often.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import structlog
+import trio
+from msgspec import Struct
+
+from chatd.backend.fetch import Fetcher
+from chatd.config import Webhooks as Settings
+from chatd.core import callbacks
+from chatd.core.errors import CallFailed, Unavailable
+from chatd.core.limits import TokenBucket
+from chatd.observe import metrics
+from chatd.store.queues.webhooks import Failed, Waiting
+from chatd.store.queues.webhooks import Webhooks as Table
+
+AT_ONCE = 8  # calls of a lane on their way
+CLAIM = 64  # events of one claim, each in its turn
+WORK = 5.0  # seconds after which no further call of a claim is begun: what a killed node had is soon free again
+SETTLE = 5.0  # seconds that the database may need to note what became of them
+LOOK = 2.0  # seconds between looks for what other nodes left, and for what is due again
+COUNT = 15.0  # seconds between counts of what waits
+RETRY_FIRST, RETRY_MOST = 1.0, 3600.0  # seconds between attempts, doubled each time, with jitter
+FAILURES = 5  # that a lane begins with; or
+RECENT = 20  # failures in a row after a success; then the lane leaves the backend alone for
+REST_FIRST, REST_MOST = 1.0, 30.0  # seconds, doubled each time, with jitter; then some are tried
+REST_REFUSED = 1.0  # seconds at most for new events, where the backend does answer: it is not down
+QUIET = 60.0  # seconds between two lines about the same trouble
+GONE = 410  # the backend does not want this one, ever
+AWAY = frozenset([429, 502, 503, 504])  # answers of a backend that is down or has too much to do
+
+log = structlog.get_logger()
+
+
+class Problem(Struct, frozen=True):
+    """Why an event was not taken. `answered`: by a backend that is there."""
+
+    error: str
+    answered: bool = False
+    final: bool = False
+
+
+class Health:
+    """Whether a lane finds that the backend takes anything at all, by what became of its last events."""
+
+    def __init__(self) -> None:
+        self._recent: deque[Problem | None] = deque(maxlen=RECENT)
+        self._rests = 0  # in a row
+
+    def note(self, problem: Problem | None) -> None:
+        self._recent.append(problem)
+        if problem is None:
+            self._rests = 0
+
+    @property
+    def failing(self) -> bool:
+        return len(self._recent) >= FAILURES and None not in self._recent
+
+    def rest(self, most_if_answered: float) -> float:
+        """Seconds to leave the backend alone."""
+        answered = all(problem is not None and problem.answered for problem in self._recent)
+        seconds: float = min(
+            REST_FIRST * 2 ** min(self._rests, 10), most_if_answered if answered else REST_MOST
+        )
+        self._rests += 1
+        return seconds * random.uniform(0.5, 1)
+
+
+class Webhooks:
+    def __init__(self, settings: Settings, table: Table, fetch: Fetcher) -> None:
+        self._settings, self._table, self._fetch = settings, table, fetch
+        self._lanes = [Lane(self, again=False), Lane(self, again=True)]
+        self._said = False  # that it fails
+        self._failed_lines = TokenBucket(rate=1 / QUIET, burst=1, now=0)
+        self._given_up_lines = TokenBucket(rate=1 / QUIET, burst=1, now=0)
+        self._count_now = trio.Event()
+        self.table, self.timeout = table, settings.timeout
+        self.full = False  # more waits than is kept of what can be done without
+        self.finished = trio.Event()
+
+    def wake(self) -> None:
+        """Something was committed that is to be delivered."""
+        self._lanes[0].wake()
+
+    async def run(
+        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Until `stop`, and the end of the calls on their way."""
+        task_status.started()
+        async with trio.open_nursery() as counting:
+            counting.start_soon(self._count_for_ever)
+            async with trio.open_nursery() as nursery:
+                for lane in self._lanes:
+                    nursery.start_soon(lane.run, stop)
+            counting.cancel_scope.cancel()
+        self.finished.set()
+
+    async def deliver(self, one: Waiting) -> Problem | None:
+        given = callbacks.headers(
+            self._settings.secret, one.event, one.body, **{"X-Chatd-Delivery": str(one.id)}
+        )
+        url, within = self._settings.url, self._settings.timeout
+        try:
+            answer = await self._fetch("POST", url, within=within, headers=given, content=one.body, whole=False)
+        except CallFailed as error:
+            return Problem(error.reason)
+        if 200 <= answer.status < 300:
+            return None
+        return Problem(f"HTTP {answer.status}", answered=answer.status not in AWAY, final=answer.status == GONE)
+
+    def succeed(self, one: Waiting) -> None:
+        metrics.WEBHOOKS_SENT.labels(one.event).inc()
+        if self._said:
+            self._said = False
+            log.info("webhook_works_again")
+
+    def fail(self, one: Waiting, problem: Problem) -> Failed:
+        metrics.WEBHOOKS_FAILED.inc()
+        if not self._said and not self._failed_lines.take(trio.current_time()):
+            self._said = True
+            log.warning("webhook_failed", error=problem.error)
+        if not problem.final and one.attempts + 1 < self._settings.attempts:
+            delay = min(RETRY_FIRST * 2**one.attempts, RETRY_MOST)
+            return Failed(one.id, problem.error, delay * random.uniform(0.75, 1.25))
+        if not self._given_up_lines.take(trio.current_time()):
+            attempts = one.attempts + 1
+            log.error("webhook_given_up", id=one.id, of=one.event, attempts=attempts, error=problem.error)
+        return Failed(one.id, problem.error, None)
+
+    def count_soon(self) -> None:
+        """Some were given up: that shall be seen."""
+        self._count_now.set()
+
+    async def _count_for_ever(self) -> None:
+        while True:
+            self._count_now = trio.Event()
+            try:
+                waiting, dead = await self._table.counts()
+            except Unavailable:
+                pass  # the writer says loudly enough that the database is gone
+            else:
+                metrics.WEBHOOKS_WAITING.set(waiting)
+                metrics.WEBHOOKS_DEAD.set(dead)
+                self.full = waiting > self._settings.kept
+            with trio.move_on_after(COUNT):
+                await self._count_now.wait()
+
+
+class Lane:
+    """Claims events of one sort, again and again, and delivers each. `again`: those that failed before."""
+
+    def __init__(self, webhooks: Webhooks, *, again: bool) -> None:
+        self._webhooks, self._again = webhooks, again
+        self._health = Health()
+        self._unsettled: tuple[list[int], list[Failed], list[int]] | None = None  # the database was away
+        self._wake = trio.Event()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self, stop: trio.Event) -> None:
+        while not stop.is_set():
+            try:
+                claimed = await self._deliver_some(stop)
+            except Unavailable:  # the writer says loudly enough that the database is gone
+                claimed = 0
+            await self._rest(claimed, stop)
+
+    async def _deliver_some(self, stop: trio.Event) -> int:
+        self._wake = trio.Event()
+        await self._settle()
+        left = deque(await self._claim())
+        claimed = len(left)
+        until = trio.current_time() + WORK
+        done: list[int] = []
+        failed: list[Failed] = []
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(AT_ONCE, claimed)):
+                nursery.start_soon(self._deliver_each, left, done, failed, until, stop)
+        if claimed:
+            self._unsettled = done, failed, [one.id for one in left]
+            await self._settle()
+        return claimed
+
+    async def _settle(self) -> None:
+        """What was not noted in time is claimed again when its lease is over: so it is tried again first."""
+        if self._unsettled is not None:
+            _, failed, _ = self._unsettled
+            await self._webhooks.table.settle(*self._unsettled)
+            self._unsettled = None
+            if any(one.again_in is None for one in failed):
+                self._webhooks.count_soon()
+
+    async def _claim(self) -> list[Waiting]:
+        table, lease = self._webhooks.table, WORK + self._webhooks.timeout + SETTLE
+        if self._health.failing:
+            return await table.claim_some(lease, again=self._again)
+        return await table.claim(CLAIM, lease, again=self._again)
+
+    async def _deliver_each(
+        self, left: deque[Waiting], done: list[int], failed: list[Failed], until: float, stop: trio.Event
+    ) -> None:
+        """What is still left when time is over, after a stop, or when the backend fails, goes back untried."""
+        while left:
+            one = left.popleft()
+            problem = await self._webhooks.deliver(one)
+            self._health.note(problem)
+            if problem is None:
+                self._webhooks.succeed(one)
+                done.append(one.id)
+            else:
+                failed.append(self._webhooks.fail(one, problem))
+            if stop.is_set() or self._health.failing or trio.current_time() > until:
+                return
+
+    async def _rest(self, claimed: int, stop: trio.Event) -> None:
+        if claimed and self._health.failing:
+            with trio.move_on_after(self._health.rest(REST_MOST if self._again else REST_REFUSED)):
+                await stop.wait()
+        elif not claimed:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_wait_for, self._wake, nursery.cancel_scope)
+                nursery.start_soon(_wait_for, stop, nursery.cancel_scope)
+                nursery.cancel_scope.deadline = trio.current_time() + LOOK
+
+
+async def _wait_for(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

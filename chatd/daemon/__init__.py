@@ -1,0 +1,1 @@
+"""The process: what runs in it, in which order it starts and ends, and what it owes its manager."""

@@ -1,0 +1,1 @@
+"""Who may connect and log in, and who is connected."""

@@ -1,0 +1,34 @@
+"""A ping that has not been answered yet, and how long its peer may still take."""
+
+from __future__ import annotations
+
+from chatd.hub.connection.send_queue import Outbox
+
+
+class Ping:
+    """The peer's time runs from the last sign of life, and bytes that move are one.
+
+    A ping waits behind the data that were sent before it. While the peer's TCP acknowledges some of them the
+    peer is alive, however slow its link is; once it has the ping itself, it has `timeout` to answer. So a peer
+    that takes nothing and a peer that takes everything and says nothing are both found in time.
+    """
+
+    __slots__ = ("_end", "_outbox", "_since", "_taken", "at")
+
+    def __init__(self, outbox: Outbox, now: float) -> None:
+        """To be made right after the ping was pushed."""
+        self._outbox, self.at = outbox, now
+        self._end, self._taken, self._since = outbox.pushed(), outbox.taken(), now
+
+    @property
+    def answered(self) -> bool:
+        """Whatever the peer has said since is an answer."""
+        return self._outbox.last_heard > self.at
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life."""
+        if self._taken < self._end:
+            taken = self._outbox.taken()
+            if taken > self._taken:
+                self._taken, self._since = taken, now
+        return now - self._since

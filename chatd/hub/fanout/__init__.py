@@ -1,0 +1,1 @@
+"""The rooms of this node, and how each change reaches everybody who listens."""

@@ -1,0 +1,37 @@
+"""What rooms need of those who hear them and of who watches them: sessions and audiences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from chatd.hub.fanout.rooms import Room, Subscription
+
+
+class Listener(Protocol):
+    """What a subscription needs of its session."""
+
+    user_id: int
+    flat: bool
+
+    def push(self, frames: bytes) -> None: ...
+    def offer(self, frames: bytes) -> bool:
+        """Push what may be left out. False where it is."""
+
+    def resync(self, subscription: Subscription) -> None:
+        """Read the room anew for this subscription and answer unasked."""
+
+    def dropped(self, subscription: Subscription) -> None:
+        """The subscription was ended by the server."""
+
+
+class Watcher(Protocol):
+    """Who is told, synchronously, of what the rooms of this node are.
+
+    A room is open to it while somebody is there who can tell us so. A flat listener cannot: its library answers
+    pings also while its page is frozen.
+    """
+
+    def opened(self, room: Room) -> None: ...
+    def closed(self, room: Room) -> None: ...
+    def left(self, subscription: Subscription) -> None: ...

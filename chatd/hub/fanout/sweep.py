@@ -1,0 +1,94 @@
+"""The sweep: holds heads and rights of all active rooms against the database, whatever the bus has told.
+
+It finds; what is behind the fanout repairs, and who may not be in a room any more is dropped here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+import trio
+
+from chatd.core.errors import Unavailable
+from chatd.core.model import State
+from chatd.hub.fanout.rooms import Room, Rooms
+from chatd.store.read import lookups
+from chatd.store.read.reader import Reader
+
+EVERY = 10.0  # seconds between sweeps, and
+OFTEN = 1.0  # while other nodes' changes do not come by themselves
+ROOMS = 500  # rooms in one query
+YIELD_EVERY = 200  # subscriptions between checkpoints: each may be ended, and told so
+
+log = structlog.get_logger()
+
+
+class Sweep:
+    """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome.
+    `members_seen` is told of each room and the members_version that the database has for it.
+    """
+
+    def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
+        """`behind` is told of each room whose head is not that of the database."""
+        self._rooms, self._read, self._behind = rooms, read, behind
+        self._now = trio.Event()
+        self.often = False
+        self.also: Callable[[], Awaitable[None]] | None = None
+        self.members_seen: Callable[[Room, int], Awaitable[None]] = _nobody_asks
+
+    def soon(self) -> None:
+        self._now.set()
+
+    async def run(self) -> None:
+        while True:
+            with trio.move_on_after(OFTEN if self.often else EVERY):
+                await self._now.wait()
+            self._now = trio.Event()
+            try:
+                await self.once()
+            except Unavailable:
+                log.warning("sweep_failed", reason="the database does not answer")
+
+    async def once(self) -> None:
+        """Raises Unavailable."""
+        rooms = [room for room in self._rooms if room.head is not None]
+        for start in range(0, len(rooms), ROOMS):
+            part = {room: (room.head or 0, room.mark) for room in rooms[start : start + ROOMS]}
+            heads = await self._read(lookups.heads, [room.conversation_id for room in part])
+            for room, known in part.items():
+                await self._compare(room, known, heads.get(room.conversation_id, lookups.Heads()))
+        if self.also is not None:
+            await self.also()
+
+    async def _compare(self, room: Room, known: tuple[int, str | None], found: lookups.Heads) -> None:
+        """`known`: where the room stood, and with which mark, before the database was asked."""
+        if found.members_version != room.members_version:
+            await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
+        await self.members_seen(room, found.members_version)
+        head, mark = known
+        went_back = found.seq < head or (found.seq == head and found.mark != mark)
+        if went_back or found.seq > (room.head or 0):
+            self._behind(room)
+
+
+async def _nobody_asks(room: Room, version: int) -> None:
+    pass
+
+
+async def check_rights(read: Reader, room: Room) -> None:
+    """End the subscriptions of those who may not be in a room any more. Raises Unavailable."""
+    present = list(room.subscriptions)
+    users = list({subscription.listener.user_id for subscription in present})
+    version, states = await read(lookups.rights, room.conversation_id, users)
+    known = room.members_version
+    for count, subscription in enumerate(present, 1):
+        state = states.get(subscription.listener.user_id)
+        if subscription.joined and not (state is State.ACTIVE if state else subscription.entitled):
+            subscription.listener.dropped(subscription)
+        if count % YIELD_EVERY == 0:
+            await trio.lowlevel.checkpoint()
+    # Who joined meanwhile may have come with an older snapshot, and who was looked at already may have lost the
+    # right that a token gave: the next sweep looks again then.
+    if room.members_version == known and room.subscriptions.keys() <= set(present):
+        room.members_version = version

@@ -1,0 +1,215 @@
+"""Who is online in a room, for those who asked: members, and who is in it without being one.
+
+Implements `rooms.Watcher`: it also counts, for all nodes, the rooms of this one and the visitors in them.
+Nothing is kept of a room that nobody asked about.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from msgspec import Struct
+
+from chatd.chat.conversations import Conversations
+from chatd.chat.presence import ROOMS, USERS, Presence, Transition
+from chatd.core.model import MemberChange, State
+from chatd.core.protocol import event, text_frame
+from chatd.hub.fanout.fanout import Announcement, Fanout, restart
+from chatd.hub.fanout.rooms import Room, Rooms, Subscription
+from chatd.store.read.members import PEOPLE
+
+READ_TRIES = 3  # of a room whose members change while they are read
+YIELD_EVERY = 200  # subscriptions between checkpoints
+
+
+class Audience(Struct):
+    """The members of a room, at most `PEOPLE`, as of the room's members_version `version`; None: not read yet.
+
+    It lives as long as one of its `watchers`, the subscriptions that asked for it and may be in the room.
+    """
+
+    members: set[int]
+    watchers: dict[Subscription, None]
+    version: int | None = None
+    heard: int = 0  # the highest version that was told of while the members were read
+    ahead: bool = False  # the database was behind `version` when it was last looked at
+    doubtful: bool = False  # the watchers were not told of a change
+
+
+class Audiences:
+    def __init__(
+        self,
+        rooms: Rooms,
+        fanout: Fanout,
+        presence: Presence,
+        conversations: Conversations,
+        *,
+        counts_rooms: bool,
+    ) -> None:
+        """`counts_rooms`: somebody wants to know which rooms are occupied, over all nodes."""
+        self._counts_rooms = counts_rooms
+        self._rooms, self._fanout, self._presence = rooms, fanout, presence
+        self._conversations = conversations
+        self._audiences: dict[int, Audience] = {}
+        self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has them
+        rooms.watcher = self
+        presence.watchers.append(self._changed)
+        fanout.sweep.members_seen = self._seen
+
+    # For a subscription that asks, and may be in the room.
+
+    async def watch(self, subscription: Subscription) -> None:
+        """Know the members, until the last watcher has left. Raises Unavailable."""
+        conversation_id = subscription.conversation_id
+        audience = self._audiences.get(conversation_id)
+        if audience is None:
+            audience = self._audiences[conversation_id] = Audience(set(), {})
+        audience.watchers[subscription] = None
+        for tries_left in reversed(range(READ_TRIES)):
+            if audience.version is not None:
+                return
+            audience.heard = 0
+            version, ids = await self._conversations.member_ids(conversation_id, PEOPLE)
+            if self._audiences.get(conversation_id) is not audience:
+                return  # the last watcher has left meanwhile
+            # Where they change too fast to be read, the next sweep sees that the versions differ.
+            if audience.version is None and (version >= audience.heard or not tries_left):
+                self._fill(conversation_id, audience, version, ids)
+
+    def unwatch(self, subscription: Subscription) -> None:
+        conversation_id = subscription.conversation_id
+        audience = self._audiences.get(conversation_id)
+        if audience is not None and subscription in audience.watchers:
+            del audience.watchers[subscription]
+            if not audience.watchers:
+                self._empty(conversation_id, audience)
+                del self._audiences[conversation_id]
+
+    def online(self, conversation_id: int) -> dict[str, Any]:
+        """`online`: who is; in a crowded room `online_count`: how many."""
+        audience = self._audiences.get(conversation_id)
+        online = self._presence.who(conversation_id, audience.members if audience else ())
+        if audience is not None and self._crowded(conversation_id, audience):
+            return {"online_count": len(online)}
+        return {"online": sorted(online)}
+
+    def _crowded(self, conversation_id: int, audience: Audience) -> bool:
+        here = len(audience.members) + len(self._presence.present(conversation_id))
+        detail = self._conversations.members_detail
+        return bool(detail) and here > detail
+
+    def _fill(self, conversation_id: int, audience: Audience, version: int, ids: list[int]) -> None:
+        audience.version, audience.ahead, audience.doubtful = version, False, False
+        for user_id in ids:
+            self._add(conversation_id, audience, user_id)
+
+    def _add(self, conversation_id: int, audience: Audience, user_id: int) -> None:
+        audience.members.add(user_id)
+        self._rooms_of.setdefault(user_id, set()).add(conversation_id)
+
+    def _remove(self, conversation_id: int, audience: Audience, user_id: int) -> None:
+        audience.members.discard(user_id)
+        if rooms := self._rooms_of.get(user_id):
+            rooms.discard(conversation_id)
+            if not rooms:
+                del self._rooms_of[user_id]
+
+    def _empty(self, conversation_id: int, audience: Audience) -> None:
+        for user_id in list(audience.members):
+            self._remove(conversation_id, audience, user_id)
+
+    # What changes.
+
+    def member(self, change: MemberChange) -> None:
+        """Where one was missed before this one, `version` stays behind: the sweep sees that."""
+        audience = self._audiences.get(change.conversation_id)
+        if audience is None:
+            return
+        if audience.version is None:
+            audience.heard = max(audience.heard, change.version)
+            return
+        if change.version <= audience.version:
+            return
+        if change.version == audience.version + 1:
+            audience.version = change.version
+        if change.state is not State.ACTIVE:
+            self._remove(change.conversation_id, audience, change.user_id)
+            return
+        self._add(change.conversation_id, audience, change.user_id)
+        if self._presence.has(USERS, change.user_id):
+            version = self._presence.version(USERS, change.user_id)
+            self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version))
+
+    async def _seen(self, room: Room, version: int) -> None:
+        """The sweep has read the room's members_version: whoever has a wrong picture is answered anew."""
+        audience = self._audiences.get(room.conversation_id)
+        if audience is None:
+            return
+        if self._is_wrong(audience, version):
+            audience.version = None
+            self._empty(room.conversation_id, audience)
+            wrong = list(audience.watchers)
+        else:
+            wrong = [subscription for subscription in audience.watchers if subscription.presence_missed]
+        for count, subscription in enumerate(wrong, 1):
+            subscription.presence_missed = False
+            restart(subscription)
+            if count % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+
+    @staticmethod
+    def _is_wrong(audience: Audience, version: int) -> bool:
+        """A version that is older than ours was read a moment ago, or the database has gone back in time."""
+        was_ahead, audience.ahead = audience.ahead, audience.version is not None and version < audience.version
+        if audience.version is None or audience.doubtful:
+            return True
+        return version > audience.version or (was_ahead and audience.ahead)
+
+    def _changed(self, change: Transition) -> None:
+        if change.place == USERS:
+            for conversation_id in self._rooms_of.get(change.id, ()):
+                self._tell(conversation_id, change)
+        elif change.place != ROOMS:
+            audience = self._audiences.get(change.place)
+            if audience is not None and change.id not in audience.members:
+                self._tell(change.place, change)
+
+    def _tell(self, conversation_id: int, change: Transition) -> None:
+        if self._crowded(conversation_id, self._audiences[conversation_id]):
+            return
+        payload = event(
+            "presence",
+            conversation_id=conversation_id,
+            user_id=change.id,
+            online=change.present,
+            version=change.version,
+        )
+        frame = text_frame(payload)
+        if not self._fanout.announce(Announcement(conversation_id, frame, ephemeral=True, watchers=True)):
+            self._audiences[conversation_id].doubtful = True
+
+    # Implements `rooms.Watcher`.
+
+    def opened(self, room: Room) -> None:
+        if self._counts_rooms:
+            self._presence.arrive(ROOMS, room.conversation_id)
+
+    def closed(self, room: Room) -> None:
+        if self._counts_rooms:
+            self._presence.leave(ROOMS, room.conversation_id)
+
+    def visit(self, subscription: Subscription, *, member: bool) -> None:
+        """A snapshot was answered: now it is known whether the user is a member."""
+        if subscription.visiting != (not member):
+            self._count_visit(subscription, visiting=not member)
+
+    def left(self, subscription: Subscription) -> None:
+        self.unwatch(subscription)
+        if subscription.visiting:
+            self._count_visit(subscription, visiting=False)
+
+    def _count_visit(self, subscription: Subscription, *, visiting: bool) -> None:
+        subscription.visiting = visiting
+        count = self._presence.arrive if visiting else self._presence.leave
+        count(subscription.conversation_id, subscription.listener.user_id)

@@ -1,0 +1,1 @@
+"""What one client asks for and gets, from its login on."""

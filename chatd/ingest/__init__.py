@@ -1,0 +1,1 @@
+"""The stream `chat.ingest`, from which messages of other services are posted."""

@@ -1,0 +1,199 @@
+"""Numbers for Prometheus, shown at /metrics. No user or conversation ids in labels.
+
+Counted where things happen; this says what is counted and under which name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter as Tally
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from chatd.core.errors import ChatError
+
+# One of several workers: each counts in files of its own, which whoever is asked adds up. They are named after
+# the worker's number, not its pid: one that was restarted counts on where the one before it ended.
+SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+if SHARED and "CHATD_WORKER_NUMBER" in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: os.environ["CHATD_WORKER_NUMBER"])  # type: ignore[no-untyped-call]
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when a counter began tells nobody anything
+
+# Seconds: the loop, and what should take no longer than a look at a screen.
+FINE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BYTES = (1024, 4096, 16_384, 65_536, 262_144, 524_288, 1_048_576)
+
+# The process.
+BUILD = Gauge(
+    "chatd_build_info",
+    "1, with the version of chatd and Python and the kind of database",
+    ["version", "python", "db"],
+    multiprocess_mode="livemostrecent",
+)
+LOOP_LAG = Histogram("chatd_eventloop_lag_seconds", "How late the event loop wakes a task", buckets=FINE)
+RELOADED = Gauge(
+    "chatd_config_last_reload_success", "1 unless the last reload was refused", multiprocess_mode="livemin"
+)
+RELOADED_AT = Gauge(
+    "chatd_config_last_reload_timestamp_seconds",
+    "When the configuration was read last, or was to be",
+    multiprocess_mode="livemostrecent",
+)
+
+# Connections.
+CONNECTIONS = Gauge(
+    "chatd_connections",
+    "WebSocket connections now: connecting, or ready once they are authenticated",
+    ["state"],
+    multiprocess_mode="livesum",
+)
+CONNECTING, READY = CONNECTIONS.labels("connecting"), CONNECTIONS.labels("ready")
+USERS = Gauge("chatd_users", "Users who are connected now", multiprocess_mode="livesum")
+ROOMS = Gauge("chatd_rooms", "Conversations that somebody is subscribed to", multiprocess_mode="livesum")
+SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions now", multiprocess_mode="livesum")
+OPENED = Counter("chatd_connections_opened_total", "WebSocket connections that were let in")
+CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
+FAILED = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
+SLOW = Counter("chatd_slow_disconnects_total", "Connections cut because their peer did not read")
+REJECTED = Counter("chatd_handshakes_rejected_total", "WebSocket handshakes refused", ["reason"])
+AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time in which the backend said whose a token is")
+AUTH_FAILURES = Counter(
+    "chatd_auth_failures_total", "Logins refused, or that the backend did not decide", ["reason"]
+)
+RATE_LIMITED = Counter("chatd_rate_limited_total", "What came too often and was refused", ["kind"])
+PING_RTT = Histogram("chatd_ping_rtt_seconds", "Time in which a client answered a ping", buckets=FINE)
+HTTP_FAILED = Counter("chatd_http_connections_failed_total", "HTTP connections that ended in an error")
+
+# Messages in.
+POSTED = Counter(
+    "chatd_messages_posted_total", "New messages by outcome: ok, duplicate, or an error's code", ["outcome"]
+)
+COMMANDS = Counter("chatd_commands_total", "All that was to be written, by outcome", ["outcome"])
+POST_SECONDS = Histogram(
+    "chatd_post_duration_seconds", "Time of one POST /api/ws/messages", ["outcome"], buckets=FINE
+)
+DB_SECONDS = Histogram(
+    "chatd_db_duration_seconds", "Time of one group commit, or of one read", ["op"], buckets=FINE
+)
+COMMIT_SECONDS, READ_SECONDS = DB_SECONDS.labels("commit"), DB_SECONDS.labels("read")
+DB_POOL = Gauge("chatd_db_pool_in_use", "Connections that read just now", multiprocess_mode="livesum")
+BLOCKS = Gauge(
+    "chatd_memory_blocks",
+    "Pieces of memory that Python holds; level unless something is kept",
+    multiprocess_mode="livesum",
+)
+STATEMENTS = Counter("chatd_statements_total", "SQL statements, of the writer and of the readers", ["engine"])
+
+SQLITE_LOG = Gauge(
+    "chatd_sqlite_log_bytes", "Size of SQLite's log (chatd.db-wal)", multiprocess_mode="mostrecent"
+)
+PRUNED = Counter("chatd_messages_pruned_total", "Messages that retention has removed")
+
+# Messages out.
+DELIVERED = Counter(
+    "chatd_messages_delivered_total",
+    "Changes given to a connection: live, or in an answer (replay)",
+    ["source"],
+)
+DELIVERED_LIVE, DELIVERED_REPLAY = DELIVERED.labels("live"), DELIVERED.labels("replay")
+DELIVERY_LAG = Histogram(
+    "chatd_delivery_lag_seconds",
+    "From a commit of this node until its changes were handed to the last socket: the oldest of a batch",
+    buckets=FINE,
+)
+FANOUT_SECONDS = Histogram("chatd_fanout_duration_seconds", "Time to hand a batch to its rooms", buckets=FINE)
+QUEUE_DEPTH = Histogram(
+    "chatd_send_queue_depth", "Bytes that wait for a peer, each time that not all could be sent", buckets=BYTES
+)
+SHED = Counter("chatd_shed_total", "Ephemeral events left out for a connection that reads too slowly")
+GAP_FILLS = Counter("chatd_gap_fills_total", "Holes that were read from the database")
+RESETS = Counter("chatd_resets_total", "Subscriptions told to start over", ["reason"])
+OTHER_HISTORIES = Counter(
+    "chatd_other_histories_total", "Rooms started over because the database went back to another history"
+)
+RECOVERIES = Counter("chatd_recoveries_total", "Subscriptions that came with a cursor", ["recovered"])
+
+# Redis and the backend.
+REDIS_UP = Gauge(
+    "chatd_redis_up", "1 while every link to Redis works, or none is configured", multiprocess_mode="livemin"
+)
+REDIS_RECONNECTS = Counter("chatd_redis_reconnects_total", "Links to Redis that were made anew")
+OUTBOX_PENDING = Gauge(
+    "chatd_outbox_pending", "Groups that Redis has not taken yet, of all nodes", multiprocess_mode="livemax"
+)
+OUTBOX_OLDEST = Gauge("chatd_outbox_oldest_seconds", "Age of the oldest of them", multiprocess_mode="livemax")
+OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")
+OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old to publish")
+INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
+INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
+FOREIGN_REFUSED = Counter(
+    "chatd_foreign_refused_total", "Payloads of others on chat.messages that were not passed on", ["field"]
+)
+WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
+WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
+WEBHOOKS_WAITING = Gauge(
+    "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
+)
+WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
+HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time in which the backend judged a message")
+HOOK_FAILURES = Counter(
+    "chatd_hook_failures_total", "Messages and edits that the backend did not judge", ["reason"]
+)
+BACKEND_ANSWERS = Gauge(
+    "chatd_backend_answers",
+    "1 while the last call of this kind (auth, before_message) was answered, else 0",
+    ["call"],
+    multiprocess_mode="mostrecent",
+)
+
+
+def exposition() -> bytes:
+    """What /metrics answers: the numbers of this process, or of all workers."""
+    return generate_latest(_registry())
+
+
+def _registry() -> CollectorRegistry:
+    if not SHARED:
+        return REGISTRY
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return registry
+
+
+def samples() -> dict[str, float]:
+    """Every sample by its name, added up over its labels; of a histogram's bucket as `name{0.1}`.
+
+    It takes some milliseconds, so call it in a thread.
+    """
+    found: dict[str, float] = {}
+    for family in _registry().collect():
+        for sample in family.samples:
+            bound = sample.labels.get("le")
+            name = f"{sample.name}{{{bound}}}" if bound else sample.name
+            found[name] = found.get(name, 0.0) + sample.value
+    return found
+
+
+def count_outcomes(counter: Counter, outcomes: Iterable[Any]) -> None:
+    """`counter` has a label `outcome`."""
+    for name, count in Tally(map(_name, outcomes)).items():
+        counter.labels(name).inc(count)
+
+
+def _name(outcome: Any) -> str:
+    if isinstance(outcome, ChatError):
+        return outcome.code
+    return "duplicate" if getattr(outcome, "duplicate", False) else "ok"

@@ -1,0 +1,235 @@
+"""A client of chatd.v1, for the commands: one connection, whose `next` and `request` are all there is to it.
+
+Beside hub/connection.py, the server's end, this is the only import of trio_websocket.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import trio
+from trio_websocket import (
+    ConnectionClosed,
+    ConnectionRejected,
+    HandshakeError,
+    WebSocketConnection,
+    wrap_client_stream,
+)
+
+from chatd.core.limits import HISTORY_PAGE_MAX
+from chatd.core.protocol import SUBPROTOCOL
+
+PATIENCE = 10.0  # seconds for a connection, a handshake, a reply
+GOODBYE = 1.0  # seconds for a close
+FRAME_BYTES = 16 * 1024 * 1024  # of one event; a `ready` has half a MiB
+
+Event = dict[str, Any]
+Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
+
+class Disconnected(Exception):
+    """There is no connection, or no longer. `code` is the one of a close, 0 where there was none."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def final(self) -> bool:
+        """Whether trying again is of no use."""
+        return 4500 <= self.code <= 4999
+
+
+class NotUpgraded(Disconnected):
+    """The handshake was answered, but with no WebSocket. `headers` have lower-case names."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        super().__init__(f"HTTP {status} instead of a WebSocket")
+        self.status, self.headers, self.body = status, headers, body
+
+
+class Connection:
+    """An open connection. Events come in order; what `request` passes over, `next` has later."""
+
+    def __init__(self, ws: WebSocketConnection) -> None:
+        self._ws = ws
+        self._passed_over: deque[Event] = deque()
+        self._ref = 0
+        self._silence = math.inf  # seconds after which nobody is there any more; `hello` tells
+
+    async def send(self, event: str, **fields: Any) -> None:
+        """Raises Disconnected."""
+        try:
+            await self._ws.send_message(json.dumps({"event": event} | fields))
+        except ConnectionClosed as end:
+            raise _disconnected(end) from None
+
+    async def next(self) -> Event:
+        """The next event but pings, which are answered. Waits as long as it takes. Raises Disconnected."""
+        return self._passed_over.popleft() if self._passed_over else await self._receive()
+
+    async def request(self, event: str, **fields: Any) -> Event:
+        """The reply, which may be an `error`. Raises Disconnected, also when none comes in time."""
+        self._ref += 1
+        with trio.move_on_after(PATIENCE):
+            await self.send(event, ref=self._ref, **fields)
+            while True:
+                found = await self._receive()
+                if found.get("ref") == self._ref:
+                    return found
+                self._passed_over.append(found)
+        raise Disconnected(f"no answer to {event!r} in {PATIENCE:.0f} s")
+
+    async def _receive(self) -> Event:
+        while True:
+            try:
+                with trio.fail_after(self._silence):
+                    found = json.loads(await self._ws.get_message())
+            except trio.TooSlowError:
+                raise Disconnected("no sign of life from the server") from None
+            except ConnectionClosed as end:
+                raise _disconnected(end) from None
+            except ValueError:
+                raise Disconnected("what comes is no JSON, so this is no chatd") from None
+            if not isinstance(found, dict) or "event" not in found:
+                raise Disconnected("what comes is no event, so this is no chatd")
+            if found["event"] == "hello":
+                self._silence = found["ping_interval"] + found["ping_timeout"] + PATIENCE
+            if found["event"] != "ping":
+                return found
+            await self.send("pong")
+
+
+@asynccontextmanager
+async def connect(
+    url: str, *, origin: str = "", headers: dict[str, str] | None = None, context: ssl.SSLContext | None = None
+) -> AsyncIterator[Connection]:
+    """A connection of which `hello` has not been read yet. `context` is for wss://, if not the system's.
+
+    Raises Disconnected, or NotUpgraded.
+    """
+    sent = (headers or {}) | ({"Origin": origin} if origin else {})
+    stream = await _open(url, context)
+    failed: Exception | None = None
+    # The stream is ours, for the library leaves it open when the server has said goodbye first.
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                ws = await _shake_hands(nursery, stream, url, sent)
+                try:
+                    yield Connection(ws)
+                finally:
+                    with trio.move_on_after(GOODBYE, shield=True):
+                        await ws.aclose()
+            except Exception as error:
+                failed = error  # leaves the nursery as it is, in no group
+            nursery.cancel_scope.cancel()
+    except ExceptionGroup as group:  # the library's reader has another answer than 101, or none that it knows
+        raise _not_opened(group) from None
+    finally:
+        await trio.aclose_forcefully(stream)
+    if failed is not None:
+        raise failed
+
+
+async def _open(url: str, context: ssl.SSLContext | None) -> Stream:
+    try:
+        parts = urlsplit(url)
+        secure = parts.scheme in ("wss", "https")
+        host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+    except ValueError:
+        raise Disconnected(f"{url}: this is no URL") from None
+    with trio.move_on_after(PATIENCE):
+        try:
+            plain = await trio.open_tcp_stream(host, port)
+            return await _secured(plain, host, context) if secure else plain
+        except (OSError, trio.BrokenResourceError) as error:
+            raise Disconnected(f"cannot connect to {host}:{port}: {_why(error)}") from None
+    raise Disconnected(f"no connection to {host}:{port} in {PATIENCE:.0f} s")
+
+
+async def _secured(
+    plain: trio.SocketStream, host: str, context: ssl.SSLContext | None
+) -> trio.SSLStream[trio.SocketStream]:
+    context = context or ssl.create_default_context()
+    stream = trio.SSLStream(plain, context, server_hostname=host, https_compatible=True)
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(plain)
+        raise
+    return stream
+
+
+async def _shake_hands(
+    nursery: trio.Nursery, stream: Stream, url: str, headers: dict[str, str]
+) -> WebSocketConnection:
+    parts = urlsplit(url)
+    resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    extra = [(name.encode(), value.encode()) for name, value in headers.items()]
+    with trio.move_on_after(PATIENCE):
+        try:
+            return await wrap_client_stream(
+                nursery,
+                stream,
+                parts.netloc.rpartition("@")[2],
+                resource,
+                subprotocols=[SUBPROTOCOL],
+                extra_headers=extra,
+                max_message_size=FRAME_BYTES,
+            )
+        except (HandshakeError, ConnectionClosed, trio.BrokenResourceError, OSError) as error:
+            raise Disconnected(f"the handshake failed: {_why(error)}") from None
+    raise Disconnected(f"no answer to the handshake in {PATIENCE:.0f} s")
+
+
+async def history(connection: Connection, conversation_id: int, count: int) -> list[Event]:
+    """The newest so many messages, oldest first. Raises Disconnected."""
+    found: list[Event] = []
+    more = True
+    while more and len(found) < count:
+        before = {"before": found[0]["id"]} if found else {}
+        limit = min(HISTORY_PAGE_MAX, count - len(found))
+        page = await connection.request("history", conversation_id=conversation_id, limit=limit, **before)
+        found = page.get("messages", []) + found
+        more = page.get("has_more", False)
+    return found
+
+
+def _disconnected(end: ConnectionClosed) -> Disconnected:
+    if end.reason is None:
+        return Disconnected("the connection was cut")
+    return Disconnected(end.reason.reason or end.reason.name or "the connection was closed", end.reason.code)
+
+
+def _not_opened(error: BaseException) -> Disconnected:
+    error = _innermost(error)
+    if isinstance(error, ConnectionRejected):
+        given = {name.decode().lower(): value.decode("latin-1") for name, value in error.headers or ()}
+        return NotUpgraded(error.status_code, given, error.body or b"")
+    return Disconnected(f"what comes is no WebSocket: {_why(error)}")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(error, OSError | trio.BrokenResourceError) and error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            return error
+
+
+def _why(error: BaseException) -> str:
+    """The reason, in a line."""
+    error = _innermost(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not valid: {error.verify_message}"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,318 @@
+"""Conversations as of one moment, for whoever enters them: rights, head, what was missed, receipts.
+
+Plain functions of a connection, run by `Reader` in threads. Several requests are answered as of the same
+moment, with as many queries as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct
+from sqlalchemy import Connection
+
+from chatd.core import limits
+from chatd.core.errors import NotFound
+from chatd.core.model import Change, Kind, Position, State
+from chatd.core.protocol import change_payload
+from chatd.store import keys
+from chatd.store.read import statements
+from chatd.store.read.lookups import (
+    Heads,
+    Marks,
+    Page,
+    Standing,
+    changes_after,
+    epoch_of,
+    history,
+    is_of,
+    marks_of,
+    may,
+    standings,
+)
+
+ROOM_BYTES, RECEIPT_BYTES = 200, 50  # what a room and a receipt take of an answer, without messages
+KEPT_LOGS = 20  # of rooms, while others are read: 5 MiB at most
+
+
+class Entry(Struct, frozen=True):
+    """Somebody wants to enter rooms, (conversation_id, position, entitled).
+
+    `entitled`: enough unless a row says otherwise. `epoch`: of positions without a mark; None: not told.
+    `brief`: no more than `ANSWER_BYTES` of changes are wanted of all rooms together. What does not fit is left
+    for later.
+    """
+
+    user_id: int
+    rooms: Sequence[tuple[int, Position, bool]]
+    epoch: str | None
+    members_detail: int
+    brief: bool = False
+
+
+class Cursor(Struct, frozen=True):
+    """How far somebody has read and received a conversation: message ids, 0 for nothing."""
+
+    user_id: int
+    read: int
+    delivered: int
+
+
+class Snapshot(Struct, frozen=True):
+    """A conversation for one user at one moment, with what was missed since a position.
+
+    `mark` is that of the change `seq`. `same`: the position is in this history. `epoch`: of where it was read.
+    `later`: what was missed is left out, and still to be read.
+    """
+
+    conversation_id: int
+    seq: int
+    epoch: str
+    mark: str | None
+    same: bool
+    members_version: int
+    recovered: bool
+    changes: Sequence[Change]  # in seq order; the newest messages if not recovered
+    has_more: bool
+    unread: int
+    receipts: list[Cursor]
+    later: bool = False
+    member: bool = True  # False for who is here without a row of `chat_members`
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire without the changes, about."""
+        return ROOM_BYTES + RECEIPT_BYTES * len(self.receipts)
+
+
+Found = dict[int, Snapshot | NotFound]
+
+
+class Entered(Struct, frozen=True):
+    """What is held against a user, and the rooms, as of one moment of the history that `epoch` names."""
+
+    standing: Standing | None
+    epoch: str
+    rooms: Found
+
+
+def logins(connection: Connection, entries: Sequence[Entry]) -> list[Entered]:
+    """The answer to each."""
+    standing = standings(connection, list({entry.user_id for entry in entries}))
+    epoch = epoch_of(connection)
+    found = snapshots(connection, entries)
+    return [Entered(standing.get(one.user_id), epoch, rooms) for one, rooms in zip(entries, found, strict=True)]
+
+
+def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
+    """For each, its rooms; NotFound where the user may not look."""
+    places = _places(connection, entries)
+    allowed = [
+        [places[number, id] for id, _, entitled in entry.rooms if may(places[number, id].state, entitled)]
+        for number, entry in enumerate(entries)
+    ]
+    cursors = _cursors(connection, {place.id for mine in allowed for place in mine if place.quiet})
+    marks = marks_of(connection, list(_to_prove(entries, places)))
+    missed = _Missed(connection, epoch_of(connection), marks)
+    return [
+        _of_entry(entry, {place.id: place for place in mine}, cursors, missed)
+        for entry, mine in zip(entries, allowed, strict=True)
+    ]
+
+
+class _Place(Struct, frozen=True):
+    """A row of `ROOMS`. `quiet`: few enough members for the receipts of all."""
+
+    id: int
+    state: State | None
+    quiet: bool
+    last_seq: int
+    low_seq: int
+    mark: str | None
+    members_version: int
+    read_id: int
+    delivered_id: int
+    unread: int
+
+
+Cursors = dict[int, list[Cursor]]
+Places = dict[tuple[int, int], _Place]
+
+
+def _places(connection: Connection, entries: Sequence[Entry]) -> Places:
+    """By (number of the entry, conversation_id)."""
+    wanted = [(number, entry.user_id, id) for number, entry in enumerate(entries) for id, _, _ in entry.rooms]
+    if not wanted:
+        return {}
+    detail = entries[0].members_detail  # a setting: the same for all
+    asked = keys.as_parameter(wanted) | {"most": limits.UNREAD_MAX, "members_detail": detail}
+    rows = connection.execute(statements.ROOMS[connection.dialect.name], asked)
+    return {(number, id): _place(id, detail, *rest) for number, id, *rest in rows}
+
+
+def _to_prove(entries: Sequence[Entry], places: Places) -> Iterator[tuple[int, int]]:
+    """The changes whose marks decide. That of the last one is known."""
+    for number, entry in enumerate(entries):
+        for id, position, _ in entry.rooms:
+            place, after = places[number, id], position.after
+            if after and position.mark is not UNSET and place.low_seq <= after < place.last_seq:
+                yield id, after
+
+
+def _place(id: int, detail: int, state: str | None, members: int, *rest: Any) -> _Place:
+    quiet = not detail or members <= detail
+    return _Place(id, State(state) if state else None, quiet, *rest)
+
+
+def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
+    found: Cursors = {}
+    asked = {"conversation_ids": list(conversation_ids)}
+    for id, *cursor in connection.execute(statements.CURSORS, asked) if conversation_ids else ():
+        found.setdefault(id, []).append(Cursor(*cursor))
+    return found
+
+
+def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed: _Missed) -> Found:
+    found: Found = {}
+    space = limits.READY_BYTES
+    for_changes = limits.ANSWER_BYTES
+    for id, position, _ in entry.rooms:
+        place = places.get(id)
+        if place is None:
+            found[id] = NotFound(field="conversation_id")
+            continue
+        one = _snapshot(entry, place, position, cursors, missed, for_changes)
+        if one.size > space:
+            one = _reduced(one, entry.user_id)
+        found[id] = one
+        space -= one.size
+        for_changes -= _bytes(one.changes)
+    return found
+
+
+def _snapshot(
+    entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed, space: int
+) -> Snapshot:
+    same = missed.is_same(place, position, entry.epoch)
+    found = missed.of(place, position.after, same, space if entry.brief else None)
+    return Snapshot(
+        conversation_id=place.id,
+        seq=place.last_seq,
+        epoch=missed.epoch,
+        mark=place.mark,
+        same=same,
+        members_version=place.members_version,
+        recovered=found.recovered,
+        changes=found.changes,
+        has_more=found.has_more,
+        later=found.later,
+        unread=place.unread,
+        receipts=cursors.get(place.id, []) if place.quiet else list(_own_cursor(entry.user_id, place)),
+        member=place.state is not None,
+    )
+
+
+def _own_cursor(user_id: int, place: _Place) -> Iterable[Cursor]:
+    """In a crowded room the receipts of all would be most of the answer."""
+    if place.read_id or place.delivered_id:
+        yield Cursor(user_id, place.read_id, place.delivered_id)
+
+
+def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
+    """What is left of a snapshot that does not fit into an answer: nobody else's receipts."""
+    own = [cursor for cursor in snapshot.receipts if cursor.user_id == user_id]
+    return msgspec.structs.replace(snapshot, receipts=own)
+
+
+def _bytes(changes: Sequence[Change]) -> int:
+    return sum(len(change.payload) for change in changes)
+
+
+class _Found(Struct, frozen=True):
+    """What was missed, as a snapshot has it."""
+
+    changes: Sequence[Change] = []
+    recovered: bool = True
+    has_more: bool = False
+    later: bool = False
+
+
+class _Missed:
+    """What was missed since a cursor, read once for all who come back to a room with the same one."""
+
+    def __init__(self, connection: Connection, epoch: str, marks: Marks) -> None:
+        self.epoch = epoch
+        self._connection, self._marks = connection, marks
+        self._logs: dict[tuple[int, int, int], tuple[list[Change], bool]] = {}
+        self._pages: dict[int, Page] = {}
+
+    def is_same(self, place: _Place, position: Position, epoch: str | None) -> bool:
+        """Whether a position is in this history: its mark decides, and without one the epoch.
+
+        A mark below the cut of retention cannot be checked; `of` starts it over in any case.
+        """
+        if position.after is None:
+            return True
+        if position.mark is UNSET:
+            return epoch in (None, self.epoch) and position.after <= place.last_seq
+        if position.after < place.low_seq:
+            return True
+        heads = Heads(place.last_seq, place.low_seq, place.members_version, mark=place.mark)
+        return is_of(place.id, position.after, position.mark, heads, self._marks)
+
+    def of(self, place: _Place, after: int | None, same: bool, space: int | None) -> _Found:
+        """Without `space` all of it, to be sent in pieces; else what fits into so many bytes."""
+        head = place.last_seq
+        if after is None or (same and after == head):
+            return _Found()
+        if same and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
+            changes, complete = self._log(place.id, after, space)
+            if complete:
+                return _Found(changes)
+            if space is not None:
+                return _Found(later=True)
+        return self._newest_within(place.id, limits.ANSWER_BYTES if space is None else space)
+
+    def _log(self, conversation_id: int, after: int, space: int | None) -> tuple[Sequence[Change], bool]:
+        if space is None:
+            return self._read_log(conversation_id, after, limits.REPLAY_BYTES)
+        if space <= 0:
+            return (), False
+        changes, complete = self._read_log(conversation_id, after, limits.ANSWER_BYTES)
+        return changes, complete and _bytes(changes) <= space
+
+    def _read_log(self, conversation_id: int, after: int, most: int) -> tuple[list[Change], bool]:
+        key = (conversation_id, after, most)
+        if key not in self._logs:
+            if len(self._logs) >= KEPT_LOGS:
+                self._logs.clear()
+            self._logs[key] = changes_after(self._connection, conversation_id, after, most)
+        return self._logs[key]
+
+    def _newest_within(self, conversation_id: int, space: int) -> _Found:
+        """The newest messages, as many as fit."""
+        page = self._newest(conversation_id)
+        kind = Kind.CREATED
+        changes = [Change(conversation_id, m.seq, kind, change_payload(kind, m.seq, m)) for m in page.messages]
+        fitting = newest(changes, space)
+        return _Found(fitting, recovered=False, has_more=page.has_more or len(fitting) < len(changes))
+
+    def _newest(self, conversation_id: int) -> Page:
+        if conversation_id not in self._pages:
+            if len(self._pages) >= KEPT_LOGS:
+                self._pages.clear()
+            page = history(
+                self._connection, conversation_id, None, None, limits.FALLBACK_MESSAGES, limits.ANSWER_BYTES
+            )
+            self._pages[conversation_id] = page
+        return self._pages[conversation_id]
+
+
+def newest(changes: Sequence[Change], space: int) -> Sequence[Change]:
+    """The last of them that fit into so many bytes."""
+    start = len(changes)
+    while start and (space := space - len(changes[start - 1].payload) - 1) >= 0:
+        start -= 1
+    return changes[start:]

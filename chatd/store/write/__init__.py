@@ -1,0 +1,1 @@
+"""The one writer: commands come in, each group is one transaction."""
