@@ -10,6 +10,8 @@ missing() {
     command -v chromium >/dev/null || echo chromium
     PATH=$PATH:/usr/sbin:/sbin command -v nginx >/dev/null || echo nginx-light
     command -v openssl >/dev/null || echo openssl
+    command -v curl >/dev/null || echo curl
+    command -v php >/dev/null || echo php-cli
     # The fault suite: packets dropped, an interface brought up, a clock put forward.
     PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null || echo nftables
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || echo iproute2

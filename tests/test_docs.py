@@ -110,6 +110,12 @@ def test_paths_that_the_code_names_exist() -> None:
                 assert (ROOT / named).exists(), (path, named)
 
 
+def test_modules_that_the_documentation_names_exist() -> None:
+    for path in [*DOCS.glob("*.md"), *TOP]:
+        for named in re.findall(r"`([\w/]+/\w+\.(?:py|mjs|js))`", path.read_text()):
+            assert (ROOT / named).exists() or (ROOT / "chatd" / named).exists(), (path, named)
+
+
 # The HTTP reference.
 
 
