@@ -81,8 +81,9 @@ async def fetch() -> AsyncIterator[Fetcher]:
 async def test_a_public_key_from_a_file_is_enough(tmp_path: Path, algorithm: str) -> None:
     config = Auth(algorithms=[algorithm], key_files=files(tmp_path, OTHER_RSA, PRIVATE[algorithm]))
     tokens = Tokens("", config)
-    identity = await tokens.authenticate(sign(algorithm, conversations=[4]))
-    assert (identity.user_id, identity.conversations) == (7, {4})
+    for given, opened in (([4], {4}), (None, set())):
+        identity = await tokens.authenticate(sign(algorithm, conversations=given))
+        assert (identity.user_id, identity.conversations) == (7, opened)
     with pytest.raises(TokenExpired):
         await tokens.authenticate(sign(algorithm, exp=1))
     with pytest.raises(Forbidden, match="issues no tokens"):

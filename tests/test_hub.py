@@ -10,6 +10,30 @@ from tests.client import connect, login
 from tests.daemon import Daemon
 
 
+async def test_a_client_may_send_null_for_what_it_leaves_out(daemon: Daemon, conversation: int) -> None:
+    place = {"conversation_id": conversation}
+    async with login(daemon, 7) as client:
+        answer = await client.request("subscribe", **place, presence=None, after=None, mark=None, epoch=None)
+        assert "online" not in answer
+        nothing = dict.fromkeys(("type", "meta", "client_id", "reply_to"))
+        sent = await client.request("send", **place, content="x", **nothing)
+        (told,) = await client.messages(1)
+        assert (told["type"], told["meta"]) == ("text", None)
+        page = await client.request("history", **place, before=None, after=None, limit=None)
+        assert len(page["messages"]) == 1
+        edited = await client.request("edit", **place, id=sent["id"], content=None, meta={"a": 1})
+        assert edited["event"] == "ok"
+        path = f"/api/ws/messages/{sent['id']}"
+        assert daemon.request("PATCH", path, {"content": None, "meta": {"b": 1}}).status == 200
+        for _ in range(2):
+            (told,) = await client.messages(1)
+            assert told["content"] == "x"
+        refused = await client.request("edit", **place, id=sent["id"], content=None)
+        assert (refused["code"], refused["field"]) == ("bad_request", "content")
+        assert daemon.request("POST", "/api/ws/users/7/disconnect", {"reconnect": None}).status == 200
+        assert (await client.closed())[0] == 4503
+
+
 async def test_a_posted_message_reaches_everybody_in_the_room(daemon: Daemon, conversation: int) -> None:
     async with login(daemon, 1, {conversation: None}) as ada, login(daemon, 2, {conversation: None}) as grace:
         stored = await trio.to_thread.run_sync(daemon.post, conversation, 5, "Hello")

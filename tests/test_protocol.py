@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, get_args
 
 import jwt
 import pytest
@@ -70,13 +70,14 @@ def test_a_foreign_payload_takes_no_name_of_ours() -> None:
 
     refused = metrics.FOREIGN_REFUSED.labels("event")._value
     before = refused.get()
-    wrong: list[Any] = [*(protocol.RESERVED_EVENTS - {"message"}), "", None, 5, {}]
+    wrong: list[Any] = [*(protocol.RESERVED_EVENTS - {"message"}), "", 5, {}]
     with structlog.testing.capture_logs() as lines:
         for name in wrong:
             assert passed_on(event=name, content="x") is None, name
     assert refused.get() - before == len(wrong)
     assert len(lines) <= 1
     assert passed_on(event="message", content="x") == passed_on(content="x") == "message"
+    assert passed_on(event=None, content="x") == "message"
     assert passed_on(event="order.paid", content="x") == "order.paid"
 
 
@@ -131,6 +132,103 @@ def test_what_is_no_command_says_why_and_where(text: str, code: str, field: str 
     with pytest.raises(protocol.CommandError) as refused:
         protocol.decode_command(text)
     assert (refused.value.error.code, refused.value.error.field, refused.value.ref) == (code, field, ref)
+
+
+COMMANDS: dict[str, dict[str, Any]] = {
+    "auth": {"token": "t"},
+    "refresh": {"token": "t"},
+    "subscribe": {"conversation_id": 1},
+    "unsubscribe": {"conversation_id": 1},
+    "send": {"conversation_id": 1, "content": "x"},
+    "edit": {"conversation_id": 1, "id": 1},
+    "delete": {"conversation_id": 1, "id": 1},
+    "react": {"conversation_id": 1, "id": 1, "emoji": "x", "on": True},
+    "read": {"conversation_id": 1, "id": 1},
+    "delivered": {"conversation_id": 1, "id": 1},
+    "typing": {"conversation_id": 1, "active": True},
+    "history": {"conversation_id": 1},
+    "ping": {},
+    "pong": {},
+}
+
+
+FIELDS = {str(kind.__struct_config__.tag): kind.__struct_fields__ for kind in get_args(protocol.AnyCommand)}
+
+
+def refusal(frame: Any) -> ChatError:
+    with pytest.raises(protocol.CommandError) as refused:
+        protocol.decode_command(json.dumps(frame))
+    return refused.value.error
+
+
+@pytest.mark.parametrize(
+    ("event", "fields", "said"),
+    [
+        ("auth", {"rooms": "1"}, "must be an object or '*'"),
+        ("auth", {"rooms": [1]}, "must be an object or '*', not a list"),
+        ("auth", {"rooms": {"x": 1}}, "is wrong: each key must be an integer, not text"),
+        ("auth", {"rooms": {"0": 1}}, "is wrong: each key must be at least 1"),
+        ("auth", {"rooms": {"1": "x"}}, "is wrong: each value must be an integer or an object, not text"),
+        ("auth", {"rooms": {"1": {"after": "x"}}}, "is wrong: after must be an integer, not text"),
+        ("auth", {"rooms": {"1": {"mark": "m" * 65}}}, "is wrong: mark must have at most 64 characters"),
+        ("auth", {"token": None}, "must be text, not null"),
+        ("subscribe", {"conversation_id": "1"}, "must be an integer, not text"),
+        ("subscribe", {"conversation_id": 2**60}, "must be at most 9007199254740991"),
+        ("subscribe", {"after": 1.5}, "must be an integer, not a number"),
+        ("subscribe", {"presence": 1}, "must be true or false, not an integer"),
+        ("send", {"content": ""}, "must not be empty"),
+        ("send", {"content": 5}, "must be text, not an integer"),
+        ("react", {"emoji": "x" * 33}, "must have at most 32 characters"),
+        ("typing", {"active": "yes"}, "must be true or false, not text"),
+        ("ping", {"ref": []}, "must be an integer or text, not a list"),
+        (None, {}, "is required"),
+        (5, {}, "must be text"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_which_field_and_what_is_expected(event: Any, fields: Any, said: str) -> None:
+    field = next(iter(fields), "event")
+    error = refusal({"event": event} | COMMANDS.get(event, {}) | fields)
+    assert (error.field, str(error)) == (field, f"The {field} field {said}.")
+
+
+@pytest.mark.parametrize("event", COMMANDS)
+def test_no_refusal_is_in_the_words_of_a_library(event: str) -> None:
+    wrong: list[Any] = [
+        "",
+        "x" * 300,
+        0,
+        -1,
+        1.5,
+        2**60,
+        True,
+        None,
+        [],
+        [1],
+        ["x"],
+        {},
+        {"a": 1},
+        {"1": {"after": -1}},
+    ]
+    for field in FIELDS[event]:
+        for value in wrong:
+            frame = {"event": event} | COMMANDS[event] | {field: value}
+            try:
+                protocol.decode_command(json.dumps(frame))
+            except protocol.CommandError as refused:
+                said = str(refused.error)
+                assert said.startswith(f"The {field} field "), frame
+                assert not set("`$") & set(said), said
+                assert "not valid" not in said, said
+    for field in COMMANDS[event]:
+        rest = {name: value for name, value in COMMANDS[event].items() if name != field}
+        assert str(refusal({"event": event} | rest)) == f"The {field} field is required."
+
+
+@pytest.mark.parametrize("event", COMMANDS)
+def test_null_says_as_much_as_nothing(event: str) -> None:
+    """But for a `meta`, which an edit removes by it: that it may be null is what counts here."""
+    optional = set(FIELDS[event]) - set(COMMANDS[event])
+    protocol.decode_command(json.dumps({"event": event} | COMMANDS[event] | dict.fromkeys(optional)))
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: (

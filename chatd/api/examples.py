@@ -43,9 +43,9 @@ EXAMPLES: dict[tuple[str, str], Example] = {
             "results": [
                 {"id": 2, "status": "ok", "seq": 2, "created_at": _AT},
                 {
-                    "message": "The sender_id field must be `int` >= 1.",
+                    "message": "The sender_id field must be at least 1.",
                     "code": "bad_request",
-                    "errors": {"sender_id": ["The sender_id field must be `int` >= 1."]},
+                    "errors": {"sender_id": ["The sender_id field must be at least 1."]},
                 },
             ]
         },

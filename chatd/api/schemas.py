@@ -73,7 +73,7 @@ class BatchResults(Struct, frozen=True):
 class Alteration(Struct, frozen=True, kw_only=True):
     """What you change in a message."""
 
-    content: Content | UnsetType = UNSET
+    content: Content | None = None
     meta: Any = UNSET
 
 
@@ -127,7 +127,7 @@ class CustomEvent(Struct, frozen=True, kw_only=True):
 class Disconnection(Struct, frozen=True, kw_only=True):
     """How the connections are closed."""
 
-    reconnect: bool = False
+    reconnect: bool | None = False
 
 
 class Disconnected(Struct, frozen=True, kw_only=True):

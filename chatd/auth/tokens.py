@@ -227,7 +227,8 @@ def _too_many(chars: int, most: int) -> str:
 
 def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
     """`ours`: it was signed with our secret, so what we write into tokens may be ours."""
-    listed = claims.get("conversations", [])
+    listed = claims.get("conversations")
+    listed = [] if listed is None else listed
     if not isinstance(listed, list) or not all(_is_id(item) for item in listed):
         raise Unauthorized(Final.TOKEN_ROOMS, "its conversations are no list of integers")
     user_id, expires_at, issued_at = (

@@ -36,7 +36,7 @@ class _Login(Struct, frozen=True):
 
     user_id: Id
     expires_in: Annotated[float, Meta(gt=0)]
-    conversations: list[Id] = []
+    conversations: list[Id] | None = None
 
 
 class Backend:
@@ -122,6 +122,6 @@ def _identity(status: int, body: bytes, asked_at: float, after: int) -> Identity
         login = msgspec.json.decode(body, type=_Login)
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise CallFailed("wrong_answer", f"it answered {status}, and no login") from None
-    expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations)
+    expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations or ())
     # As of the question, not of the answer: what was revoked between the two may not be in it.
     return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)

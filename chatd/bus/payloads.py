@@ -109,7 +109,8 @@ def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
     if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
         _refuse("conversation_id", bytes=len(data), most=FOREIGN_BYTES)
         return None
-    name = payload.get("event", MESSAGE)
+    name = payload.get("event")
+    name = MESSAGE if name is None else name
     if not isinstance(name, str) or not name or (name in RESERVED_EVENTS and name != MESSAGE):
         # Under a name of ours clients would take it for what it is not; as a message they would show nothing.
         _refuse("event", conversation_id=conversation_id, found=repr(name)[:100])

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from chatd.core.errors import BadRequest, NotJSON
+from chatd.core.model import DEFAULT_TYPE
 from chatd.core.protocol import ClientId, Content, Id, TypeName, field_of
 from chatd.core.validation import mistakes, reason
 from chatd.store.write.commands import Create
@@ -36,7 +37,7 @@ def create(message: NewMessage, key: str | None = None) -> Create:
         conversation_id=message.conversation_id,
         user_id=message.sender_id,
         content=message.content,
-        type=message.type or "text",
+        type=message.type or DEFAULT_TYPE,
         meta=message.meta,
         client_id=message.client_id or key,
         reply_to=message.reply_to,

@@ -11,6 +11,8 @@ from typing import Any
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+DEFAULT_TYPE = "text"  # of a message whose sender names none
+
 
 class Message(Struct, frozen=True, omit_defaults=True):
     """The flat message, in the order of the wire. A field with a default is left out if it has no value."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct
 
 from chatd.core import limits
 from chatd.core.errors import BadRequest, ChatError, NotJSON, TooLarge, UnknownEvent
-from chatd.core.model import Kind, Message, Position, now
-from chatd.core.validation import reason
+from chatd.core.model import DEFAULT_TYPE, Kind, Message, Position, now
+from chatd.core.validation import mistakes, reason
 
 SUBPROTOCOL = "chatd.v1"
 
@@ -31,7 +31,7 @@ PageSize = Annotated[int, Meta(ge=1, le=limits.HISTORY_PAGE_MAX)]
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="event"):
-    """What a client asks for. A `ref` comes back in exactly one reply."""
+    """What a client asks for. A `ref` comes back in exactly one reply. Null says as much as nothing."""
 
     ref: Ref | None = None
 
@@ -58,7 +58,7 @@ class Subscribe(Command, frozen=True, kw_only=True, tag="subscribe"):
     after: Seq | None = None
     mark: Mark | None = None
     epoch: str | None = None
-    presence: bool = False
+    presence: bool | None = False
 
 
 class Unsubscribe(Command, frozen=True, kw_only=True, tag="unsubscribe"):
@@ -69,7 +69,7 @@ class Send(Command, frozen=True, kw_only=True, tag="send"):
     conversation_id: Id
     content: Content
     client_id: ClientId | None = None
-    type: TypeName = "text"
+    type: TypeName | None = DEFAULT_TYPE
     meta: Any = None
     reply_to: Id | None = None
 
@@ -82,7 +82,9 @@ class OfMessage(Command, frozen=True, kw_only=True):
 
 
 class Edit(OfMessage, frozen=True, kw_only=True, tag="edit"):
-    content: Content | UnsetType = UNSET
+    """A `meta` of null removes it."""
+
+    content: Content | None = None
     meta: Any = UNSET
 
 
@@ -112,7 +114,7 @@ class History(Command, frozen=True, kw_only=True, tag="history"):
     conversation_id: Id
     before: Id | None = None
     after: Id | None = None
-    limit: PageSize = limits.HISTORY_PAGE
+    limit: PageSize | None = limits.HISTORY_PAGE
 
 
 class Ping(Command, frozen=True, kw_only=True, tag="ping"):
@@ -141,6 +143,7 @@ AnyCommand = (
 )
 
 _commands = msgspec.json.Decoder(AnyCommand)
+_KINDS = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyCommand)}
 _EVENT_NAME = {
     Kind.CREATED: "message",
     Kind.EDITED: "message.updated",
@@ -190,10 +193,20 @@ def _explain(text: str | bytes, error: Exception) -> CommandError:
         ref = None
     if not isinstance(error, msgspec.ValidationError):
         return CommandError(BadRequest("the frame holds text or a number that cannot be kept"), ref)
-    event = data.get("event")
-    if isinstance(event, str) and str(error).endswith("`$.event`"):
-        return CommandError(UnknownEvent(f"there is no event {event[:64]!r}", field="event"), ref)
-    return CommandError(BadRequest(reason(error), field=field_of(error)), ref)
+    return CommandError(_mistake(data, error), ref)
+
+
+def _mistake(data: dict[str, Any], error: msgspec.ValidationError) -> ChatError:
+    name = data.get("event")
+    if not isinstance(name, str):
+        wrong = "is required" if name is None else "must be text"
+        return BadRequest(f"The event field {wrong}.", field="event")
+    if name not in _KINDS:
+        return UnknownEvent(f"there is no event {name[:64]!r}", field="event")
+    for field, (sentence, *_) in mistakes(_KINDS[name], data).items():
+        return BadRequest(sentence, field=field)
+    where = field_of(error)
+    return BadRequest(f"The {where} field {reason(error)}.", field=where)
 
 
 def field_of(error: msgspec.ValidationError) -> str | None:

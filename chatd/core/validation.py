@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
+from msgspec import UnsetType
 
-_WHERE = re.compile(r" - at .*$")
-_EXPECTED = re.compile(r"Expected `([\w| ]+)`, got `(\w+)`")
+# What msgspec says: of which type a value is, and what it must be; its bounds; and where it lies.
+_TYPES = re.compile(r"Expected `([\w| ]+)`, got `(\w+)`")
+_BOUND = re.compile(r"Expected `\w+` (>=|<=|>|<) ([-\d.e+]+)")
+_LENGTH = re.compile(r"Expected `(\w+)` of length (>=|<=) (\d+)")
+_PLACE = re.compile(r" - at (.*)$")
+
 _NOUNS = {
     "int": "an integer",
     "float": "a number",
@@ -22,10 +28,15 @@ _NOUNS = {
     "object": "an object",
     "null": "null",
 }
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+_PARTS = {"str": "characters", "array": "items"}
+_BY_TYPE = {int: "int", float: "float", str: "str", bool: "bool", list: "array", dict: "object"}
 
 
 def mistakes(kind: type[msgspec.Struct], data: dict[str, Any], *, strict: bool = True) -> dict[str, list[str]]:
-    """`{field: [sentence, …]}` for what keeps `data` from being a `kind`; empty when nothing does."""
+    """`{field: [sentence, …]}` for what keeps `data`, read from JSON, from being a `kind`; empty when nothing
+    does.
+    """
     found: dict[str, list[str]] = {}
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for name, field in fields.items():
@@ -34,31 +45,69 @@ def mistakes(kind: type[msgspec.Struct], data: dict[str, Any], *, strict: bool =
                 found[name] = [f"The {name} field is required."]
             continue
         try:
-            msgspec.convert(data[name], field.type, strict=strict)
+            msgspec.convert(data[name], field.type, strict=strict, str_keys=True)
         except msgspec.ValidationError as error:
-            found[name] = [f"The {name} field {_allowed(field.type) or reason(error)}."]
+            found[name] = [f"The {name} field {reason(error, field.type)}."]
     if kind.__struct_config__.forbid_unknown_fields:
         for name in data.keys() - fields.keys():
             found[name] = [f"There is no such key{suggestion(name, fields)}."]
     return found
 
 
-def reason(error: msgspec.ValidationError) -> str:
-    """msgspec's sentence for people, without its path: `must be an integer, not text`."""
-    text = _WHERE.sub("", str(error))
-    if expected := _EXPECTED.fullmatch(text):
-        wanted = " or ".join(_NOUNS.get(word, word) for word in expected[1].split(" | "))
-        return f"must be {wanted}, not {_NOUNS.get(expected[2], expected[2])}"
-    if text == "Expected `str` of length >= 1":
-        return "must not be empty"
-    return text.replace("Expected ", "must be ", 1) if text.startswith("Expected ") else f"is wrong: {text}"
+def reason(error: msgspec.ValidationError, kind: Any = Any) -> str:
+    """For people, of a field of this `kind`: `must be an integer, not text`, `is wrong: each key must be …`."""
+    text = str(error)
+    place = _PLACE.search(text)
+    inner = _inner(place[1]) if place else ""
+    said = _sentence(_PLACE.sub("", text), _item_of(kind) if inner else kind)
+    return f"is wrong: {inner} {said}" if inner else said
 
 
-def _allowed(kind: Any) -> str:
-    """For a field with a fixed choice: what may be chosen."""
-    if get_origin(kind) is not Literal:
+def _sentence(text: str, kind: Any) -> str:
+    if found := _TYPES.fullmatch(text):
+        wanted = _allowed(kind) or [_NOUNS.get(one, one) for one in found[1].split(" | ") if one != "null"]
+        return f"must be {' or '.join(wanted)}, not {_NOUNS.get(found[2], found[2])}"
+    if found := _BOUND.fullmatch(text):
+        return f"must be {_BOUNDS[found[1]]} {found[2]}"
+    if found := _LENGTH.fullmatch(text):
+        few = found[2] == ">="
+        return "must not be empty" if few else f"must have at most {found[3]} {_PARTS.get(found[1], 'entries')}"
+    if text.startswith("Invalid enum value") and (wanted := _allowed(kind)):
+        return f"must be {' or '.join(wanted)}"
+    return "holds a number that is out of range" if text == "Number out of range" else "is not valid"
+
+
+def _inner(place: str) -> str:
+    """What lies at `$.rooms[...].after`, or only at `$[...].after`; empty for a field as a whole."""
+    if place.startswith("`key`"):
+        return "each key"
+    steps = re.findall(r"\[[^]]*\]|\.\w+", place.strip("`").lstrip("$"))
+    within = steps[1:] if steps[:1] and steps[0].startswith(".") else steps
+    if not within:
         return ""
-    return f"must be {' or '.join(repr(choice) for choice in get_args(kind))}"
+    last = within[-1]
+    return last[1:] if last.startswith(".") else "each value" if last == "[...]" else "each item"
+
+
+def _allowed(kind: Any) -> list[str]:
+    """What a value of this kind may be; null aside, which means that there is none."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _allowed(get_args(kind)[0])
+    if origin is Literal:
+        return [repr(choice) for choice in get_args(kind)]
+    if origin in (Union, UnionType):
+        return [noun for one in get_args(kind) for noun in _allowed(one)]
+    if kind in (NoneType, UnsetType):
+        return []
+    base = origin or kind
+    name = "object" if isinstance(base, type) and issubclass(base, msgspec.Struct) else _BY_TYPE.get(base)
+    return [_NOUNS[name]] if name else []
+
+
+def _item_of(kind: Any) -> Any:
+    """Of a list its items; of anything else nothing is known."""
+    return get_args(kind)[0] if get_origin(kind) is list else Any
 
 
 def suggestion(name: str, known: Any) -> str:

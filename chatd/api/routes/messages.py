@@ -62,7 +62,8 @@ def blueprint(chat: Chat) -> Blueprint:
     async def edit(message_id: int) -> Response:
         """Change the content or the `meta` of any message."""
         body = await posted(Alteration)
-        changed = await chat.messages.edit(check_id("id", message_id), body.content, body.meta)
+        content = UNSET if body.content is None else body.content
+        changed = await chat.messages.edit(check_id("id", message_id), content, body.meta)
         return answer(Altered(id=changed.id, seq=changed.seq))
 
     @routes.delete("/<int:message_id>")

@@ -46,7 +46,7 @@ def blueprint(chat: Chat) -> Blueprint:
         The user's tokens stay valid. To void them, use `revoke`.
         """
         body = await posted(Disconnection) if (await request.get_data()) else Disconnection()
-        closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=body.reconnect)
+        closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=bool(body.reconnect))
         return answer(Disconnected(closed=closed))
 
     @routes.post("/<int:user_id>/revoke")

@@ -29,6 +29,7 @@ from chatd.core.errors import (
     Unauthorized,
     Unavailable,
 )
+from chatd.core.limits import HISTORY_PAGE
 from chatd.core.model import Identity, now
 from chatd.core.protocol import event, text_frame
 from chatd.hub.admission.half_open import end_darkest
@@ -193,7 +194,7 @@ class Session:
             case protocol.Refresh():
                 await self._refresh(command, self.identity)
             case protocol.Subscribe():
-                subscription = self._rooms.join(command.conversation_id, presence=command.presence)
+                subscription = self._rooms.join(command.conversation_id, presence=bool(command.presence))
                 await self._later(self._subscribe, command, subscription)
             case protocol.Unsubscribe():
                 self._unsubscribe(command, self.identity)
@@ -352,7 +353,7 @@ class Session:
                 command.conversation_id,
                 command.before,
                 command.after,
-                command.limit,
+                command.limit or HISTORY_PAGE,
             )
             self._push(event("history", command.ref, messages=page.messages, has_more=page.has_more))
 
@@ -362,10 +363,10 @@ class Session:
         if wait := self._services.registry.take_send(self.user_id):
             self._refuse_rate("sends", command.ref, wait)
             return
-        if isinstance(command, protocol.Send):
-            self._chat.messages.check_type(command.type)
         rights = self._chat.conversations.rights(identity, command.conversation_id)
         wanted = to_store(command, identity, rights)
+        if isinstance(wanted, Create):
+            self._chat.messages.check_type(wanted.type)
         if isinstance(wanted, Create | Edit) and self._chat.before_message is not None:
             # Here, not in a task of its own: what a client sends and edits keeps its order.
             self._chat.messages.check(wanted)

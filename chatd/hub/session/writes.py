@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import UNSET
+
 from chatd.core import protocol
-from chatd.core.model import Identity
+from chatd.core.model import DEFAULT_TYPE, Identity
 from chatd.store.write.commands import Create, Delete, Edit, React, Rights
 
 Write = protocol.Send | protocol.Edit | protocol.Delete | protocol.React
@@ -20,10 +22,15 @@ def to_store(command: Write, identity: Identity, rights: Rights) -> Create | Edi
     match command:
         case protocol.Send(content=content, type=type, meta=meta, client_id=client_id, reply_to=reply_to):
             return Create(
-                **common, content=content, type=type, meta=meta, client_id=client_id, reply_to=reply_to
+                **common,
+                content=content,
+                type=type or DEFAULT_TYPE,
+                meta=meta,
+                client_id=client_id,
+                reply_to=reply_to,
             )
         case protocol.Edit(id=id, content=changed, meta=meta):
-            return Edit(**common, message_id=id, content=changed, meta=meta)
+            return Edit(**common, message_id=id, content=UNSET if changed is None else changed, meta=meta)
         case protocol.Delete(id=id):
             return Delete(**common, message_id=id)
         case protocol.React(id=id, emoji=emoji, on=on):
