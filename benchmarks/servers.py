@@ -85,11 +85,19 @@ class ChatdServer:
     def push(self, frames: bytes) -> None:
         self._heard.set()
 
-    def offer(self, frames: bytes) -> None:
+    def try_push(self, frames: bytes) -> bool:
         self._heard.set()
+        return True
+
+    def offer(self, frames: bytes) -> bool:
+        self._heard.set()
+        return True
 
     def resync(self, subscription: Subscription) -> None:
         raise AssertionError("a message was lost on the way to the fanout")
+
+    def fall_behind(self, subscription: Subscription) -> None:
+        raise AssertionError("there is room for everything")
 
     def dropped(self, subscription: Subscription) -> None:
         raise AssertionError("the last of the room was dropped")

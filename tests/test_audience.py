@@ -46,6 +46,9 @@ class Ear:
 
     ended = False
 
+    def try_push(self, frames: bytes) -> bool:
+        return self.offer(frames)
+
     def offer(self, frames: bytes) -> bool:
         if not self.full:
             self.push(frames)
@@ -57,6 +60,8 @@ class Ear:
             yield
 
         return turn()
+
+    async def drained(self) -> None: ...
 
     def close_soon(self, code: Close, reason: str) -> None: ...
     def close_for_good(self, way: Final) -> None: ...

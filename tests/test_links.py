@@ -267,7 +267,10 @@ async def test_who_is_removed_in_the_middle_of_a_replay_hears_no_more(
 async def test_a_slow_reader_costs_a_mebibyte_with_what_the_kernel_holds(
     daemons: Daemons, conversation: int, batches_before: int
 ) -> None:
-    """Also one that has read fast for a while: for that the kernel would make more room."""
+    """Also one that has read fast for a while: for that the kernel would make more room.
+
+    Here half an outbox waits, and a piece; what follows is in the database.
+    """
     daemon = await trio.to_thread.run_sync(daemons)
     async with reader(daemon, conversation, buffer=0 if batches_before else 4096) as slow:
         for batch in range(1, batches_before + 1):
@@ -277,10 +280,19 @@ async def test_a_slow_reader_costs_a_mebibyte_with_what_the_kernel_holds(
                 for event in await slow.some():
                     last = event.get("seq", last)
         most = 0
-        while not await closed_with(daemon, 4002):
+        for _ in range(20):
             await fill(daemon, conversation, 20, 8000)
             most = max(most, waiting(daemon))
         assert 0 < most < 256 * 1024
+        depths = await samples(daemon, "chatd_send_queue_depth_bucket")
+        assert depths['le="262144.0"'] < depths['le="524288.0"'] == depths['le="+Inf"']
+
+
+async def samples(daemon: Daemon, name: str) -> dict[str, float]:
+    """By their labels."""
+    page = await trio.to_thread.run_sync(daemon.get, "/metrics")
+    found = (line[len(name) + 1 :] for line in page.body.decode().splitlines() if line.startswith(name + "{"))
+    return {labels: float(value) for labels, _, value in (line.partition("} ") for line in found)}
 
 
 async def closed_with(daemon: Daemon, code: int) -> bool:

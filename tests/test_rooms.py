@@ -12,6 +12,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from chatd.core.model import Change, Kind
+from chatd.core.protocol import text_frame
 from chatd.hub.fanout.chunks import Piece, pieces
 from chatd.hub.fanout.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
 
@@ -22,13 +23,26 @@ class Ear:
     def __init__(self, user_id: int = 1, *, flat: bool = False) -> None:
         self.user_id, self.flat = user_id, flat
         self.heard = bytearray()
-        self.resyncs = 0
+        self.resyncs = self.falls = 0
+        self.full = False  # its connection has no room
 
     def push(self, frames: bytes) -> None:
         self.heard += frames
 
+    def try_push(self, frames: bytes) -> bool:
+        if not self.full:
+            self.push(frames)
+        return not self.full
+
+    def offer(self, frames: bytes) -> bool:
+        return self.try_push(frames)
+
     def resync(self, subscription: Subscription) -> None:
         self.resyncs += 1
+
+    def fall_behind(self, subscription: Subscription) -> None:
+        self.falls += 1
+        subscription.wait()
 
     def dropped(self, subscription: Subscription) -> None:
         raise AssertionError("nobody was removed")
@@ -74,6 +88,45 @@ def test_any_order_with_echoes_comes_out_once_and_in_order(
     assert not room.ahead
 
 
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.booleans()), min_size=1), st.integers(1, 7))
+def test_who_falls_behind_misses_nothing(steps: list[tuple[int, bool, bool]], portion: int) -> None:
+    """Changes come while its connection is full and while it is not; what it missed is read in portions."""
+    room = Room(1)
+    room.open(0, None, 0)
+    ear = Ear()
+    subscription = live(ear, 0)
+    for count, ear.full, reads in steps:
+        reached = room.head or 0
+        if reads and subscription.buffering:
+            end = min(room.head or 0, subscription.cursor + portion)
+            subscription.hold()
+            ear.heard += b"".join(
+                text_frame(str(seq).encode()) for seq in range(subscription.cursor + 1, end + 1)
+            )
+        else:
+            reads = False
+        for one in pieces(room.accept([change((room.head or 0) + 1 + n) for n in range(count)])):
+            subscription.deliver(one)
+        if reads and end == reached and subscription.fits(end):
+            subscription.settle(end)
+        elif reads:
+            subscription.cursor = end
+            subscription.wait()
+    assert ear.seqs == list(range(1, subscription.cursor + 1))
+    assert subscription.buffering or subscription.cursor == room.head
+
+
+def test_what_was_buffered_goes_no_further_than_there_is_room() -> None:
+    """Ten rooms that were busy while a client came in would be more than its outbox."""
+    ear = Ear()
+    subscription = Subscription(Room(1), ear, entitled=True)
+    subscription.deliver(piece(4, 5))
+    ear.full = True
+    subscription.settle(4)
+    assert (ear.seqs, ear.falls, subscription.cursor) == ([], 1, 4)
+    assert subscription.torn, "it is read from the database"
+
+
 @given(st.lists(st.integers(1, 12), min_size=1), st.integers(0, 12), st.integers(0, 12))
 def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
     steps: list[int], joined_at: int, snapshot_lag: int
@@ -89,7 +142,7 @@ def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
             subscription.deliver(one)
         head += step
     snapshot = min(head, joined_at + snapshot_lag)
-    ear.push(subscription.settle(snapshot))
+    subscription.settle(snapshot)
     assert ear.seqs == list(range(snapshot + 1, head + 1))
 
 
@@ -116,7 +169,7 @@ def test_a_snapshot_from_before_the_room_was_opened_is_not_enough() -> None:
     for one in pieces(room.accept([change(6)])):
         quick.deliver(one)
         slow.deliver(one)
-    second.push(slow.settle(5))
+    slow.settle(5)
     assert (first.seqs, second.seqs) == ([6], [6])
 
 

@@ -21,6 +21,7 @@ from msgspec import UNSET, UnsetType
 from sqlalchemy import ClauseElement, event, text
 
 from chatd.config import Database
+from chatd.core import limits
 from chatd.core.errors import ChatError, ConfigError, Unavailable
 from chatd.core.model import Group, Position, State
 from chatd.store import schema
@@ -100,10 +101,10 @@ def post(content: str = "x", **fields: Any) -> Create:
 
 
 async def rooms_of(
-    b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = True, brief: bool = False
+    b: Bench, user_id: int, rooms: Any, *, same_epoch: bool = True, **how: bool
 ) -> dict[int, Any]:
     epoch = None if same_epoch else "another"
-    (found,) = await b.store.read(snapshots.snapshots, [Entry(user_id, rooms, epoch, 100, brief)])
+    (found,) = await b.store.read(snapshots.snapshots, [Entry(user_id, rooms, epoch, 100, **how)])
     return dict(found)
 
 
@@ -456,6 +457,36 @@ async def test_replays_are_bounded_in_bytes(database_url: str) -> None:
 
 def size_of(snapshot: Any) -> int:
     return sum(len(change.payload) for change in snapshot.changes)
+
+
+async def test_who_has_fallen_behind_is_told_all_of_it_in_portions(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one change that is larger than a portion, and more of them than a client that comes back gets."""
+    sizes = [10] * 350 + [7000] * 30 + [200_000] + [10] * 5
+    async with bench(database_url) as b:
+        for size in sizes:
+            b.writer.submit([post("x" * size)])
+        await b.do(post())
+        told, after, mark = [], 0, None
+        portions = 0
+        while portions < 20:
+            portions += 1
+            snapshot = (await rooms_of(b, 1, [(1, Position(after, mark), True)], portion=True))[1]
+            assert snapshot.recovered
+            assert len(snapshot.changes) == 1 or size_of(snapshot) <= limits.PORTION_BYTES
+            told += [change.seq for change in snapshot.changes]
+            assert (told[-1], snapshot.changes[-1].mark) == (snapshot.seq, snapshot.mark)
+            after, mark = snapshot.seq, snapshot.mark
+            if not snapshot.later:
+                break
+        assert told == list(range(1, len(sizes) + 2))
+        assert portions > 3
+        (other,) = (await rooms_of(b, 1, [(1, Position(5, "another's"), True)], portion=True)).values()
+        monkeypatch.setattr(limits, "BEHIND_CHANGES", 100)
+        (much,) = (await rooms_of(b, 1, [(1, Position(0, None), True)], portion=True)).values()
+        for snapshot in (other, much):
+            assert (snapshot.recovered, snapshot.later, snapshot.seq) == (False, False, len(sizes) + 1)
 
 
 async def test_what_does_not_fit_into_a_brief_answer_is_left_for_later(database_url: str) -> None:

@@ -43,9 +43,14 @@ class Conversations:
     ) -> Snapshot:
         """Raises NotFound where the user may not look, Unavailable."""
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
-        if isinstance(snapshot := found.rooms[conversation_id], NotFound):
-            raise snapshot
-        return snapshot
+        return _the_one(found, conversation_id)
+
+    async def read_on(
+        self, identity: Identity, conversation_id: int, position: Position, epoch: str | None
+    ) -> Snapshot:
+        """The next portion for somebody who is in the room and has fallen behind. Raises as `enter` does."""
+        found = await self._enter(self._entry(identity, {conversation_id: position}, epoch, portion=True))
+        return _the_one(found, conversation_id)
 
     async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
         """Several conversations as of one moment; what does not fit into a `ready` is left for later.
@@ -57,10 +62,10 @@ class Conversations:
         return found
 
     def _entry(
-        self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None, *, brief: bool = False
+        self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None, **how: bool
     ) -> Entry:
         wanted = [(id, position, self.entitled(identity, id)) for id, position in rooms.items()]
-        return Entry(identity.user_id, wanted, epoch, self.members_detail, brief)
+        return Entry(identity.user_id, wanted, epoch, self.members_detail, **how)
 
     async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
@@ -74,6 +79,12 @@ class Conversations:
     async def inbox(self, identity: Identity) -> list[int]:
         """The user's conversations, the most recently active first."""
         return await self._read(lookups.conversations_of, identity.user_id, INBOX_ROOMS)
+
+
+def _the_one(found: Entered, conversation_id: int) -> Snapshot:
+    if isinstance(snapshot := found.rooms[conversation_id], NotFound):
+        raise snapshot
+    return snapshot
 
 
 def _weight(entry: Entry) -> int:

@@ -46,6 +46,9 @@ class Line(Protocol):
     def reply(self, frames: bytes) -> None:
         """Push an answer: also after the goodbye was decided, until it is said."""
 
+    def try_push(self, frames: bytes) -> bool:
+        """Push what can be read again later. False, and nothing is pushed, where too much waits."""
+
     def offer(self, frames: bytes) -> bool:
         """Push what may be left out, for a peer that reads too slowly. False where it is."""
 

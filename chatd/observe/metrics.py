@@ -120,6 +120,10 @@ QUEUE_DEPTH = Histogram(
 )
 SHED = Counter("chatd_shed_total", "Ephemeral events left out for a connection that reads too slowly")
 GAP_FILLS = Counter("chatd_gap_fills_total", "Holes that were read from the database")
+BEHIND = Counter(
+    "chatd_fallen_behind_total",
+    "Live subscriptions whose connection had no room for a change, so that it was read from the database",
+)
 RESETS = Counter("chatd_resets_total", "Subscriptions told to start over", ["reason"])
 OTHER_HISTORIES = Counter(
     "chatd_other_histories_total", "Rooms started over because the database went back to another history"

@@ -188,7 +188,7 @@ class Connection:
 
     __slots__ = (
         *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
-        *("known", "name", "nursery", "offer", "our_turn", "push", "reply"),
+        *("known", "name", "nursery", "offer", "our_turn", "push", "reply", "try_push"),
     )
 
     _ws: WebSocketConnection
@@ -198,7 +198,8 @@ class Connection:
         self.known, self.our_turn = stay.leave, stay.our_turn
         self._outbox, self.nursery, self._flat = outbox, nursery, flat
         # Called for each delivery, so nothing stands between.
-        self.push, self.offer, self.reply = outbox.push, outbox.offer, outbox.reply
+        self.push, self.try_push = outbox.push, outbox.try_push
+        self.offer, self.reply = outbox.offer, outbox.reply
         self._goodbye: tuple[int, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()

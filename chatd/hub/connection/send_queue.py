@@ -104,7 +104,8 @@ class Outbox(trio.abc.Stream):
         return self._queued > self._limit // 2
 
     def push(self, frames: bytes) -> None:
-        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut.
+        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut, unless it
+        was not congested before: one message may be larger than an outbox, where the operator allows that.
 
         After a goodbye nothing is sent any more.
         """
@@ -115,6 +116,14 @@ class Outbox(trio.abc.Stream):
         """Send the answer to a command: also when a goodbye is due, but not when it was said."""
         if not self._said_goodbye:
             self._put(frames)
+
+    def try_push(self, frames: bytes) -> bool:
+        """Push what can be read again later: False, and nothing is pushed, past half of the limit."""
+        if self._queued and self.congested:
+            return False
+        if not self.ended:  # as `push`: nearly all that is ever sent comes this way
+            self._put(frames)
+        return True
 
     def offer(self, frames: bytes) -> bool:
         """Push what may be left out: past half of the limit it is, so that messages keep their place.
@@ -136,12 +145,13 @@ class Outbox(trio.abc.Stream):
             if sent == len(frames) or self.cut:
                 return
             data = memoryview(frames)[sent:]
+        was_congested = self.congested
         if self._queue is _NOTHING:
             self._queue = deque()
         self._queue.append(data)
         self._queued += len(data)
         metrics.QUEUE_DEPTH.observe(self._queued)
-        if self._queued > self._limit:
+        if was_congested and self._queued > self._limit:
             self.too_slow = True
             self.abort()
         elif not self._flushing:

@@ -27,8 +27,6 @@ from chatd.store.read.reader import Reader
 
 QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
 SIGNAL_BYTES = 256  # what a signal counts for
-# Bytes of one room at once. More would overrun the outbox of a client that does read: it is told to page back.
-BURST_BYTES = 512 * 1024
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 
@@ -235,12 +233,8 @@ class Fanout:
         await trio.lowlevel.checkpoint()
 
     async def _advance(self, room: Room, changes: Sequence[Change]) -> None:
-        ready = room.accept(changes)
-        if sum(len(change.payload) for change in ready) > BURST_BYTES:
-            await self._to_all(room, restart)
-        else:
-            for piece in pieces(ready):
-                await self._push(room, piece)
+        for piece in pieces(room.accept(changes)):
+            await self._push(room, piece)
         if room.in_doubt:
             self._check_soon(room)
         elif room.behind:

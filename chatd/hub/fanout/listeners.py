@@ -15,11 +15,17 @@ class Listener(Protocol):
     flat: bool
 
     def push(self, frames: bytes) -> None: ...
+    def try_push(self, frames: bytes) -> bool:
+        """Push what can be read again later. False where the connection has no room for it."""
+
     def offer(self, frames: bytes) -> bool:
         """Push what may be left out. False where it is."""
 
     def resync(self, subscription: Subscription) -> None:
         """Read the room anew for this subscription and answer unasked."""
+
+    def fall_behind(self, subscription: Subscription) -> None:
+        """Read what follows its cursor from the database, as the client takes it, until it is live again."""
 
     def dropped(self, subscription: Subscription) -> None:
         """The subscription was ended by the server."""

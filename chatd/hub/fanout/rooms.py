@@ -33,17 +33,18 @@ class Subscription:
     `mark` is that of the change at the cursor: what does not follow that one is of another history. Where it is
     not known, the history is the one that `epoch` names.
 
-    It is buffering from the moment it joins until its snapshot is answered, so that no change falls between.
+    It is buffering from the moment it joins until its snapshot is answered, so that no change falls between;
+    and again where its connection has no room for a change, until it has caught up.
     """
 
     __slots__ = (
-        *("_buffer", "_buffered", "_flat", "_opened", "_push", "cursor", "entered", "entitled"),
+        *("_buffer", "_buffered", "_flat", "_opened", "_try_push", "cursor", "entered", "entitled"),
         *("epoch", "joined", "listener", "mark", "presence", "presence_missed", "room", "torn", "visiting"),
     )
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
         self.room, self.listener, self.entitled = room, listener, entitled
-        self._push, self._flat = listener.push, listener.flat  # at hand: needed for each delivery
+        self._try_push, self._flat = listener.try_push, listener.flat  # at hand: needed for each delivery
         self.cursor = 0
         self.mark: str | UnsetType | None = None
         self.epoch: str | None = None
@@ -76,6 +77,10 @@ class Subscription:
         self.cursor, self.mark, self.epoch = position.after or 0, position.mark, epoch
         self.entered = True
 
+    def wait(self) -> None:
+        """The same, from where it stands."""
+        self.wait_at(Position(self.cursor, self.mark), self.epoch)
+
     def distrust(self) -> None:
         """The snapshot that is being read may be older than a removal: keep nothing, and have it read again."""
         if self._buffer is not None:
@@ -89,17 +94,19 @@ class Subscription:
         whole = not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
         return whole and len(self._allowed(members_version)) == len(self._buffer or ())
 
-    def settle(
-        self, seq: int, mark: str | UnsetType | None = None, members_version: int | None = None
-    ) -> bytes:
-        """The snapshot reached `seq`: returns the frames to send after its answer; live from now on.
+    def settle(self, seq: int, mark: str | UnsetType | None = None, members_version: int | None = None) -> None:
+        """The snapshot reached `seq` and was answered: what was buffered follows it; live from now on.
 
         `members_version`: the snapshot's; None: the rights are known otherwise. A change before which somebody
         was removed after that is not told, nor what follows it: it may be this one who was.
         """
         held, self._buffer = self._allowed(members_version), None
         self.cursor, self.mark, self.entered = seq, mark, True
-        return b"".join(item if isinstance(item, bytes) else self._advance(item) for item in held)
+        for item in held:
+            if isinstance(item, bytes):
+                self.announce(item)
+            else:
+                self.deliver(item)
 
     def deliver(self, piece: Piece) -> bool:
         """False when it was not new, or not for this one."""
@@ -110,13 +117,12 @@ class Subscription:
             return False
         # Nearly always:
         if piece.first == self.cursor + 1 and piece.previous == self.mark and not self._flat:
-            self.cursor, self.mark = piece.last, piece.mark
-            self._push(piece.joined)
-            return True
-        frames = self._advance(piece)
-        if frames:
-            self.listener.push(frames)
-        return bool(frames)
+            if self._try_push(piece.joined):
+                self.cursor, self.mark = piece.last, piece.mark
+                return True
+            self.listener.fall_behind(self)
+            return False
+        return self._advance(piece)
 
     def announce(self, frame: bytes) -> None:
         """Something without a seq that must not be lost while buffering."""
@@ -145,15 +151,18 @@ class Subscription:
             takewhile(lambda one: isinstance(one, bytes) or one.members_version <= known, self._buffer or ())
         )
 
-    def _advance(self, piece: Piece) -> bytes:
+    def _advance(self, piece: Piece) -> bool:
         if piece.last <= self.cursor:
-            return b""
+            return False
         if not piece.follows(self.cursor, self.mark):  # a hole, or another history: nobody is lied to
             self.listener.resync(self)
-            return b""
-        frames = piece.after(self.cursor, self.listener.flat)
+            return False
+        frames = piece.after(self.cursor, self._flat)
+        if frames and not self._try_push(frames):
+            self.listener.fall_behind(self)
+            return False
         self.cursor, self.mark = piece.last, piece.mark
-        return frames
+        return bool(frames)
 
     def _keep(self, item: Piece | bytes, size: int) -> None:
         assert self._buffer is not None

@@ -355,6 +355,7 @@ class Session:
                 command.after,
                 command.limit or HISTORY_PAGE,
             )
+            await self._line.drained()  # of what rooms have brought meanwhile
             self._push(event("history", command.ref, messages=page.messages, has_more=page.has_more))
 
     # Writing.

@@ -6,7 +6,8 @@ then the snapshot is read and answered, and what was buffered follows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from typing import Any
 
 import msgspec
@@ -24,25 +25,28 @@ from chatd.store.read.snapshots import Snapshot
 
 SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
 REFUSED_AT_ONCE = 100  # rooms that are too many, told without a look at whether the client reads
-RESYNC_RETRY = 1.0  # seconds, while the database does not answer
+RETRY = 1.0  # seconds, while the database does not answer
+
+Read = Callable[[Identity, int, Position, str | None], Awaitable[Snapshot]]
 
 
 class Subscriptions:
     """`flat` listeners know nothing but messages: no answer is sent to them. `identity` is set at login."""
 
     __slots__ = (
-        *("_conversations", "_inbox", "_line", "_most", "_rooms", "_services"),
-        *("flat", "identity", "offer", "push", "user_id"),
+        *("_behind", "_conversations", "_inbox", "_line", "_most", "_rooms", "_services"),
+        *("flat", "identity", "offer", "push", "try_push", "user_id"),
     )
 
     def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
         self._services, self._line, self.flat = services, line, flat
         # Nothing stands between a room and the line: these are called for each delivery.
-        self.push, self.offer = line.push, line.offer
+        self.push, self.try_push, self.offer = line.push, line.try_push, line.offer
         self._conversations = services.chat.conversations
         self._most = services.settings.now.limits.rooms_per_connection
         self._rooms = Membership(services.rooms)
         self._inbox: Set[int] = frozenset()  # rooms that do not count against the most
+        self._behind: deque[Subscription] | None = None  # None: nobody reads on for any
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -65,8 +69,19 @@ class Subscriptions:
             subscription.torn = True  # what is being read just now must be read again
         else:
             metrics.RESETS.labels("overflow").inc()
-            subscription.wait_at(Position(subscription.cursor, subscription.mark), subscription.epoch)
+            subscription.wait()
             self._line.nursery.start_soon(self._start_over, subscription)
+
+    def fall_behind(self, subscription: Subscription) -> None:
+        if subscription.buffering:
+            subscription.torn = True
+            return
+        metrics.BEHIND.inc()
+        subscription.wait()
+        if self._behind is None:
+            self._behind = deque()
+            self._line.nursery.start_soon(self._catch_up, self._behind)
+        self._behind.append(subscription)
 
     def dropped(self, subscription: Subscription) -> None:
         self._rooms.leave(subscription.conversation_id)
@@ -177,6 +192,7 @@ class Subscriptions:
                 subscription.hold()
             try:
                 found = await self._conversations.enter_all(self.identity, wanted, epoch)
+                await self._line.drained()  # of what other rooms have brought meanwhile
             except ChatError as error:
                 for subscription in joined.values():
                     self._not_entered(subscription, error)
@@ -218,19 +234,23 @@ class Subscriptions:
 
     async def _snapshot(self, subscription: Subscription, position: Position, epoch: str | None) -> Snapshot:
         """Buffer, then read; again if that does not fit together."""
-        assert self.identity is not None
         for _ in range(SNAPSHOT_TRIES):
-            subscription.hold()
-            snapshot = await self._conversations.enter(
-                self.identity, subscription.conversation_id, position, epoch
-            )
-            if subscription.presence and subscription.joined:  # not before: only now the rights are known
-                await self._services.audiences.watch(subscription)
-            if not subscription.joined:
-                raise NotFound("this subscription was ended meanwhile", field="conversation_id")
+            snapshot = await self._read(self._conversations.enter, subscription, position, epoch)
             if subscription.fits(snapshot.seq, snapshot.members_version):
                 return snapshot
         raise Unavailable("this room is too busy to enter just now")
+
+    async def _read(
+        self, read: Read, subscription: Subscription, position: Position, epoch: str | None
+    ) -> Snapshot:
+        assert self.identity is not None
+        subscription.hold()
+        snapshot = await read(self.identity, subscription.conversation_id, position, epoch)
+        if subscription.presence and subscription.joined:  # not before: only now the rights are known
+            await self._services.audiences.watch(subscription)
+        if not subscription.joined:
+            raise NotFound("this subscription was ended meanwhile", field="conversation_id")
+        return snapshot
 
     def _not_entered(self, subscription: Subscription, error: ChatError) -> None:
         """Who was live before goes on as if nothing had been asked: nobody has told the client otherwise."""
@@ -239,8 +259,7 @@ class Subscriptions:
         if not subscription.entered or isinstance(error, NotFound):
             self.leave(subscription.conversation_id)
             return
-        if frames := subscription.settle(subscription.cursor, subscription.mark):
-            self.push(frames)
+        subscription.settle(subscription.cursor, subscription.mark)
         room = subscription.room
         if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # something was let go of
             self.resync(subscription)
@@ -251,7 +270,7 @@ class Subscriptions:
             try:
                 await self._read_anew(subscription)
             except Unavailable:
-                await trio.sleep(RESYNC_RETRY)
+                await trio.sleep(RETRY)
             except NotFound:
                 if subscription.joined:
                     self.dropped(subscription)
@@ -264,23 +283,57 @@ class Subscriptions:
             snapshot = await self._snapshot(subscription, position, subscription.epoch)
             await self._replay(subscription, snapshot, position)
 
+    async def _catch_up(self, behind: deque[Subscription]) -> None:
+        """Each in its turn gets a portion of what it has missed, until all of them are live again."""
+        while behind:
+            subscription = behind.popleft()
+            try:
+                if not await self._read_on(subscription):
+                    behind.append(subscription)
+            except Unavailable:
+                subscription.wait()
+                behind.append(subscription)
+                await trio.sleep(RETRY)
+            except NotFound:
+                if subscription.joined:
+                    self.dropped(subscription)
+        self._behind = None
+
+    async def _read_on(self, subscription: Subscription) -> bool:
+        """False where there is more to be read."""
+        async with self._line.unhurried():
+            if not (subscription.joined and subscription.buffering):
+                return True  # the client has left, or has asked meanwhile
+            position, epoch = Position(subscription.cursor, subscription.mark), subscription.epoch
+            snapshot = await self._read(self._conversations.read_on, subscription, position, epoch)
+            self._count_told(snapshot)
+            if snapshot.later:  # first: while the client takes this portion, nothing is kept of what follows it
+                subscription.wait_at(Position(snapshot.seq, snapshot.mark), snapshot.epoch)
+            await self._tell_missed(subscription, snapshot)
+            if not snapshot.later:
+                self._settle(subscription, snapshot)
+            return not snapshot.later
+
     async def _replay(
         self, subscription: Subscription, snapshot: Snapshot, position: Position, ref: Any = None
     ) -> None:
-        """Answer with what was missed, in pieces: each when the client has taken most of the one before."""
+        """Answer with what was missed; live from then on."""
         self._count(snapshot, position)
-        if self.flat:
-            self._catch_up_flat(snapshot)
-        else:
-            for number, part in enumerate(parts(snapshot, self._around(subscription, snapshot))):
-                if number:
-                    await self._line.drained()
-                if not subscription.joined:
-                    return
-                self._tell(event("subscribed", None if number else ref, **self._answer(subscription, part)))
+        await self._tell_missed(subscription, snapshot, ref)
         self._settle(subscription, snapshot)
 
-    def _catch_up_flat(self, snapshot: Snapshot) -> None:
+    async def _tell_missed(self, subscription: Subscription, snapshot: Snapshot, ref: Any = None) -> None:
+        """In pieces: each when the client has taken most of the one before."""
+        if self.flat:
+            self._tell_flat(snapshot)
+            return
+        for number, part in enumerate(parts(snapshot, self._around(subscription, snapshot))):
+            await self._line.drained()
+            if not subscription.joined:
+                return
+            self._tell(event("subscribed", None if number else ref, **self._answer(subscription, part)))
+
+    def _tell_flat(self, snapshot: Snapshot) -> None:
         """A flat client knows no answers: it gets the messages themselves, or has to come again."""
         if snapshot.recovered:
             created = [text_frame(one.payload) for one in snapshot.changes if one.kind is Kind.CREATED]
@@ -290,15 +343,17 @@ class Subscriptions:
 
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
         """After the answer: what was buffered and is newer; live from then on."""
+        if not subscription.joined:
+            return
         complete = subscription.fits(snapshot.seq, snapshot.members_version)
         version = snapshot.members_version
-        if frames := subscription.settle(snapshot.seq, snapshot.mark, version):
-            self.push(frames)
+        subscription.settle(snapshot.seq, snapshot.mark, version)
         room, fanout = subscription.room, self._services.fanout
         fanout.opened(room, snapshot.seq, snapshot.mark, version)
         if not complete:
-            self.resync(subscription)
-        elif subscription.cursor < (room.head or 0):  # all that was pushed meanwhile has been buffered
+            self.fall_behind(subscription)
+        elif not subscription.buffering and subscription.cursor < (room.head or 0):
+            # All that was pushed meanwhile has been buffered.
             fanout.doubt_history(room)
 
     @staticmethod
@@ -307,6 +362,10 @@ class Subscriptions:
         if position.after is None:
             return
         metrics.RECOVERIES.labels(str(snapshot.recovered).lower()).inc()
+        Subscriptions._count_told(snapshot)
+
+    @staticmethod
+    def _count_told(snapshot: Snapshot) -> None:
         metrics.DELIVERED_REPLAY.inc(len(snapshot.changes))
         if not snapshot.recovered:
             metrics.RESETS.labels("missed_too_much" if snapshot.same else "other_history").inc()

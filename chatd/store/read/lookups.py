@@ -74,7 +74,10 @@ def epoch_of(connection: Connection) -> str:
 def changes_after(
     connection: Connection, conversation_id: int, after: int, space: int = limits.REPLAY_BYTES
 ) -> tuple[list[Change], bool]:
-    """The log after a seq, with the messages as they are now; False if that was too much."""
+    """The log after a seq, with the messages as they are now; False if there is more than fits.
+
+    A first change is there whatever its size.
+    """
     asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}
     found: list[Change] = []
     removed: dict[int, Message] | None = None
@@ -89,7 +92,7 @@ def changes_after(
             return found, False
         payload = change_payload(kind, row["change_seq"], changed, row["mark"])
         space -= len(payload)
-        if space < 0 or len(found) == limits.REPLAY_CHANGES:
+        if found and (space < 0 or len(found) == limits.REPLAY_CHANGES):
             return found, False
         found.append(Change(conversation_id, row["change_seq"], kind, payload, mark=row["mark"]))
     return found, True

@@ -42,7 +42,7 @@ class Entry(Struct, frozen=True):
 
     `entitled`: enough unless a row says otherwise. `epoch`: of positions without a mark; None: not told.
     `brief`: no more than `ANSWER_BYTES` of changes are wanted of all rooms together. What does not fit is left
-    for later.
+    for later. `portion`: they were live in the room, and are told bit by bit what they have missed of it.
     """
 
     user_id: int
@@ -50,6 +50,7 @@ class Entry(Struct, frozen=True):
     epoch: str | None
     members_detail: int
     brief: bool = False
+    portion: bool = False
 
 
 class Cursor(Struct, frozen=True):
@@ -64,7 +65,7 @@ class Snapshot(Struct, frozen=True):
     """A conversation for one user at one moment, with what was missed since a position.
 
     `mark` is that of the change `seq`. `same`: the position is in this history. `epoch`: of where it was read.
-    `later`: what was missed is left out, and still to be read.
+    `later`: there is more to be read: a portion ends at `seq`; otherwise all that was missed is left out.
     """
 
     conversation_id: int
@@ -196,12 +197,16 @@ def _snapshot(
     entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed, space: int
 ) -> Snapshot:
     same = missed.is_same(place, position, entry.epoch)
-    found = missed.of(place, position.after, same, space if entry.brief else None)
+    if entry.portion:
+        found = missed.portion(place, position.after, same)
+    else:
+        found = missed.of(place, position.after, same, space if entry.brief else None)
+    last = found.changes[-1] if found.later and found.changes else None
     return Snapshot(
         conversation_id=place.id,
-        seq=place.last_seq,
+        seq=last.seq if last else place.last_seq,
         epoch=missed.epoch,
-        mark=place.mark,
+        mark=last.mark if last else place.mark,
         same=same,
         members_version=place.members_version,
         recovered=found.recovered,
@@ -274,6 +279,15 @@ class _Missed:
             if space is not None:
                 return _Found(later=True)
         return self._newest_within(place.id, limits.ANSWER_BYTES if space is None else space)
+
+    def portion(self, place: _Place, after: int | None, same: bool) -> _Found:
+        """The next of it; for somebody who has missed very much, what `of` finds."""
+        head = place.last_seq
+        if after is not None and same and place.low_seq <= after < head <= after + limits.BEHIND_CHANGES:
+            changes, complete = self._read_log(place.id, after, limits.PORTION_BYTES)
+            if complete or changes:
+                return _Found(changes, later=not complete)
+        return self.of(place, after, same, None)
 
     def _log(self, conversation_id: int, after: int, space: int | None) -> tuple[Sequence[Change], bool]:
         if space is None:
