@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from chatd.cli import main
 from chatd.core.errors import ChatError, Close, Final
 from tests.conftest import Daemons
 from tests.daemon import Daemon
-from tests.test_page import BrowserContext, browser  # noqa: F401  # a fixture
+from tests.test_page import BrowserContext, browser, expect  # noqa: F401  # a fixture
 from tools.reference import ROOT, files
 
 DOCS = ROOT / "docs"
@@ -92,6 +96,40 @@ def test_no_page_asks_another_host_for_anything(site: Path) -> None:
         page.feed(path.read_text())
         assert page.found
         assert [url for url in page.found if re.match(r"(\w+:)?//", url)] == [], path
+
+
+def test_the_search_finds_a_word_and_nobody_else_is_asked(site: Path, browser: BrowserContext) -> None:  # noqa: F811
+    with _served(site) as url:
+        page = browser.new_page()
+        asked: set[str] = set()
+        page.on("request", lambda request: asked.add(request.url.rpartition("//")[2].partition("/")[0]))
+        page.goto(url)
+        page.locator(".md-search__input").click()
+        page.locator(".md-search__input").press_sequentially("fencing")
+        result = page.locator(".md-search-result__link").first
+        expect(result).to_contain_text("Architecture", timeout=30_000)
+        result.click()
+        expect(page).to_have_url(re.compile("architecture/"))
+        page.close()
+    assert asked == {url.removeprefix("http://")}
+
+
+@contextmanager
+def _served(directory: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(directory)))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_links_of_the_files_at_the_top_lead_somewhere() -> None:

@@ -15,7 +15,7 @@ from chatd.store.write.writer import Then, Writer
 
 
 class Delivery(Struct, frozen=True):
-    """Who has a message: user ids of all members but the author."""
+    """User ids of members, without the author."""
 
     read: list[int]
     delivered: list[int]

@@ -49,7 +49,7 @@ RELOADED = Gauge(
 )
 RELOADED_AT = Gauge(
     "chatd_config_last_reload_timestamp_seconds",
-    "When the configuration was read last, or was to be",
+    "When chatd last read its configuration, or tried to",
     multiprocess_mode="livemostrecent",
 )
 
@@ -64,16 +64,18 @@ CONNECTING, READY = CONNECTIONS.labels("connecting"), CONNECTIONS.labels("ready"
 USERS = Gauge("chatd_users", "Users who are connected now", multiprocess_mode="livesum")
 ROOMS = Gauge("chatd_rooms", "Conversations that somebody is subscribed to", multiprocess_mode="livesum")
 SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions now", multiprocess_mode="livesum")
-OPENED = Counter("chatd_connections_opened_total", "WebSocket connections that were let in")
+OPENED = Counter("chatd_connections_opened_total", "WebSocket connections that chatd accepted")
 CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
 FAILED = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
-SLOW = Counter("chatd_slow_disconnects_total", "Connections cut because their peer did not read")
+SLOW = Counter("chatd_slow_disconnects_total", "Connections of slow consumers that chatd cut")
 REJECTED = Counter("chatd_handshakes_rejected_total", "WebSocket handshakes refused", ["reason"])
-AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time in which the backend said whose a token is")
+AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time that the backend took to say whose a token is")
 AUTH_FAILURES = Counter(
-    "chatd_auth_failures_total", "Logins refused, or that the backend did not decide", ["reason"]
+    "chatd_auth_failures_total", "Logins that chatd refused, or that the backend did not decide", ["reason"]
 )
-RATE_LIMITED = Counter("chatd_rate_limited_total", "What came too often and was refused", ["kind"])
+RATE_LIMITED = Counter(
+    "chatd_rate_limited_total", "Requests that chatd refused because they came too often", ["kind"]
+)
 PING_RTT = Histogram("chatd_ping_rtt_seconds", "Time in which a client answered a ping", buckets=FINE)
 HTTP_FAILED = Counter("chatd_http_connections_failed_total", "HTTP connections that ended in an error")
 
@@ -81,7 +83,7 @@ HTTP_FAILED = Counter("chatd_http_connections_failed_total", "HTTP connections t
 POSTED = Counter(
     "chatd_messages_posted_total", "New messages by outcome: ok, duplicate, or an error's code", ["outcome"]
 )
-COMMANDS = Counter("chatd_commands_total", "All that was to be written, by outcome", ["outcome"])
+COMMANDS = Counter("chatd_commands_total", "Commands to the database, by outcome", ["outcome"])
 POST_SECONDS = Histogram(
     "chatd_post_duration_seconds", "Time of one POST /api/ws/messages", ["outcome"], buckets=FINE
 )
@@ -89,10 +91,12 @@ DB_SECONDS = Histogram(
     "chatd_db_duration_seconds", "Time of one group commit, or of one read", ["op"], buckets=FINE
 )
 COMMIT_SECONDS, READ_SECONDS = DB_SECONDS.labels("commit"), DB_SECONDS.labels("read")
-DB_POOL = Gauge("chatd_db_pool_in_use", "Connections that read just now", multiprocess_mode="livesum")
+DB_POOL = Gauge(
+    "chatd_db_pool_in_use", "Database connections that are reading now", multiprocess_mode="livesum"
+)
 BLOCKS = Gauge(
     "chatd_memory_blocks",
-    "Pieces of memory that Python holds; level unless something is kept",
+    "Blocks of memory that Python holds; they grow if something leaks",
     multiprocess_mode="livesum",
 )
 STATEMENTS = Counter("chatd_statements_total", "SQL statements, of the writer and of the readers", ["engine"])
@@ -116,17 +120,19 @@ DELIVERY_LAG = Histogram(
 )
 FANOUT_SECONDS = Histogram("chatd_fanout_duration_seconds", "Time to hand a batch to its rooms", buckets=FINE)
 QUEUE_DEPTH = Histogram(
-    "chatd_send_queue_depth", "Bytes that wait for a peer, each time that not all could be sent", buckets=BYTES
+    "chatd_send_queue_depth",
+    "Bytes that wait for a client, each time that not all could be sent",
+    buckets=BYTES,
 )
-SHED = Counter("chatd_shed_total", "Ephemeral events left out for a connection that reads too slowly")
+SHED = Counter("chatd_shed_total", "Ephemeral events that chatd left out for slow consumers")
 GAP_FILLS = Counter("chatd_gap_fills_total", "Holes that were read from the database")
 BEHIND = Counter(
     "chatd_fallen_behind_total",
     "Live subscriptions whose connection had no room for a change, so that it was read from the database",
 )
-RESETS = Counter("chatd_resets_total", "Subscriptions told to start over", ["reason"])
+RESETS = Counter("chatd_resets_total", "Subscriptions that had to start over", ["reason"])
 OTHER_HISTORIES = Counter(
-    "chatd_other_histories_total", "Rooms started over because the database went back to another history"
+    "chatd_other_histories_total", "Rooms that had to start over because the database went back in time"
 )
 RECOVERIES = Counter("chatd_recoveries_total", "Subscriptions that came with a cursor", ["recovered"])
 
@@ -134,17 +140,21 @@ RECOVERIES = Counter("chatd_recoveries_total", "Subscriptions that came with a c
 REDIS_UP = Gauge(
     "chatd_redis_up", "1 while every link to Redis works, or none is configured", multiprocess_mode="livemin"
 )
-REDIS_RECONNECTS = Counter("chatd_redis_reconnects_total", "Links to Redis that were made anew")
+REDIS_RECONNECTS = Counter("chatd_redis_reconnects_total", "Reconnects to Redis")
 OUTBOX_PENDING = Gauge(
     "chatd_outbox_pending", "Groups that Redis has not taken yet, of all nodes", multiprocess_mode="livemax"
 )
 OUTBOX_OLDEST = Gauge("chatd_outbox_oldest_seconds", "Age of the oldest of them", multiprocess_mode="livemax")
-OUTBOX_RELAYED = Counter("chatd_outbox_relayed_total", "Groups published late, after an outage or a crash")
-OUTBOX_EXPIRED = Counter("chatd_outbox_expired_total", "Groups given up, too old to publish")
+OUTBOX_RELAYED = Counter(
+    "chatd_outbox_relayed_total", "Groups that were published late, after an outage or a crash"
+)
+OUTBOX_EXPIRED = Counter(
+    "chatd_outbox_expired_total", "Groups that chatd gave up because they were too old to publish"
+)
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
 FOREIGN_REFUSED = Counter(
-    "chatd_foreign_refused_total", "Payloads of others on chat.messages that were not passed on", ["field"]
+    "chatd_foreign_refused_total", "Foreign payloads on chat.messages that chatd refused", ["field"]
 )
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
@@ -152,7 +162,7 @@ WEBHOOKS_WAITING = Gauge(
     "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
 )
 WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
-HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time in which the backend judged a message")
+HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time that the backend took to judge a message")
 HOOK_FAILURES = Counter(
     "chatd_hook_failures_total", "Messages and edits that the backend did not judge", ["reason"]
 )

@@ -79,7 +79,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.get("/<int:message_id>/delivery")
     @document_response(Delivery)
     async def delivery(message_id: int) -> Response:
-        """Who has read or received a message, who is online, and who needs a push notification."""
+        """The users who have read or received a message, who are online, and who need a push."""
         return answer(await chat.receipts.delivery(check_id("id", message_id)))
 
     return routes
