@@ -5,12 +5,14 @@ Every refusal is `unavailable` in time, nobody who is connected is harmed, and i
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -18,7 +20,7 @@ import pytest
 import redis
 import trio
 
-from tests.client import connect, login
+from tests.client import Client, connect, login
 from tests.conftest import Daemons
 from tests.daemon import Answer, Daemon
 from tests.services import PostgresServer, RedisServer
@@ -97,6 +99,71 @@ async def test_a_full_queue_refuses_at_once_and_a_retry_completes_it(daemons: Da
         await send(number)
     results = [result for answer in answers for result in answer.json["results"]]
     assert sorted(result["seq"] for result in results) == list(range(1, batches * BATCH + 1))
+
+
+# 60 kB of JSON, and twenty times as much memory when it is decoded.
+LISTS: list[Any] = [[]] * 20_000
+DECODED = 20_000 * 64
+
+
+def compact(body: Any) -> str:
+    return json.dumps(body, separators=(",", ":"))
+
+
+def peak_memory(daemon: Daemon) -> int:
+    """The most bytes that have been resident."""
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+async def send_batches(daemon: Daemon, count: int) -> None:
+    each = 30
+    message = {"conversation_id": 1, "sender_id": 9, "content": "x", "meta": LISTS}
+    body = compact({"messages": [message] * each}).encode()
+    async with trio.open_nursery() as nursery:
+        for _ in range(count // each):
+            nursery.start_soon(ask, daemon.request, "POST", "/api/ws/messages/batch", body)
+
+
+async def send_singly(daemon: Daemon, count: int) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(ask, partial(post, meta=LISTS), daemon, 1, "x")
+
+
+async def send_as_clients(daemon: Daemon, count: int) -> None:
+    each = 10
+
+    async def send(client: Client) -> None:
+        for number in range(each):
+            command = {"event": "send", "ref": number, "conversation_id": 1, "content": "x", "meta": LISTS}
+            await client.ws.send_message(compact(command))
+        for _ in range(each):
+            await client.next(WRITE_DEADLINE + SLACK)
+
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(login(daemon, 100 + n)) for n in range(count // each)]
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(send, client)
+
+
+@pytest.mark.parametrize("send", [send_batches, send_singly, send_as_clients])
+async def test_what_waits_takes_no_more_memory_than_it_came_in(
+    daemons: Daemons, send: Callable[[Daemon, int], Awaitable[None]]
+) -> None:
+    daemon = daemons(limits__sends_per_second=0, limits__meta_bytes=3 * len(LISTS) + 1)
+    before, count = peak_memory(daemon), 120
+
+    async def hold_the_writer(*, task_status: trio.TaskStatus[None]) -> None:
+        with foreign_lock(daemon):
+            task_status.started()
+            await ask(post, daemon, 1, "waits for the lock alone, and all that follows for the writer")
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hold_the_writer)
+        await send(daemon, count)
+    assert peak_memory(daemon) - before < count * DECODED * 2 / 3  # a group that is being written among it
 
 
 async def test_a_locked_database_is_said_and_heals_without_traffic(daemons: Daemons) -> None:

@@ -59,11 +59,6 @@ class Messages:
             self.check(command)
         return self._writer.submit([command], then)
 
-    async def post(self, command: Create) -> Created:
-        outcome = await self.submit(command).outcome()
-        assert isinstance(outcome, Created)
-        return outcome
-
     async def post_all(self, commands: list[Create | ChatError]) -> list[Created | ChatError]:
         """Each is accepted or refused on its own; what is refused already is passed through."""
         accepted = [command for command in commands if isinstance(command, Create)]

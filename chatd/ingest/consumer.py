@@ -26,6 +26,7 @@ from chatd.core.errors import BadRequest, ChatError, Superseded, TooLarge, Unava
 from chatd.ingest.stream import Entry, Intake, Refusal
 from chatd.observe import metrics
 from chatd.store.write.commands import Create
+from chatd.store.write.packing import pack
 
 IDLE = 1.0  # seconds between looks whether another node has stopped reading
 RETRY_FIRST, RETRY_MOST = 0.1, 2.0  # seconds between attempts, doubled each time, with jitter
@@ -125,7 +126,7 @@ class Ingest:
             self._messages.check(command)
         except ChatError as refusal:
             return refusal
-        return replace(command, fence=self._fence)
+        return replace(pack(command), fence=self._fence)
 
     async def _commit(self, commands: Sequence[Create]) -> list[Any] | None:
         """The outcome of each. Those that may or may not have been committed are tried until that is known.

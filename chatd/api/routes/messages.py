@@ -19,6 +19,7 @@ from chatd.chat.receipts import Delivery
 from chatd.core.errors import BadRequest, ChatError
 from chatd.core.limits import CLIENT_ID_CHARS
 from chatd.store.write.commands import Create, Created
+from chatd.store.write.packing import pack
 
 BATCH_BYTES = 4 * 1024 * 1024  # decoding more would keep the loop busy for over 10 ms
 BATCH_PATH = "/api/ws/messages/batch"
@@ -103,7 +104,7 @@ def _checked(chat: Chat, raw: msgspec.Raw) -> Create | ChatError:
         chat.messages.check(command)
     except ChatError as refusal:
         return refusal
-    return command
+    return pack(command)  # there may be a thousand of them, and they wait
 
 
 def stored(created: Created) -> Stored:

@@ -21,6 +21,8 @@ from chatd.chat.posts import NewMessage, create, decode
 from chatd.config.settings import Settings
 from chatd.core.errors import ChatError, TooLarge
 from chatd.observe import metrics
+from chatd.store.write.commands import Created
+from chatd.store.write.writer import Submission
 
 PATH = "/api/ws/messages"
 
@@ -64,10 +66,14 @@ class Post:
             check_host(headers.get(b"host", b"").decode("latin-1"))
         tokens = _values(lines, b"x-internal-token")
         check_access(self._settings.now.api, tokens, origin=b"origin" in headers)
-        raw = await _body(headers, receive)
-        message = decode(NewMessage, raw, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
-        command = create(message, check_key(_values(lines, b"idempotency-key")))
-        return msgspec.json.encode(stored(await self._chat.messages.post(command)))
+        created = await self._submit(lines, headers, await _body(headers, receive)).outcome()
+        assert isinstance(created, Created)
+        return msgspec.json.encode(stored(created))
+
+    def _submit(self, lines: Lines, headers: Headers, body: bytes) -> Submission:
+        """On its own, so that nothing of the message waits for the writer but what the writer counts."""
+        message = decode(NewMessage, body, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
+        return self._chat.messages.submit(create(message, check_key(_values(lines, b"idempotency-key"))))
 
 
 def _values(lines: Lines, name: bytes) -> list[bytes]:

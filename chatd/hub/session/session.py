@@ -375,25 +375,27 @@ class Session:
             wanted = await self._chat.before_message.check(wanted)
         await self._requests.slot()
         try:
-            self._chat.messages.submit(wanted, partial(self._written, command))
+            self._chat.messages.submit(wanted, partial(self._written, command.ref))
             self._requests.submitted()
         except BaseException:
             self._requests.free()
             raise
 
-    def _written(self, command: protocol.Command, outcomes: Sequence[Outcome]) -> None:
-        """Called by the writer, also when this connection has ended meanwhile: nothing is sent then."""
+    def _written(self, ref: Any, outcomes: Sequence[Outcome]) -> None:
+        """Called by the writer, also when this connection has ended meanwhile: nothing is sent then. Of the
+        command it has the `ref` alone: the rest is large when it is decoded.
+        """
         self._requests.free()
         self._requests.written()
         (outcome,) = outcomes
         match outcome:
             case ChatError():
-                self._tell_error(outcome, command.ref)
+                self._tell_error(outcome, ref)
             case Created(id, seq, created_at, client_id, duplicate):
                 again = {"duplicate": True} if duplicate else {}
-                self._ok(command.ref, id=id, seq=seq, created_at=created_at, client_id=client_id, **again)
+                self._ok(ref, id=id, seq=seq, created_at=created_at, client_id=client_id, **again)
             case Changed(id, seq):
-                self._ok(command.ref, id=id, seq=seq)
+                self._ok(ref, id=id, seq=seq)
 
     # Replying. Also once no event is sent any more: who sent a command wants to know what became of it.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from sys import getsizeof
+from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -14,8 +15,10 @@ from chatd.store.write.commands import AnyCommand, Create, Edit
 
 EACH = 700  # bytes of a command and of what waits for its outcome, beside its fields
 
+C = TypeVar("C", bound=AnyCommand)
 
-def pack(command: AnyCommand) -> AnyCommand:
+
+def pack(command: C) -> C:
     if isinstance(command, Create | Edit) and command.meta and isinstance(command.meta, dict | list):
         return msgspec.structs.replace(command, meta=Raw(msgspec.json.encode(command.meta)))
     return command
