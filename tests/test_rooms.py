@@ -124,7 +124,7 @@ def test_what_was_buffered_goes_no_further_than_there_is_room() -> None:
     ear.full = True
     subscription.settle(4)
     assert (ear.seqs, ear.falls, subscription.cursor) == ([], 1, 4)
-    assert subscription.torn, "it is read from the database"
+    assert subscription.lost, "it is read from the database"
 
 
 @given(st.lists(st.integers(1, 12), min_size=1), st.integers(0, 12), st.integers(0, 12))
@@ -196,9 +196,9 @@ def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
     subscription = Subscription(Room(1), ear, entitled=True)
     big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1), previous=None)
     subscription.deliver(Piece([big]))
-    assert subscription.torn
+    assert subscription.lost
     subscription.hold()
-    assert not subscription.torn
+    assert not subscription.lost
 
 
 def test_a_subscription_that_would_miss_something_says_so_instead() -> None:

@@ -21,7 +21,7 @@ from chatd.net.gate import BACKLOG, somebody_waits
 from chatd.net.lobby import Lobby
 from chatd.observe.sampler import Sampler
 
-FOR_EVER = 1e9  # seconds; the daemon has deadlines of its own
+UNLIMITED = 1e9  # seconds; the daemon has deadlines of its own
 SETTLE = 0.1  # seconds until Hypercorn has stopped accepting
 LAST_ACCEPTS = 1.0  # seconds for those who had connected already when the daemon stops
 
@@ -86,7 +86,7 @@ def _settings(listening: socket.socket, leave: Leave) -> connection.Settings:
     settings.lobby = Lobby(unknown_places(raise_descriptor_limit()))
     settings.listening = listening
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise
-    settings.graceful_timeout = FOR_EVER
+    settings.graceful_timeout = UNLIMITED
     settings.include_server_header = False
     settings.accesslog = None
     settings.errorlog = logging.getLogger("chatd.http")

@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 DEFAULT_TYPE = "text"  # of a message whose sender names none
+FOR_EVER = "9999-12-31T23:59:59.000000Z"  # the last moment that can be written
 
 
 class Message(Struct, frozen=True, omit_defaults=True):

@@ -9,7 +9,6 @@ from sqlalchemy import Connection, text
 from chatd.core.model import timestamp
 
 LONG_AGO = "1970-01-01T00:00:00.000000Z"  # due whatever the clock says, and before everything else
-FOR_EVER = "9999-12-31T00:00:00.000000Z"  # after everything else
 
 
 class Clock:

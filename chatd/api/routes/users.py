@@ -22,10 +22,10 @@ from chatd.api.schemas import (
 from chatd.chat.chat import Chat
 from chatd.chat.users import User
 from chatd.core.errors import BadRequest
+from chatd.core.model import FOR_EVER
 
-FOR_EVER = "9999-12-31T23:59:59.000000Z"
 AHEAD = 60  # seconds that a backend's clock may be ahead of ours
-MOST_SECONDS = 253402300799  # the same, as unix seconds
+MOST_SECONDS = 253402300799  # FOR_EVER as unix seconds
 
 
 def blueprint(chat: Chat) -> Blueprint:

@@ -38,8 +38,8 @@ class Subscription:
     """
 
     __slots__ = (
-        *("_buffer", "_buffered", "_flat", "_opened", "_try_push", "cursor", "entered", "entitled"),
-        *("epoch", "joined", "listener", "mark", "presence", "presence_missed", "room", "torn", "visiting"),
+        *("_buffer", "_buffered", "_flat", "_opened", "_try_push", "cursor", "doubted", "entered", "entitled"),
+        *("epoch", "joined", "listener", "lost", "mark", "presence", "presence_missed", "room", "visiting"),
     )
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
@@ -67,13 +67,14 @@ class Subscription:
         """Buffer from now on: a snapshot is about to be read."""
         self._buffer: list[Piece | bytes] | None = []  # None: live
         self._buffered = 0
-        self.torn = False  # the buffer has lost something
+        self.lost = False  # something that came was not kept
+        self.doubted = False  # the snapshot that is being read just now must be read again
         self._opened = self.room.head is not None
 
     def wait_at(self, position: Position, epoch: str | None) -> None:
         """Keep nothing until a snapshot is about to be read: that may take long, and all of it is read then."""
         self.hold()
-        self.torn = True
+        self.lost = True
         self.cursor, self.mark, self.epoch = position.after or 0, position.mark, epoch
         self.entered = True
 
@@ -85,13 +86,13 @@ class Subscription:
         """The snapshot that is being read may be older than a removal: keep nothing, and have it read again."""
         if self._buffer is not None:
             self._buffer.clear()
-            self.torn = True
+            self.doubted = True
 
     def fits(self, seq: int, members_version: int | None = None) -> bool:
         """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out, and
         all of that may be told (see `settle`)."""
         # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
-        whole = not self.torn and (self._opened or seq >= (self.room.opened_at or 0))
+        whole = not self.lost and not self.doubted and (self._opened or seq >= (self.room.opened_at or 0))
         return whole and len(self._allowed(members_version)) == len(self._buffer or ())
 
     def settle(self, seq: int, mark: str | UnsetType | None = None, members_version: int | None = None) -> None:
@@ -169,8 +170,8 @@ class Subscription:
         self._buffered += size
         if self._buffered > BUFFER_BYTES:
             self._buffer.clear()
-            self.torn = True
-        elif not self.torn:
+            self.lost = True
+        elif not self.lost and not self.doubted:
             self._buffer.append(item)
 
 

@@ -66,7 +66,7 @@ class Subscriptions:
 
     def resync(self, subscription: Subscription) -> None:
         if subscription.buffering:
-            subscription.torn = True  # what is being read just now must be read again
+            subscription.doubted = True  # what is being read just now must be read again
         else:
             metrics.RESETS.labels("overflow").inc()
             subscription.wait()
@@ -74,7 +74,7 @@ class Subscriptions:
 
     def fall_behind(self, subscription: Subscription) -> None:
         if subscription.buffering:
-            subscription.torn = True
+            subscription.lost = True
             return
         metrics.BEHIND.inc()
         subscription.wait()

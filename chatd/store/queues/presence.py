@@ -32,7 +32,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.core.errors import Unavailable
-from chatd.store.clock import FOR_EVER, LONG_AGO, Clock
+from chatd.core.model import FOR_EVER
+from chatd.store.clock import LONG_AGO, Clock
 from chatd.store.keys import INTEGERS, PAIRS, as_parameter, listed
 from chatd.store.schema import attendance, nodes, present, webhooks
 
