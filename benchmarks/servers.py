@@ -29,7 +29,7 @@ from chatd.core.protocol import change_payload
 from chatd.daemon import garbage, lifecycle
 from chatd.daemon.listen import open_socket
 from chatd.hub.fanout.rooms import Subscription
-from chatd.net.descriptors import client_places, raise_descriptor_limit
+from chatd.net.descriptors import client_slots, raise_descriptor_limit
 from chatd.observe import logs
 from chatd.store.database import Store, open_store
 
@@ -122,7 +122,7 @@ class ChatdServer:
             await nursery.start(parts.writer.run)
             await nursery.start(parts.fanout.run)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-            await nursery.start(parts.hub.serve, [listener], client_places(raise_descriptor_limit()))
+            await nursery.start(parts.hub.serve, [listener], client_slots(raise_descriptor_limit()))
             status.started(listening.getsockname()[1])
 
     async def _one_by_one(self, changes: Sequence[Change], pause: float) -> None:

@@ -14,12 +14,12 @@ from sqlalchemy import select, text
 
 from chatd.chat.leases import BEAT, LOOKS, Leases, Life
 from chatd.chat.presence import ROOMS, USERS, Presence
-from chatd.chat.presence_webhooks import Attendance
+from chatd.chat.presence_webhooks import PresenceWebhooks
 from chatd.config import Database
 from chatd.core.errors import Unavailable
 from chatd.store import schema
 from chatd.store.database import Store, open_store
-from chatd.store.queues.presence import SLICE, Attendances, Change, Lease, LeaseLost, Seen
+from chatd.store.queues.presence import SLICE, Change, Lease, LeaseLost, PresenceTable, Seen
 from tests.backend import Backend as HttpBackend
 from tests.backend import serving
 from tests.client import login
@@ -78,7 +78,7 @@ class Backend:
 class Node:
     def __init__(self, store: Store, name: str, *, alone: bool = False, events: Any = EVENTS) -> None:
         self.presence = Presence(name, None if alone else lambda signal: None)
-        self.attendance = Attendance(store.attendances, self.presence, events)
+        self.attendance = PresenceWebhooks(store.presence, self.presence, events)
         self.stop = trio.Event()
         self.scope = trio.CancelScope()
 
@@ -112,14 +112,14 @@ async def test_two_nodes_that_write_the_same_users_do_not_wait_for_each_other(
     """Users who move from one node to the other change on both, and are due at different moments there."""
     other = open_store(Database(url=database_url))
 
-    async def write(table: Attendances, number: int) -> None:
+    async def write(table: PresenceTable, number: int) -> None:
         lease = Lease(f"lease-{number}", f"node-{number}")
         for _ in range(50):
             changes = [Change((USERS, user), True, 9 + (user + number) % 2) for user in range(SLICE)]
             await table.turn(lease, changes, None)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(write, store.attendances, 0)
+        nursery.start_soon(write, store.presence, 0)
         nursery.start_soon(write, other.attendances, 1)
     other.close()
     with store._writing.connect() as connection:
@@ -226,7 +226,7 @@ async def test_a_database_that_is_away_makes_nobody_go_offline(
         raise Unavailable
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.attendances, "_in_thread", away)
+        patch.setattr(store.presence, "_in_thread", away)
         one.presence.leave(USERS, 1)
         other.presence.arrive(USERS, 3)
         await trio.sleep((LOOKS + 3) * BEAT / HASTE)
@@ -240,7 +240,7 @@ async def test_an_answer_that_was_lost_costs_no_lease(
     one = cluster.start("one")
     one.presence.arrive(USERS, 1)
     await cluster.backend.comes_to_believe(1)
-    real, lost = store.attendances._in_thread, 0
+    real, lost = store.presence._in_thread, 0
 
     async def committed_but_not_answered(work: Any, *arguments: Any) -> Any:
         nonlocal lost
@@ -250,7 +250,7 @@ async def test_an_answer_that_was_lost_costs_no_lease(
             raise Unavailable
         return answer
 
-    monkeypatch.setattr(store.attendances, "_in_thread", committed_but_not_answered)
+    monkeypatch.setattr(store.presence, "_in_thread", committed_but_not_answered)
     lease = one.attendance._lease.name
     one.presence.leave(USERS, 1)
     await cluster.backend.comes_to_believe()
@@ -307,7 +307,7 @@ async def test_versions_grow_whatever_the_clock_says(store: Store, monkeypatch: 
         return "user.online", b"{}"
 
     for present in (True, False, True):
-        await store.attendances.turn(lease, [Change((USERS, 1), present, 0)], announce)
+        await store.presence.turn(lease, [Change((USERS, 1), present, 0)], announce)
         monkeypatch.setattr("chatd.store.clock.Clock.milliseconds", 5)  # it was set back
     assert told == [told[0], told[0] + 1, told[0] + 2]
 
@@ -320,7 +320,7 @@ async def test_a_change_waits_and_a_later_one_makes_it_wait_longer(store: Store)
         told.append(present)
 
     def turn(*changes: Change) -> Any:
-        return store.attendances.turn(lease, changes, announce)
+        return store.presence.turn(lease, changes, announce)
 
     await turn(Change((USERS, 1), True, 1))
     assert told == []
@@ -338,7 +338,7 @@ async def test_no_turn_walks_over_everybody_who_was_ever_seen(tmp_path: Path) ->
     ran: list[tuple[str, Any]] = []
     async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
         events.listen(b.store._writing, "before_cursor_execute", lambda *given: ran.append(given[2:4]))
-        lease, table = Lease("l", "n"), b.store.attendances
+        lease, table = Lease("l", "n"), b.store.presence
         for present in (True, False):
             await table.turn(lease, [Change((USERS, 1), present, 0)], lambda *_: None)
         await table.turn(lease, [Change((USERS, 2), True, 0)], None)
@@ -351,15 +351,15 @@ async def test_no_turn_walks_over_everybody_who_was_ever_seen(tmp_path: Path) ->
 
 async def test_a_lease_that_others_ended_is_lost(store: Store) -> None:
     mine, theirs = Lease("mine", "one"), Lease("theirs", "other")
-    await store.attendances.turn(mine, [Change((USERS, 1), True, 0)], None)
-    turned = await store.attendances.turn(theirs, [], None)
+    await store.presence.turn(mine, [Change((USERS, 1), True, 0)], None)
+    turned = await store.presence.turn(theirs, [], None)
     assert turned.others == [Seen("mine", "one", 1)]
-    await store.attendances.turn(mine, [], None)
-    assert await store.attendances.end("mine", 1, 0), "it lives: its beat has moved"
-    await store.attendances.turn(mine, [], None)
-    assert await store.attendances.end("mine", 3, 0)
+    await store.presence.turn(mine, [], None)
+    assert await store.presence.end("mine", 1, 0), "it lives: its beat has moved"
+    await store.presence.turn(mine, [], None)
+    assert await store.presence.end("mine", 3, 0)
     with pytest.raises(LeaseLost):
-        await store.attendances.turn(mine, [Change((USERS, 2), True, 0)], None)
+        await store.presence.turn(mine, [Change((USERS, 2), True, 0)], None)
     with store._writing.connect() as connection:
         assert connection.execute(select(schema.present)).all() == []
 

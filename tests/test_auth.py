@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from chatd.auth.keyserver import KEEP, UNKNOWN, KeyServer
 from chatd.auth.tokens import Tokens
-from chatd.backend.auth_callback import Backend as BackendAuth
+from chatd.backend.auth_callback import AuthCallback
 from chatd.backend.breaker import REST
 from chatd.backend.fetch import Answer, Fetcher
 from chatd.config import Api, Auth, Config
@@ -226,9 +226,9 @@ async def test_a_key_server_that_is_down_is_no_refusal(fetch: Fetcher, backend: 
 # The backend's word.
 
 
-def by_backend(fetch: Fetcher, backend: Backend, **more: Any) -> BackendAuth:
+def by_backend(fetch: Fetcher, backend: Backend, **more: Any) -> AuthCallback:
     config = Config(api=Api(internal_token="internal"), auth=Auth(backend_url=f"{backend.url}/auth", **more))
-    return BackendAuth(Settings(config), fetch)
+    return AuthCallback(Settings(config), fetch)
 
 
 async def test_the_backend_says_who_it_is_and_is_asked_once(fetch: Fetcher, backend: Backend) -> None:

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from chatd.store.read import batching
-from chatd.store.read.batching import GATHERED, Gathered
+from chatd.store.read.batching import GATHERED, Batcher
 
 Request = tuple[int, str, int]  # whose, what, and its weight
 HEAVY = GATHERED + 1
@@ -44,8 +44,8 @@ def database() -> Database:
 
 
 @pytest.fixture
-def ask(database: Database) -> Gathered[Request, str]:
-    return Gathered(database, database.many, lambda one: one[2], lambda one: one[0])  # type: ignore[arg-type]
+def ask(database: Database) -> Batcher[Request, str]:
+    return Batcher(database, database.many, lambda one: one[2], lambda one: one[0])  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "GATHER", 0.0)
 
 
-async def test_many_reads_of_one_user_hold_up_nobody(database: Database, ask: Gathered[Request, str]) -> None:
+async def test_many_reads_of_one_user_hold_up_nobody(database: Database, ask: Batcher[Request, str]) -> None:
     """Twenty connections of one user ask for what takes long: one read of theirs is on its way, not all."""
     database.held[1] = threading.Event()
     async with trio.open_nursery() as nursery:
@@ -67,9 +67,7 @@ async def test_many_reads_of_one_user_hold_up_nobody(database: Database, ask: Ga
         database.held.pop(1).set()
 
 
-async def test_equal_requests_of_one_user_are_read_once(
-    database: Database, ask: Gathered[Request, str]
-) -> None:
+async def test_equal_requests_of_one_user_are_read_once(database: Database, ask: Batcher[Request, str]) -> None:
     database.held[1] = threading.Event()
     answers: list[str] = []
 
@@ -88,7 +86,7 @@ async def test_equal_requests_of_one_user_are_read_once(
 
 
 async def test_who_has_had_much_waits_and_others_do_not(
-    database: Database, ask: Gathered[Request, str], autojump_clock: trio.testing.MockClock
+    database: Database, ask: Batcher[Request, str], autojump_clock: trio.testing.MockClock
 ) -> None:
     """A user has a share of one reader in the long run; nobody else waits for the rest of it."""
     autojump_clock.autojump_threshold = math.inf
@@ -97,7 +95,7 @@ async def test_who_has_had_much_waits_and_others_do_not(
         autojump_clock.jump(0.6)
         return ["long"]
 
-    slow: Gathered[Request, str] = Gathered(long_read, database.many, lambda one: one[2], lambda one: one[0])  # type: ignore[arg-type]
+    slow: Batcher[Request, str] = Batcher(long_read, database.many, lambda one: one[2], lambda one: one[0])  # type: ignore[arg-type]
     finished: list[tuple[int, float]] = []
 
     async def read(user: int) -> None:
@@ -116,7 +114,7 @@ async def test_who_has_had_much_waits_and_others_do_not(
     assert begun - finished[0][1] == pytest.approx((0.6 - batching.FREE) / batching.SHARE)
 
 
-async def test_users_take_turns(database: Database, ask: Gathered[Request, str]) -> None:
+async def test_users_take_turns(database: Database, ask: Batcher[Request, str]) -> None:
     database.held[1] = threading.Event()
     database.held[2] = threading.Event()
     async with trio.open_nursery() as nursery:
@@ -132,7 +130,7 @@ async def test_users_take_turns(database: Database, ask: Gathered[Request, str])
     assert {one[0] for one in database.reads[2]} == {3, 4}
 
 
-async def test_who_goes_away_takes_nobody_along(database: Database, ask: Gathered[Request, str]) -> None:
+async def test_who_goes_away_takes_nobody_along(database: Database, ask: Batcher[Request, str]) -> None:
     """The task that reads is cancelled: another one of those who wait begins again."""
     database.held[1] = threading.Event()
     answers: list[str] = []

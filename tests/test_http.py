@@ -22,7 +22,7 @@ import trio
 import trio.testing
 
 from chatd.api import connection
-from chatd.api.connection import Connection, Settings
+from chatd.api.connection import Connection, HypercornConfig
 from chatd.api.leave import Leave
 from chatd.net.lobby import Lobby
 from tests.conftest import Daemons
@@ -221,7 +221,7 @@ async def _hello(scope: Any, receive: Any, send: Any, *_: Any) -> None:
 async def served(app: Any = _hello) -> AsyncIterator[tuple[socket.socket, Leave, trio.Event]]:
     """A client's socket, and what ends the connection behind it."""
     leaving = trio.Event()
-    settings = Settings()
+    settings = HypercornConfig()
     settings.leave, settings.lobby = Leave(leaving), Lobby(100)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:

@@ -277,7 +277,7 @@ class Interrupted(redis.Redis):
         return super().execute_command(*arguments, **options)
 
 
-def interrupted(reader: stream.Intake, url: str, number: int, action: Callable[[], None]) -> None:
+def interrupted(reader: stream.IngestStream, url: str, number: int, action: Callable[[], None]) -> None:
     """From now on the reader's client is one to which that happens."""
     reader.close()
     reader._client = client = Interrupted.from_url(url, protocol=2)
@@ -286,7 +286,7 @@ def interrupted(reader: stream.Intake, url: str, number: int, action: Callable[[
 
 @pytest.mark.parametrize("number", range(1, 8))
 def test_what_a_paused_reader_gets_in_the_middle_of_a_takeover_is_not_lost(
-    readers: tuple[stream.Intake, stream.Intake, Any], own_redis: RedisServer, number: int
+    readers: tuple[stream.IngestStream, stream.IngestStream, Any], own_redis: RedisServer, number: int
 ) -> None:
     """It looks as if it had nothing, and in that moment it is given something."""
     first, second, looking = readers
@@ -309,7 +309,7 @@ def test_what_a_paused_reader_gets_in_the_middle_of_a_takeover_is_not_lost(
 
 @pytest.mark.parametrize("number", range(1, 5))
 def test_a_reader_that_was_followed_in_the_middle_of_a_read_gets_nothing_new(
-    readers: tuple[stream.Intake, stream.Intake, Any], own_redis: RedisServer, number: int
+    readers: tuple[stream.IngestStream, stream.IngestStream, Any], own_redis: RedisServer, number: int
 ) -> None:
     first, second, looking = readers
     assert first.hold()
@@ -333,9 +333,9 @@ def test_a_reader_that_was_followed_in_the_middle_of_a_read_gets_nothing_new(
 
 
 @pytest.fixture
-def readers(own_redis: RedisServer) -> Iterator[tuple[stream.Intake, stream.Intake, Any]]:
+def readers(own_redis: RedisServer) -> Iterator[tuple[stream.IngestStream, stream.IngestStream, Any]]:
     """Two that read by turns, and a client that looks."""
-    first, second = (stream.Intake(Redis(url=own_redis.url), name) for name in ("first", "second"))
+    first, second = (stream.IngestStream(Redis(url=own_redis.url), name) for name in ("first", "second"))
     looking = redis.Redis.from_url(own_redis.url, protocol=2)
     yield first, second, looking
     for one in (first, second, looking):
@@ -343,7 +343,7 @@ def readers(own_redis: RedisServer) -> Iterator[tuple[stream.Intake, stream.Inta
 
 
 def test_nothing_is_read_or_settled_without_the_lease(
-    readers: tuple[stream.Intake, stream.Intake, Any],
+    readers: tuple[stream.IngestStream, stream.IngestStream, Any],
 ) -> None:
     first, second, looking = readers
     assert first.hold()
@@ -361,7 +361,7 @@ def test_nothing_is_read_or_settled_without_the_lease(
 
 
 def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
-    readers: tuple[stream.Intake, stream.Intake, Any], monkeypatch: pytest.MonkeyPatch
+    readers: tuple[stream.IngestStream, stream.IngestStream, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "DEAD_KEPT", 1024 * 1024)
     reader, _, looking = readers
@@ -378,7 +378,7 @@ def test_what_is_refused_is_kept_up_to_a_number_of_bytes(
 
 
 def test_many_small_ones_that_are_refused_do_not_hold_redis_up(
-    readers: tuple[stream.Intake, stream.Intake, Any],
+    readers: tuple[stream.IngestStream, stream.IngestStream, Any],
 ) -> None:
     """Redis walks over all that is kept to say how large it is: not for each entry."""
     reader, _, looking = readers

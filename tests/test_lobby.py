@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from chatd.hub.admission.handshake_rate import SHARE, Handshakes
+from chatd.hub.admission.handshake_rate import SHARE, HandshakeRate
 from chatd.net import lobby
 from chatd.net.lobby import Lobby, Stay
 from tests.backend import Asked, serving
@@ -190,7 +190,7 @@ async def test_of_a_crowd_that_we_keep_waiting_the_last_goes(hall: Lobby, held: 
 
 
 async def test_no_address_uses_up_the_handshakes_of_others() -> None:
-    handshakes = Handshakes(100)
+    handshakes = HandshakeRate(100)
     taken = sum(handshakes.take("crowd") for _ in range(1000))
     assert 100 <= taken <= 120
     for n in range(10):

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from chatd.hub.connection.send_queue import UNFINISHED_READS, Outbox
+from chatd.hub.connection.send_queue import UNFINISHED_READS, SendQueue
 
 LIMIT = 64 * 1024
 
@@ -37,7 +37,7 @@ async def read_exactly(stream: trio.SocketStream, size: int) -> bytes:
 async def test_a_push_is_written_at_once_and_needs_no_task(nursery: trio.Nursery) -> None:
     ours, theirs = pair()
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000)
         tasks = len(nursery.child_tasks)
         outbox.push(b"one")
         outbox.push(b"two")
@@ -48,7 +48,7 @@ async def test_a_push_is_written_at_once_and_needs_no_task(nursery: trio.Nursery
 async def test_what_the_kernel_does_not_take_follows_in_order(nursery: trio.Nursery) -> None:
     ours, theirs = pair(small=True)
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=10 * LIMIT)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000, limit=10 * LIMIT)
         frames = [bytes([number]) * 1777 for number in range(200)]
         for frame in frames[:150]:
             outbox.push(frame)
@@ -68,7 +68,7 @@ async def test_a_cancelled_flush_leaves_no_half_frame_behind_a_whole_one() -> No
     ours, theirs = pair(small=True)
     async with ours, theirs:
         async with trio.open_nursery() as nursery:
-            outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=10 * LIMIT)
+            outbox = SendQueue(ours, nursery, unfinished_bytes=1000, limit=10 * LIMIT)
             frames = [bytes([number]) * 1000 for number in range(100)]
             for frame in frames:
                 outbox.push(frame)
@@ -86,7 +86,7 @@ async def test_past_the_limit_a_slow_reader_is_cut(nursery: trio.Nursery) -> Non
     """G8: it costs the limit and one frame at most, and the peer sees its connection end."""
     ours, theirs = pair(small=True)
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
         most = 0
         for _ in range(1000):
             outbox.push(b"x" * 1000)
@@ -107,7 +107,7 @@ async def test_what_may_be_left_out_is_left_out_past_half_of_the_limit(nursery: 
     """G8: messages keep their place, and the connection its life, for longer."""
     ours, theirs = pair(small=True)
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
         outbox.offer(b"typing")
         assert await read_exactly(theirs, 6) == b"typing"
         sent = b""
@@ -129,7 +129,7 @@ async def test_what_may_be_left_out_is_left_out_past_half_of_the_limit(nursery: 
 async def test_nothing_more_is_read_for_a_peer_that_does_not_read(nursery: trio.Nursery) -> None:
     ours, theirs = pair(small=True)
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000, limit=LIMIT)
         while not outbox.congested:
             outbox.push(b"x" * 1000)
         waited = trio.Event()
@@ -150,7 +150,7 @@ async def test_nothing_more_is_read_for_a_peer_that_does_not_read(nursery: trio.
 async def test_a_peer_that_vanished_cuts_quietly(nursery: trio.Nursery) -> None:
     ours, theirs = pair()
     async with ours:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000)
         theirs.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await theirs.aclose()
         with trio.fail_after(5):
@@ -163,7 +163,7 @@ async def test_a_peer_that_vanished_cuts_quietly(nursery: trio.Nursery) -> None:
 async def test_too_much_without_a_finished_message_ends_the_connection(nursery: trio.Nursery) -> None:
     ours, theirs = pair()
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000)
         for _ in range(10):
             await theirs.send_all(b"x" * 900)
             await read_exactly(outbox, 900)  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ async def test_pings_and_pongs_are_no_unfinished_messages(nursery: trio.Nursery)
     """A client that only pings, or only answers pings, may do so for ever."""
     ours, theirs = pair()
     async with ours, theirs:
-        outbox = Outbox(ours, nursery, unfinished_bytes=1000)
+        outbox = SendQueue(ours, nursery, unfinished_bytes=1000)
         for _ in range(UNFINISHED_READS + 100):
             await theirs.send_all(b"\x89\x84maskping")
             assert await outbox.receive_some(4096) == b"\x89\x84maskping"
@@ -200,7 +200,7 @@ async def test_a_goodbye_waits_for_a_slow_peer_and_not_for_a_silent_one(
         ours, theirs = pair(small=True)
         async with ours, theirs:
             async with trio.open_nursery() as connection:
-                outbox = Outbox(ours, connection, unfinished_bytes=1000, limit=10 * LIMIT)
+                outbox = SendQueue(ours, connection, unfinished_bytes=1000, limit=10 * LIMIT)
                 await outbox.send_all(b"x" * LIMIT)
                 assert outbox.queued
                 connection.cancel_scope.cancel()

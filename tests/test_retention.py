@@ -16,7 +16,7 @@ from sqlalchemy import text
 from chatd.config import Config
 from chatd.config import Retention as Kept
 from chatd.config.settings import Settings
-from chatd.daemon.retention import Retention
+from chatd.daemon.retention import RetentionClock
 from chatd.store.read import lookups
 from chatd.store.upkeep import erasure, retention, scans
 from chatd.store.upkeep.retention import Pruner, Rules
@@ -337,7 +337,7 @@ async def test_the_daemon_does_it_by_itself(database_url: str, monkeypatch: pyte
     async with bench(database_url) as b:
         await b.do(*[post(f"{n}") for n in range(4)])
         async with trio.open_nursery() as nursery:
-            await nursery.start(Retention(settings, b.store.retention, first=0.0).run)
+            await nursery.start(RetentionClock(settings, b.store.retention, first=0.0).run)
             await trio.sleep(0.2)
             assert len(await contents(b)) == 4, "off by default"
             settings.change(Config(retention=Kept(messages=1)))

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from chatd.core.model import Change, Kind
 from chatd.core.protocol import text_frame
-from chatd.hub.fanout.chunks import Piece, pieces
+from chatd.hub.fanout.chunks import Chunk, chunks
 from chatd.hub.fanout.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
 
 
@@ -62,8 +62,8 @@ def change(seq: int, kind: Kind = Kind.CREATED) -> Change:
     return Change(1, seq, kind, str(seq).encode(), previous=None)
 
 
-def piece(*seqs: int) -> Piece:
-    return Piece([change(seq) for seq in seqs])
+def chunk(*seqs: int) -> Chunk:
+    return Chunk([change(seq) for seq in seqs])
 
 
 def live(ear: Ear, cursor: int) -> Subscription:
@@ -81,7 +81,7 @@ def test_any_order_with_echoes_comes_out_once_and_in_order(
     ear = Ear()
     subscription = live(ear, head)
     for seq in [*order, *echoes]:
-        for one in pieces(room.accept([change(seq)])):
+        for one in chunks(room.accept([change(seq)])):
             subscription.deliver(one)
             subscription.deliver(one)  # an echo through Redis, say
     assert ear.seqs == list(range(head + 1, 30))
@@ -105,7 +105,7 @@ def test_who_falls_behind_misses_nothing(steps: list[tuple[int, bool, bool]], po
             )
         else:
             reads = False
-        for one in pieces(room.accept([change((room.head or 0) + 1 + n) for n in range(count)])):
+        for one in chunks(room.accept([change((room.head or 0) + 1 + n) for n in range(count)])):
             subscription.deliver(one)
         if reads and end == reached and subscription.fits(end):
             subscription.settle(end)
@@ -120,7 +120,7 @@ def test_what_was_buffered_goes_no_further_than_there_is_room() -> None:
     """Ten rooms that were busy while a client came in would be more than its outbox."""
     ear = Ear()
     subscription = Subscription(Room(1), ear, entitled=True)
-    subscription.deliver(piece(4, 5))
+    subscription.deliver(chunk(4, 5))
     ear.full = True
     subscription.settle(4)
     assert (ear.seqs, ear.falls, subscription.cursor) == ([], 1, 4)
@@ -138,7 +138,7 @@ def test_a_snapshot_and_what_was_buffered_meanwhile_fit_together(
     subscription = Subscription(room, ear, entitled=True)
     head = joined_at
     for step in steps:
-        for one in pieces(room.accept([change(seq) for seq in range(head + 1, head + step + 1)])):
+        for one in chunks(room.accept([change(seq) for seq in range(head + 1, head + step + 1)])):
             subscription.deliver(one)
         head += step
     snapshot = min(head, joined_at + snapshot_lag)
@@ -166,7 +166,7 @@ def test_a_snapshot_from_before_the_room_was_opened_is_not_enough() -> None:
     assert not slow.fits(3), "4 and 5 are in no buffer"
     slow.hold()
     assert slow.fits(5)
-    for one in pieces(room.accept([change(6)])):
+    for one in chunks(room.accept([change(6)])):
         quick.deliver(one)
         slow.deliver(one)
     slow.settle(5)
@@ -195,7 +195,7 @@ def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
     ear = Ear()
     subscription = Subscription(Room(1), ear, entitled=True)
     big = Change(1, 1, Kind.CREATED, b"x" * (BUFFER_BYTES + 1), previous=None)
-    subscription.deliver(Piece([big]))
+    subscription.deliver(Chunk([big]))
     assert subscription.lost
     subscription.hold()
     assert not subscription.lost
@@ -204,14 +204,14 @@ def test_a_buffer_that_overflows_asks_for_another_snapshot() -> None:
 def test_a_subscription_that_would_miss_something_says_so_instead() -> None:
     ear = Ear()
     subscription = live(ear, cursor=3)
-    subscription.deliver(piece(6, 7))
+    subscription.deliver(chunk(6, 7))
     assert (ear.seqs, ear.resyncs) == ([], 1)
 
 
 def test_a_flat_listener_gets_new_messages_only() -> None:
     ear = Ear(flat=True)
     subscription = live(ear, cursor=1)
-    subscription.deliver(Piece([change(1), change(2), change(3, Kind.EDITED), change(4)]))
+    subscription.deliver(Chunk([change(1), change(2), change(3, Kind.EDITED), change(4)]))
     assert ear.seqs == [2, 4]
 
 
@@ -305,9 +305,9 @@ def test_a_subscription_takes_nothing_that_follows_another_change(flat: bool) ->
         ear = Ear(flat=flat)
         subscription = Subscription(Room(1), ear, entitled=True)
         subscription.settle(5, "b5")
-        subscription.deliver(Piece([marked("a", seq) for seq in run]))
+        subscription.deliver(Chunk([marked("a", seq) for seq in run]))
         assert (ear.seqs, ear.resyncs, subscription.cursor) == ([], 1, 5)
-        subscription.deliver(Piece([marked("b", seq) for seq in run]))
+        subscription.deliver(Chunk([marked("b", seq) for seq in run]))
         assert (ear.seqs, ear.resyncs) == ([seq for seq in run if seq > 5], 1)
 
 
@@ -324,7 +324,7 @@ def test_whatever_comes_a_room_tells_one_history(data: st.DataObject, fork: int)
 
 def test_a_long_run_is_cut_into_pieces() -> None:
     run = [Change(1, seq, Kind.CREATED, b"x" * 20_000) for seq in range(1, 11)]
-    cut = list(pieces(run))
+    cut = list(chunks(run))
     assert [(p.first, p.last) for p in cut] == [(1, 3), (4, 6), (7, 9), (10, 10)]
 
 
@@ -382,7 +382,7 @@ async def test_a_thousand_tasks_join_leave_and_are_cancelled_at_random_points(se
                 payload = b"%d:%d" % (room.conversation_id, room.head + 1)
                 following = Change(room.conversation_id, room.head + 1, Kind.CREATED, payload, previous=None)
                 ready = room.accept([following])
-                for one in pieces(ready):
+                for one in chunks(ready):
                     for subscription in list(room.subscriptions):
                         subscription.deliver(one)
             await trio.lowlevel.checkpoint()

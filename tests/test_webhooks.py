@@ -20,8 +20,7 @@ from sqlalchemy import update
 from chatd.backend.before_message import BeforeMessage
 from chatd.backend.breaker import MOST, REST
 from chatd.backend.fetch import Answer, Fetcher
-from chatd.backend.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST
-from chatd.backend.webhooks import Webhooks as Deliveries
+from chatd.backend.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST, WebhookDelivery
 from chatd.chat.presence_webhooks import DEBOUNCE
 from chatd.config import Database, Webhooks
 from chatd.core.errors import CallFailed, Forbidden, Unavailable
@@ -225,8 +224,8 @@ class Table:
 
 
 @asynccontextmanager
-async def delivering(table: Table, fetch: Any, **settings: Any) -> AsyncIterator[Deliveries]:
-    webhooks = Deliveries(
+async def delivering(table: Table, fetch: Any, **settings: Any) -> AsyncIterator[WebhookDelivery]:
+    webhooks = WebhookDelivery(
         Webhooks(url="http://127.0.0.1/", secret=SECRET, **settings),
         table,  # type: ignore[arg-type]
         fetch,

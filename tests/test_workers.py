@@ -45,7 +45,7 @@ if os.environ.get("CHATD_WORKER_NUMBER") == "1" and os.path.exists("broken"):
 """
 
 
-class Crew(Daemon):
+class Workers(Daemon):
     """A chatd with two workers."""
 
     def __init__(self, directory: Path, *, watchdog: float = 0, before: str = "", **settings: Any) -> None:
@@ -56,7 +56,7 @@ class Crew(Daemon):
         (directory / "sitecustomize.py").write_text(before)
         self.environ["PYTHONPATH"] += f":{directory}"
 
-    def start(self) -> Crew:
+    def start(self) -> Workers:
         """Until both serve, and hear of each other."""
         super().start()
         wait_for(lambda: self.lines("workers_ready"))
@@ -112,7 +112,7 @@ class Crew(Daemon):
 class Backend:
     """A backend whose connection stays with the worker that took it."""
 
-    def __init__(self, crew: Crew, number: int) -> None:
+    def __init__(self, crew: Workers, number: int) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", crew.api_port, timeout=PATIENCE)
         with crew.only(number):
             self.ask("GET", "/healthz")
@@ -161,16 +161,16 @@ def gone(*pids: int) -> bool:
     return all(state(pid) == "Z" for pid in pids)
 
 
-Crews = Callable[..., Crew]
-Backends = Callable[[Crew, int], Backend]
+Crews = Callable[..., Workers]
+Backends = Callable[[Workers, int], Backend]
 
 
 @pytest.fixture
 def crews(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -> Iterator[Crews]:
-    made: list[Crew] = []
+    made: list[Workers] = []
 
-    def make(**settings: Any) -> Crew:
-        made.append(Crew(tmp_path_factory.mktemp("crew"), redis__url=redis_server.url, **settings))
+    def make(**settings: Any) -> Workers:
+        made.append(Workers(tmp_path_factory.mktemp("crew"), redis__url=redis_server.url, **settings))
         return made[-1]
 
     yield make
@@ -178,12 +178,12 @@ def crews(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -
         crew.close()
 
 
-async def started(crew: Crew) -> Crew:
+async def started(crew: Workers) -> Workers:
     return await trio.to_thread.run_sync(crew.start)
 
 
 @asynccontextmanager
-async def guest(crew: Crew, number: int, user_id: int, rooms: Any) -> AsyncIterator[Client]:
+async def guest(crew: Workers, number: int, user_id: int, rooms: Any) -> AsyncIterator[Client]:
     """A client of this worker."""
     async with AsyncExitStack() as stack:
         with crew.only(number):
@@ -195,7 +195,7 @@ async def guest(crew: Crew, number: int, user_id: int, rooms: Any) -> AsyncItera
 def backend() -> Iterator[Backends]:
     made: list[Backend] = []
 
-    def make(crew: Crew, number: int) -> Backend:
+    def make(crew: Workers, number: int) -> Backend:
         made.append(Backend(crew, number))
         return made[-1]
 
@@ -440,7 +440,7 @@ async def test_where_nobody_serves_the_next_start_is_soon(
     autojump_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
     """One at a time; the others go on waiting, so that a machine in trouble is not busy with starts."""
-    crew = workers.Crew(Config(server=Server(workers=3)), [], tmp_path, Config, lambda: None)
+    crew = workers.Workers(Config(server=Server(workers=3)), [], tmp_path, Config, lambda: None)
     first, second, third = crew._workers
     over: dict[int, float] = {}
 

@@ -49,7 +49,7 @@ _GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 log = structlog.get_logger()
 
 
-class Settings(Config):
+class HypercornConfig(Config):
     """Hypercorn's, with the socket that it listens on, and what it hands on to each connection."""
 
     leave: Leave
@@ -71,7 +71,9 @@ class Refusal(Exception):
 class Connection:
     """In the place of Hypercorn's `TCPServer`: made with these arguments, and awaited."""
 
-    def __init__(self, app: Any, config: Settings, context: Any, state: Any, stream: trio.SocketStream) -> None:
+    def __init__(
+        self, app: Any, config: HypercornConfig, context: Any, state: Any, stream: trio.SocketStream
+    ) -> None:
         self._app, self._config, self._stream = app, config, stream
         self._leave = config.leave
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)

@@ -83,7 +83,7 @@ FIELDS = {
     "Delivery.pending": "Users who have neither received it nor a connection: they need a push notification.",
     "Delivery.read": "Users who have read the message.",
     "PageQuery.before": "Only messages with a lower id.",
-    "Place.seq": "The number of the newest change; 0 if there is none.",
+    "ConversationState.seq": "The number of the newest change; 0 if there is none.",
     "Ready.status": "`ok`, `degraded`, `unavailable` or `stopping`.",
     "Unread.seq": "The number of the newest change in that conversation.",
     "User.conversations": "The user's conversations by membership, the most recently active first.",

@@ -102,7 +102,7 @@ class Removal(Struct, frozen=True, kw_only=True):
     ban: bool = False
 
 
-class Place(Struct, frozen=True, kw_only=True):
+class ConversationState(Struct, frozen=True, kw_only=True):
     """Where a conversation stands. One with more than `limits.members_detail` members shows only the first of
     them, and no `receipts` and `online`.
     """

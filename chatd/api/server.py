@@ -16,7 +16,7 @@ from chatd.api.health import Health
 from chatd.api.leave import Leave
 from chatd.chat.chat import Chat
 from chatd.config.settings import Settings
-from chatd.net.descriptors import raise_descriptor_limit, unknown_places
+from chatd.net.descriptors import raise_descriptor_limit, unknown_slots
 from chatd.net.gate import BACKLOG, somebody_waits
 from chatd.net.lobby import Lobby
 from chatd.observe.sampler import Sampler
@@ -80,10 +80,10 @@ async def serve(
         finished.set()
 
 
-def _settings(listening: socket.socket, leave: Leave) -> connection.Settings:
-    settings = connection.Settings()
+def _settings(listening: socket.socket, leave: Leave) -> connection.HypercornConfig:
+    settings = connection.HypercornConfig()
     settings.leave = leave
-    settings.lobby = Lobby(unknown_places(raise_descriptor_limit()))
+    settings.lobby = Lobby(unknown_slots(raise_descriptor_limit()))
     settings.listening = listening
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise
     settings.graceful_timeout = UNLIMITED

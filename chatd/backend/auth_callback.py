@@ -18,8 +18,8 @@ import trio
 from msgspec import Meta, Struct
 
 from chatd.backend.breaker import Breaker
+from chatd.backend.failures import FailureLog
 from chatd.backend.fetch import Fetcher
-from chatd.backend.trouble import Trouble
 from chatd.config.settings import Settings
 from chatd.core.errors import CallFailed, Final, Outdated, Unauthorized
 from chatd.core.model import Identity
@@ -39,16 +39,16 @@ class _Login(Struct, frozen=True):
     conversations: list[Id] | None = None
 
 
-class Backend:
+class AuthCallback:
     def __init__(self, settings: Settings, fetch: Fetcher) -> None:
         config = settings.now.auth
         self._settings = settings
         self._url, self._timeout, self._keep = config.backend_url, config.backend_timeout, config.backend_cache
         self._fetch = fetch
-        self._places = trio.CapacityLimiter(AT_ONCE)
+        self._slots = trio.CapacityLimiter(AT_ONCE)
         self._breaker = Breaker()
         answers = metrics.BACKEND_ANSWERS.labels("auth")
-        self._trouble = Trouble("auth_backend_failed", metrics.AUTH_FAILURES, answers)
+        self._failures = FailureLog("auth_backend_failed", metrics.AUTH_FAILURES, answers)
         self._known: OrderedDict[bytes, tuple[float, Identity]] = OrderedDict()
         self._asking: dict[bytes, trio.Lock] = {}
 
@@ -71,20 +71,20 @@ class Backend:
                 async with lock:  # who asks for the same token has the answer of the first
                     if identity := self._remembered(key, after):
                         return identity
-                    async with self._places:
+                    async with self._slots:
                         waiting.deadline = math.inf  # the call has a deadline of its own
                         return self._remember(key, await self._ask(token, after))
         finally:
             if not lock.locked():
                 self._asking.pop(key, None)
-        with self._trouble.noted():
+        with self._failures.noted():
             raise CallFailed("timeout", "no call was free in time: others are on their way")
 
     async def _ask(self, token: str, after: int) -> Identity:
         asked_at = time.time()
         body = msgspec.json.encode({"token": token})
         started = trio.current_time()
-        with self._trouble.noted(), self._breaker.call():
+        with self._failures.noted(), self._breaker.call():
             try:
                 answer = await self._fetch(
                     "POST", self._url, within=self._timeout, headers=self._headers(), content=body

@@ -12,8 +12,8 @@ import trio
 from msgspec import UNSET, Struct
 
 from chatd.backend.breaker import Breaker
+from chatd.backend.failures import FailureLog
 from chatd.backend.fetch import Answer, Fetcher
-from chatd.backend.trouble import Trouble
 from chatd.config import Webhooks
 from chatd.core import callbacks
 from chatd.core.errors import BadRequest, CallFailed, Forbidden, TooLarge, Unavailable, UnusableVerdict
@@ -54,8 +54,8 @@ class BeforeMessage:
         """`check` raises BadRequest or TooLarge for what cannot be stored."""
         self._settings, self._fetch, self._check = settings, fetch, check
         self._breaker = Breaker()
-        self._places = trio.CapacityLimiter(AT_ONCE)
-        self._trouble = Trouble("hook_failed", metrics.HOOK_FAILURES, metrics.BACKEND_ANSWERS.labels(EVENT))
+        self._slots = trio.CapacityLimiter(AT_ONCE)
+        self._failures = FailureLog("hook_failed", metrics.HOOK_FAILURES, metrics.BACKEND_ANSWERS.labels(EVENT))
         self._unusable: dict[str, tuple[str, Recurring]] = {}  # by field: the incident, and its line in the log
 
     async def check(self, wanted: C) -> C:
@@ -71,7 +71,7 @@ class BeforeMessage:
 
     async def _ask_in_time(self, wanted: Create | Edit) -> _Verdict:
         """Raises Unavailable, and says so in the log."""
-        with self._trouble.noted():
+        with self._failures.noted():
             with trio.move_on_after(self._settings.before_message_timeout):
                 return await self._ask(wanted)
             raise CallFailed("timeout", "no call was free in time: others are on their way")
@@ -81,7 +81,7 @@ class BeforeMessage:
         values = ((name, getattr(wanted, name)) for name in names)
         content = callbacks.body(EVENT, {name: value for name, value in values if value is not UNSET})
         started = trio.current_time()
-        async with self._places:
+        async with self._slots:
             with self._breaker.call():
                 try:
                     answer = await self._fetch(

@@ -62,9 +62,9 @@ class Fetcher:
                 return await self._fetch(method, url, dict(headers or {}), content, whole)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
                 # The last: a host, here or in a redirect, that can be no name.
-                reason = f"{_place(url)} cannot be reached: {type(error).__name__}"
+                reason = f"{_origin(url)} cannot be reached: {type(error).__name__}"
                 raise CallFailed("unreachable", reason) from error
-        raise CallFailed("timeout", f"{_place(url)} does not answer within {within:g} s")
+        raise CallFailed("timeout", f"{_origin(url)} does not answer within {within:g} s")
 
     async def close(self) -> None:
         if self._client is not None:
@@ -149,6 +149,6 @@ def _unmapped(address: Address) -> Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _place(url: str) -> str:
+def _origin(url: str) -> str:
     """Of a URL what may be shown: no path, no credentials."""
     return urlsplit(url).hostname or "the backend"

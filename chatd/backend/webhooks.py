@@ -15,13 +15,12 @@ import trio
 from msgspec import Struct
 
 from chatd.backend.fetch import Fetcher
-from chatd.config import Webhooks as Settings
+from chatd.config import Webhooks
 from chatd.core import callbacks
 from chatd.core.errors import CallFailed, Unavailable
 from chatd.core.limits import TokenBucket
 from chatd.observe import metrics
-from chatd.store.queues.webhooks import Failed, Waiting
-from chatd.store.queues.webhooks import Webhooks as Table
+from chatd.store.queues.webhooks import Failed, Waiting, WebhookQueue
 
 AT_ONCE = 8  # calls of a lane on their way
 CLAIM = 64  # events of one claim, each in its turn
@@ -75,8 +74,8 @@ class Health:
         return seconds * random.uniform(0.5, 1)
 
 
-class Webhooks:
-    def __init__(self, settings: Settings, table: Table, fetch: Fetcher) -> None:
+class WebhookDelivery:
+    def __init__(self, settings: Webhooks, table: WebhookQueue, fetch: Fetcher) -> None:
         self._settings, self._table, self._fetch = settings, table, fetch
         self._lanes = [Lane(self, again=False), Lane(self, again=True)]
         self._said = False  # that it fails
@@ -158,7 +157,7 @@ class Webhooks:
 class Lane:
     """Claims events of one sort, again and again, and delivers each. `again`: those that failed before."""
 
-    def __init__(self, webhooks: Webhooks, *, again: bool) -> None:
+    def __init__(self, webhooks: WebhookDelivery, *, again: bool) -> None:
         self._webhooks, self._again = webhooks, again
         self._health = Health()
         self._unsettled: tuple[list[int], list[Failed], list[int]] | None = None  # the database was away

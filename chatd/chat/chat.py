@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from chatd.auth.keyserver import KeyServer
 from chatd.auth.tokens import Tokens
-from chatd.backend.auth_callback import Backend
+from chatd.backend.auth_callback import AuthCallback
 from chatd.backend.before_message import BeforeMessage
 from chatd.backend.fetch import Fetcher
 from chatd.chat.conversations import Conversations
@@ -15,7 +15,7 @@ from chatd.chat.logins import Logins
 from chatd.chat.members import Members
 from chatd.chat.messages import Messages
 from chatd.chat.presence import Presence
-from chatd.chat.presence_webhooks import Attendance
+from chatd.chat.presence_webhooks import PresenceWebhooks
 from chatd.chat.receipts import Receipts
 from chatd.chat.typing import Typing
 from chatd.chat.users import Users
@@ -41,7 +41,7 @@ class Chat:
         config = settings.now
         self._secret, self._fetch = store.token_secret, fetch
         self.tokens = self.tokens_of(config)
-        backend = Backend(settings, fetch) if config.auth.backend_url else None
+        backend = AuthCallback(settings, fetch) if config.auth.backend_url else None
         self.logins = Logins(backend or self.tokens, store.read, settings)
         self.conversations = Conversations(store.read, settings, presence)
         self.messages = Messages(writer, store.read, settings)
@@ -54,7 +54,7 @@ class Chat:
         hooks = config.webhooks
         asked = bool(hooks.before_message_url)
         self.before_message = BeforeMessage(hooks, fetch, self.messages.check) if asked else None
-        self.attendance = Attendance(store.attendances, presence, hooks.events if hooks.url else ())
+        self.presence_webhooks = PresenceWebhooks(store.presence, presence, hooks.events if hooks.url else ())
 
     def tokens_of(self, config: Config) -> Tokens:
         """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""

@@ -11,8 +11,8 @@ from chatd.core.errors import NotFound
 from chatd.core.limits import INBOX_ROOMS
 from chatd.core.model import Identity, Position
 from chatd.store.read import lookups, members
-from chatd.store.read.batching import Gathered
-from chatd.store.read.members import Place
+from chatd.store.read.batching import Batcher
+from chatd.store.read.members import ConversationState
 from chatd.store.read.reader import Reader
 from chatd.store.read.snapshots import Entered, Entry, Snapshot, logins
 from chatd.store.write.commands import Rights
@@ -22,7 +22,7 @@ class Conversations:
     def __init__(self, read: Reader, settings: Settings, presence: Presence) -> None:
         self._presence = presence
         self._read = read
-        self._enter: Gathered[Entry, Entered] = Gathered(read, logins, _weight, _user)
+        self._enter: Batcher[Entry, Entered] = Batcher(read, logins, _weight, _user)
         self._settings = settings
         self._open = settings.now.rooms.access == "open"
 
@@ -67,10 +67,10 @@ class Conversations:
         wanted = [(id, position, self.entitled(identity, id)) for id, position in rooms.items()]
         return Entry(identity.user_id, wanted, epoch, self.members_detail, **how)
 
-    async def get(self, conversation_id: int) -> tuple[Place, list[int]]:
+    async def get(self, conversation_id: int) -> tuple[ConversationState, list[int]]:
         """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
-        place = await self._read(members.place, conversation_id, self.members_detail)
-        return place, sorted(self._presence.who(conversation_id, place.member_ids))
+        state = await self._read(members.conversation_state, conversation_id, self.members_detail)
+        return state, sorted(self._presence.who(conversation_id, state.member_ids))
 
     async def member_ids(self, conversation_id: int, most: int) -> tuple[int, list[int]]:
         """The members_version, and at most so many members as of it. Raises Unavailable."""

@@ -13,10 +13,10 @@ from chatd.config import ANY_TYPE
 from chatd.config.settings import Settings
 from chatd.core.errors import BadRequest, ChatError, Forbidden
 from chatd.core.protocol import check_content, check_label, check_meta
-from chatd.store import permits
 from chatd.store.read import lookups
 from chatd.store.read.lookups import Page
 from chatd.store.read.reader import Reader
+from chatd.store.write import permits
 from chatd.store.write.commands import Changed, Create, Created, Delete, Edit, Fence, React
 from chatd.store.write.writer import Submission, Then, Writer
 

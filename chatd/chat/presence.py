@@ -1,6 +1,6 @@
 """Who is connected, on this node and on the others: soft state, told again and again, forgotten with its node.
 
-Something is present in a *place*, and may be so on several nodes:
+Something is present in a *scope*, and may be so on several nodes:
 
     USERS              user ids: who has a connection at all
     ROOMS              conversation ids: where somebody listens
@@ -36,14 +36,14 @@ SLICE = 200  # entries handled between two checkpoints: each may be told to many
 HEARD = 1000  # signals of others that wait; beyond them the oldest are dropped: a whole set tells it again
 REMEMBER = 60_000  # ms that the version of what has gone is kept: signals come twice, but not so late
 
-Key = tuple[int, int]  # place, id
+Key = tuple[int, int]  # scope, id
 Watcher = Callable[["Transition"], None]
 
 
 class Transition(Struct, frozen=True):
     """Something is present now that was not, or the other way round, on all nodes together."""
 
-    place: int
+    scope: int
     id: int
     present: bool
     version: int
@@ -74,7 +74,7 @@ class Presence:
         self.node, self._tell = node, tell
         self._own: dict[Key, _Entry] = {}
         self._nodes: dict[str, _Node] = {}
-        self._present: dict[int, dict[int, int]] = {}  # place → id → how many nodes have it
+        self._present: dict[int, dict[int, int]] = {}  # scope → id → how many nodes have it
         self._versions: dict[Key, int] = {}
         self._untold: dict[Key, None] = {}
         self._heard: deque[Present] = deque(maxlen=HEARD)
@@ -88,11 +88,11 @@ class Presence:
 
     # What is known.
 
-    def has(self, place: int, id: int) -> bool:
-        return id in self._present.get(place, ())
+    def has(self, scope: int, id: int) -> bool:
+        return id in self._present.get(scope, ())
 
-    def present(self, place: int) -> Set[int]:
-        return self._present.get(place, {}).keys()
+    def present(self, scope: int) -> Set[int]:
+        return self._present.get(scope, {}).keys()
 
     def who(self, conversation_id: int, members: Iterable[int]) -> set[int]:
         """Who is online in a room: members with a connection, and who is in it without being one."""
@@ -104,8 +104,8 @@ class Presence:
         entries = [self._own.get(key), *(node.entries.get(key) for node in self._nodes.values())]
         return sum(entry.connections for entry in entries if entry is not None)
 
-    def version(self, place: int, id: int) -> int:
-        return self._versions.get((place, id), 0)
+    def version(self, scope: int, id: int) -> int:
+        return self._versions.get((scope, id), 0)
 
     @property
     def alone(self) -> bool:
@@ -120,8 +120,8 @@ class Presence:
 
     # This node's own: synchronous.
 
-    def arrive(self, place: int, id: int) -> None:
-        key = (place, id)
+    def arrive(self, scope: int, id: int) -> None:
+        key = (scope, id)
         if entry := self._own.get(key):
             entry.connections += 1
             entry.version = self._next_version(key)
@@ -131,8 +131,8 @@ class Presence:
             self._owned(key)
         self._tell_soon(key)
 
-    def leave(self, place: int, id: int) -> None:
-        key = (place, id)
+    def leave(self, scope: int, id: int) -> None:
+        key = (scope, id)
         entry = self._own[key]
         entry.connections -= 1
         entry.version = self._next_version(key)
@@ -152,20 +152,20 @@ class Presence:
 
     def _count(self, key: Key, by: int, version: int, *, own: bool = False) -> None:
         """One node more, or less, has it. This node's `own` versions are the highest already."""
-        place, id = key
-        here = self._present.setdefault(place, {})
+        scope, id = key
+        here = self._present.setdefault(scope, {})
         before = here.get(id, 0)
         if before + by:
             here[id] = before + by
         else:
             del here[id]
             if not here:
-                del self._present[place]
+                del self._present[scope]
         if bool(before) != bool(before + by):
             if not own:
                 version = self._versions[key] = max(version, self._versions.get(key, 0) + 1)
             for watcher in self.watchers:
-                watcher(Transition(place, id, bool(before + by), version))
+                watcher(Transition(scope, id, bool(before + by), version))
 
     # Other nodes.
 
@@ -194,8 +194,8 @@ class Presence:
         round, part, parts = signal.whole or (node.round, 0, 0)
         if round != node.round:
             node.round, node.parts = round, 0
-        for count, (place, id, connections, version) in enumerate(signal.entries, 1):
-            self._apply(node, (place, id), connections, version)
+        for count, (scope, id, connections, version) in enumerate(signal.entries, 1):
+            self._apply(node, (scope, id), connections, version)
             if count % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         if signal.whole:

@@ -21,7 +21,7 @@ from chatd.chat.leases import BEAT, Leases
 from chatd.chat.presence import ROOMS, USERS, Key, Presence
 from chatd.core import callbacks
 from chatd.core.errors import Unavailable
-from chatd.store.queues.presence import SLICE, Attendances, Change, Lease, LeaseLost, Seen, Turned
+from chatd.store.queues.presence import SLICE, Change, Lease, LeaseLost, PresenceTable, Seen, Turned
 
 DEBOUNCE = 10.0  # seconds that a change must last before the backend hears of it
 AFRESH = 2.0  # seconds, for what this node has had for long and must write again
@@ -40,16 +40,16 @@ _ID = {USERS: "user_id", ROOMS: "conversation_id"}
 log = structlog.get_logger()
 
 
-class Attendance:
+class PresenceWebhooks:
     """Bounded by what this node has: a key is written at most twice a second, 500 in one transaction.
 
     `told` is called after webhooks were written; while `full()`, differences wait in the database instead.
     """
 
-    def __init__(self, table: Attendances, presence: Presence, events: Collection[str]) -> None:
+    def __init__(self, table: PresenceTable, presence: Presence, events: Collection[str]) -> None:
         self._table, self._presence = table, presence
         self._events = frozenset(events) & frozenset(_EVENTS.values())
-        self._places = {place for (place, _), event in _EVENTS.items() if event in self._events}
+        self._scopes = {scope for (scope, _), event in _EVENTS.items() if event in self._events}
         self._alone = presence.alone
         self._lease = self._fresh_lease()
         self._leases = Leases()
@@ -64,19 +64,19 @@ class Attendance:
 
     @property
     def counts_rooms(self) -> bool:
-        return ROOMS in self._places
+        return ROOMS in self._scopes
 
     @property
     def needed(self) -> bool:
         """Somebody wants to know: the backend, or another node whether this one is alive."""
-        return bool(self._places) or not self._alone
+        return bool(self._scopes) or not self._alone
 
     def _fresh_lease(self) -> Lease:
         return Lease(secrets.token_hex(8), self._presence.node)
 
     def _note(self, key: Key) -> None:
         """This node has the first connection for a key, or lost the last."""
-        if key[0] in self._places:
+        if key[0] in self._scopes:
             self._changed[key] = trio.current_time()
 
     async def run(
@@ -101,7 +101,7 @@ class Attendance:
         while self._changed or renewal:
             turned = await self._turn()
             renewal = turned is None or turned.more
-        if now - self._tidied_at >= TIDY and self._places:
+        if now - self._tidied_at >= TIDY and self._scopes:
             self._tidied_at = now
             await self._table.tidy()
 
@@ -115,7 +115,7 @@ class Attendance:
             Change(key, self._presence.has_own(key), max(0, math.ceil(changed_at + DEBOUNCE - now)))
             for key, changed_at in taken.items()
         ]
-        announce = self._announce if self._places and not self.full() else None
+        announce = self._announce if self._scopes and not self.full() else None
         try:
             turned = await self._table.turn(self._lease, changes, announce)
         except LeaseLost:
@@ -125,17 +125,17 @@ class Attendance:
         except BaseException:
             self._changed = taken | self._changed
             raise
-        self._turned_at, self._doubts = now, turned.doubts and bool(self._places)
+        self._turned_at, self._doubts = now, turned.doubts and bool(self._scopes)
         if turned.told:
             self.told()
         await self._look(turned.others)
         return turned
 
-    def _announce(self, place: int, id: int, present: bool, version: int) -> tuple[str, bytes] | None:
-        event = _EVENTS.get((place, present))
+    def _announce(self, scope: int, id: int, present: bool, version: int) -> tuple[str, bytes] | None:
+        event = _EVENTS.get((scope, present))
         if event not in self._events or event is None:
             return None
-        return event, callbacks.body(event, {_ID[place]: id, "version": version})
+        return event, callbacks.body(event, {_ID[scope]: id, "version": version})
 
     async def _begin_again(self) -> None:
         """Others took us for dead, or the database went back in time. All that we have is written once more."""
@@ -143,7 +143,7 @@ class Attendance:
         self._lease = self._fresh_lease()
         changed_at = trio.current_time() - DEBOUNCE + AFRESH
         for count, key in enumerate(self._presence.own_keys(), 1):
-            if key[0] in self._places:
+            if key[0] in self._scopes:
                 self._changed.setdefault(key, changed_at)
             if count % SLICE == 0:
                 await trio.lowlevel.checkpoint()
@@ -164,7 +164,7 @@ class Attendance:
         for one in gone:
             if not one.ending:
                 log.info("node_gone", node=one.node)
-            self._doubts = self._doubts or bool(self._places)
+            self._doubts = self._doubts or bool(self._scopes)
             for _ in range(ENDING):
                 if await self._table.end(one.name, one.beat, due_in):
                     break

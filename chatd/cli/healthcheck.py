@@ -9,7 +9,7 @@ import click
 
 from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.ops.api import Backend, Unreachable
+from chatd.ops.api import ApiClient, Unreachable
 
 WITHIN = 2.5  # seconds, less than the probe's own patience: its word is worth more than SIGKILL
 
@@ -25,7 +25,7 @@ def healthcheck(path: Path | None, ready: bool) -> None:
     It is for containers and other probes. It needs no token, and of the configuration only api.bind.
     """
     settings = config.load(path, require_token=False)
-    backend = Backend(settings, within=WITHIN)
+    backend = ApiClient(settings, within=WITHIN)
     try:
         answer = backend.ask("GET", "/readyz" if ready else "/healthz")
     except Unreachable as error:

@@ -14,7 +14,7 @@ from chatd.cli.group import main, with_config
 from chatd.core.errors import OperatorError
 from chatd.core.limits import MAX_ID, OPERATOR
 from chatd.observe import logs
-from chatd.ops.api import Backend, Unreachable, reached_at
+from chatd.ops.api import ApiClient, Unreachable, reached_at
 
 ID = click.IntRange(1, MAX_ID)
 
@@ -34,7 +34,7 @@ def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> Non
     settings = config.load(path)
     content = sys.stdin.read().rstrip("\n") if text == "-" else text
     body = {"conversation_id": room, "sender_id": user_id, "content": content}
-    answer = Backend(settings, url).ask("POST", "/api/ws/messages", body)
+    answer = ApiClient(settings, url).ask("POST", "/api/ws/messages", body)
     said = answer.json
     if answer.status == 200 and "seq" in said:
         click.echo(f"id {said['id']} seq {said['seq']}")

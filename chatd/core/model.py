@@ -136,7 +136,7 @@ class Kick(Signal, frozen=True):
 
 
 class Present(Signal, frozen=True):
-    """Who is connected to a node: (place, id, connections, version); see `chat.presence` for what places are.
+    """Who is connected to a node: (scope, id, connections, version); `chat.presence` says what scopes are.
 
     `whole` is (round, part, parts) of all it has, None for what has changed.
     """

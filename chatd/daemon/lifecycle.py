@@ -21,7 +21,7 @@ from structlog.typing import FilteringBoundLogger
 
 from chatd import __version__, api
 from chatd.backend.fetch import Fetcher
-from chatd.backend.webhooks import Webhooks
+from chatd.backend.webhooks import WebhookDelivery
 from chatd.bus import Bus, Receiver
 from chatd.bus.memory import MemoryBus
 from chatd.bus.redis import RedisBus
@@ -33,15 +33,15 @@ from chatd.core.model import Group
 from chatd.daemon import garbage, process, systemd
 from chatd.daemon.listen import address_of, open_sockets
 from chatd.daemon.reload import Reload
-from chatd.daemon.retention import Retention
+from chatd.daemon.retention import RetentionClock
 from chatd.hub.admission.registry import Registry
 from chatd.hub.fanout.fanout import Fanout
 from chatd.hub.fanout.rooms import Rooms
-from chatd.hub.receiver import Reception
+from chatd.hub.receiver import BusReceiver
 from chatd.hub.server import DRAIN_GRACE, Hub
-from chatd.ingest.consumer import Ingest
-from chatd.ingest.stream import Intake
-from chatd.net.descriptors import client_places, raise_descriptor_limit
+from chatd.ingest.consumer import Consumer
+from chatd.ingest.stream import IngestStream
+from chatd.net.descriptors import client_slots, raise_descriptor_limit
 from chatd.observe import metrics
 from chatd.observe.sampler import Counts, Sampler
 from chatd.store.database import Store
@@ -78,7 +78,7 @@ async def run(
     parts = assemble(settings, store, node)
     reload = Reload(settings, parts.chat, read_again)
     chat, hub, bus, writer = parts.chat, parts.hub, parts.bus, parts.writer
-    ingest = Ingest(Intake(config.redis, node), chat.messages)
+    ingest = Consumer(IngestStream(config.redis, node), chat.messages)
     sampler = Sampler(partial(_counts, parts, store), store.outbox.backlog if config.redis.url else None)
     _tell_build(config)
     health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
@@ -90,15 +90,15 @@ async def run(
         await nursery.start(parts.fanout.run)
         await nursery.start(chat.presence.run)
         await nursery.start(chat.typing.run)
-        await _start_or_finish(nursery, chat.attendance, chat.attendance.needed, api_stop)
+        await _start_or_finish(nursery, chat.presence_webhooks, chat.presence_webhooks.needed, api_stop)
         await nursery.start(sampler.run)
         if os.environ.get("CHATD_WORKER_NUMBER", "1") == "1":
-            await nursery.start(Retention(settings, store.retention).run)
+            await nursery.start(RetentionClock(settings, store.retention).run)
             if store.wal is not None:
                 await nursery.start(store.wal.run)
         await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
-        await nursery.start(hub.serve, listeners, client_places(raise_descriptor_limit()))
+        await nursery.start(hub.serve, listeners, client_slots(raise_descriptor_limit()))
         serve_api = partial(api.serve, settings, chat, health, sampler, node)
         leave = api.Leave(stop)
         api_served = await nursery.start(serve_api, api_socket, leave, api_stop)
@@ -126,7 +126,7 @@ async def run(
         process.end_anyhow_after(longest)
         await hub.drain()
         api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
-        in_progress = (api_served, chat.attendance.finished, ingest.finished, parts.webhooks.finished)
+        in_progress = (api_served, chat.presence_webhooks.finished, ingest.finished, parts.webhooks.finished)
         await _wait_for(in_progress, API_GRACE)
         await _flush(writer)
         await _wait_for(in_progress, ANSWER_GRACE)  # what was committed just now is answered
@@ -144,7 +144,7 @@ class Parts:
     fanout: Fanout
     registry: Registry
     hub: Hub
-    webhooks: Webhooks
+    webhooks: WebhookDelivery
 
 
 def assemble(settings: Settings, store: Store, node: str) -> Parts:
@@ -156,14 +156,14 @@ def assemble(settings: Settings, store: Store, node: str) -> Parts:
     fetch = Fetcher(config.server.private_networks)
     registry = Registry(settings, presence)
     fanout.addressed = registry.subscriptions_of
-    reception = Reception(fanout, registry, presence)
-    writer, bus = _writer_and_bus(config, store, reception, node, lambda: webhooks.wake())
+    receiver = BusReceiver(fanout, registry, presence)
+    writer, bus = _writer_and_bus(config, store, receiver, node, lambda: webhooks.wake())
     chat = Chat(settings, store, writer, presence, bus.tell, fetch)
     hub = Hub(settings, chat, rooms, fanout, registry)
-    reception.audiences = hub.audiences
+    receiver.audiences = hub.audiences
     fanout.sweep.also = hub.check_standings
-    webhooks = Webhooks(config.webhooks, store.webhooks, fetch)
-    chat.attendance.full, chat.attendance.told = (lambda: webhooks.full), webhooks.wake
+    webhooks = WebhookDelivery(config.webhooks, store.webhooks, fetch)
+    chat.presence_webhooks.full, chat.presence_webhooks.told = (lambda: webhooks.full), webhooks.wake
     return Parts(writer, bus, chat, fanout, registry, hub, webhooks)
 
 

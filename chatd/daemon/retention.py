@@ -16,8 +16,8 @@ PERIOD = 3600.0  # seconds
 log = structlog.get_logger()
 
 
-class Retention:
-    def __init__(self, settings: Settings, store: retention.Retention, *, first: float = FIRST) -> None:
+class RetentionClock:
+    def __init__(self, settings: Settings, store: retention.Pruning, *, first: float = FIRST) -> None:
         self._settings, self._store, self._first = settings, store, first
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

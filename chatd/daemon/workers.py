@@ -73,10 +73,10 @@ async def run(
     api_socket, hub_sockets = open_sockets(config)
     sockets = [("api", api_socket), *(("hub", one) for one in hub_sockets)]
     with _directory() as directory:
-        return await Crew(config, sockets, directory, read_again, on_ready).run()
+        return await Workers(config, sockets, directory, read_again, on_ready).run()
 
 
-class Crew:
+class Workers:
     """The workers, and how they start and end together."""
 
     def __init__(

@@ -13,7 +13,7 @@ from chatd.hub.presence.audience import Audiences
 from chatd.store.read.lookups import Standing
 
 
-class Reception:
+class BusReceiver:
     def __init__(self, fanout: Fanout, registry: Registry, presence: Presence) -> None:
         self._registry, self._presence, self._fanout = registry, presence, fanout
         self.audiences: Audiences | None = None

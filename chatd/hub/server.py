@@ -41,7 +41,7 @@ class Hub:
             fanout,
             chat.presence,
             chat.conversations,
-            counts_rooms=chat.attendance.counts_rooms,
+            counts_rooms=chat.presence_webhooks.counts_rooms,
         )
         self._lobby = Lobby()
         self._services = Services(settings, chat, rooms, fanout, registry, self.audiences, self._lobby)
@@ -56,21 +56,21 @@ class Hub:
     async def serve(
         self,
         listeners: Sequence[trio.SocketListener],
-        places: int,
+        slots: int,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept until `drain`, as many as there are places; the connections live in this nursery until they
+        """Accept until `drain`, as many as there are slots; the connections live in this nursery until they
         end or it is cancelled.
         """
-        self._places, self._listeners = trio.Semaphore(places), listeners
-        self._lobby.most = places // SHARE
+        self._slots, self._listeners = trio.Semaphore(slots), listeners
+        self._lobby.most = slots // SHARE
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             task_status.started()
             with self._accepting:
                 gates = [
-                    Gate(one, self._places, lambda: len(self.connections), self._lobby) for one in listeners
+                    Gate(one, self._slots, lambda: len(self.connections), self._lobby) for one in listeners
                 ]
                 await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
@@ -83,7 +83,7 @@ class Hub:
             self.ended += 1
             if not self.connections:
                 self._deserted.set()
-            self._places.release()
+            self._slots.release()
 
     def let_go(self) -> None:
         """Accept nobody any more, and leave the addresses to others."""

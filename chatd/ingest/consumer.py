@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from chatd.chat.messages import Messages
 from chatd.chat.posts import POST_BYTES, NewMessage, create, decode
 from chatd.core.errors import BadRequest, ChatError, Superseded, TooLarge, Unavailable
-from chatd.ingest.stream import Entry, Intake, Refusal
+from chatd.ingest.stream import Entry, IngestStream, Refusal
 from chatd.observe import metrics
 from chatd.store.write.commands import Create
 from chatd.store.write.packing import pack
@@ -37,8 +37,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class Ingest:
-    def __init__(self, intake: Intake, messages: Messages) -> None:
+class Consumer:
+    def __init__(self, intake: IngestStream, messages: Messages) -> None:
         self._intake, self._messages = intake, messages
         self._limiter = trio.CapacityLimiter(1)
         self._said_at = -QUIET

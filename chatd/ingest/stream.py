@@ -124,7 +124,7 @@ class Refusal(Struct, frozen=True):
     field: str | None
 
 
-class Intake:
+class IngestStream:
     """All methods raise Unavailable where Redis does not answer, and may be called again.
 
     `term` counts how often this node has begun to read: what another node has done in between is not known.

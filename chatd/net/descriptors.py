@@ -21,11 +21,11 @@ def raise_descriptor_limit() -> int:
     return most
 
 
-def client_places(descriptors: int) -> int:
+def client_slots(descriptors: int) -> int:
     """How many of so many open files may be connections of clients."""
     return descriptors - min(RESERVED, descriptors // RESERVED_SHARE)
 
 
-def unknown_places(descriptors: int) -> int:
+def unknown_slots(descriptors: int) -> int:
     """How many of them may be connections to the API that have not shown its token."""
     return max(1, min(RESERVED, descriptors // RESERVED_SHARE) // 2)

@@ -33,29 +33,29 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
     def __init__(
         self,
         listener: trio.SocketListener,
-        places: trio.Semaphore,
+        slots: trio.Semaphore,
         crowd: Callable[[], int] = lambda: 0,
         lobby: Lobby | None = None,
     ) -> None:
-        self._listener, self._places, self._crowd, self._lobby = listener, places, crowd, lobby
+        self._listener, self._slots, self._crowd, self._lobby = listener, slots, crowd, lobby
         self._in_a_row = IN_A_ROW
 
     async def accept(self) -> trio.SocketStream:
-        """The caller gives the place back with `places.release()` when the connection has ended."""
+        """The caller gives the place back with `slots.release()` when the connection has ended."""
         if self._lobby is not None:
             await self._make_room(self._lobby)
-        await self._places.acquire()
+        await self._slots.acquire()
         try:
             if SHARED:
                 await self._wait_for_turn()
             return await self._listener.accept()
         except BaseException:
-            self._places.release()
+            self._slots.release()
             raise
 
     async def _make_room(self, lobby: Lobby) -> None:
         """Where there is none for who comes next, one of those who say nothing goes."""
-        while lobby.full or not self._places.value:
+        while lobby.full or not self._slots.value:
             await trio.lowlevel.wait_readable(self._listener.socket)
             if lobby.make_room():
                 return

@@ -42,7 +42,7 @@ def reached_at(bind: str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class Backend:
+class ApiClient:
     def __init__(self, config: Config, url: str = "", *, within: float = WITHIN) -> None:
         """`url` is the API's, if it is not the one of `api.bind`; `within` is in seconds."""
         self.url = url.rstrip("/") or f"http://{reached_at(config.api.bind)}"

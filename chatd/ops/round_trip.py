@@ -15,7 +15,7 @@ import trio
 
 from chatd.core.errors import OperatorError
 from chatd.core.limits import OPERATOR
-from chatd.ops.api import Answer, Backend
+from chatd.ops.api import Answer, ApiClient
 from chatd.ops.client import Connection, Disconnected, connect
 from chatd.ops.finding import Case
 
@@ -36,7 +36,7 @@ async def travel(case: Case, url: str) -> float:
 
     Raises OperatorError, Disconnected; NoToken where we cannot log in.
     """
-    backend = Backend(case.config)
+    backend = ApiClient(case.config)
     token = await _token(backend)
     async with connect(url) as connection:
         ready = await connection.request("auth", token=token, rooms={str(OPERATOR): None})
@@ -47,7 +47,7 @@ async def travel(case: Case, url: str) -> float:
         return median([await _event(backend, connection) for _ in range(TRIPS)])
 
 
-async def _token(backend: Backend) -> str:
+async def _token(backend: ApiClient) -> str:
     body = {"user_id": OPERATOR, "ttl": TOKEN_SECONDS, "conversations": [OPERATOR]}
     answer = await _ask(backend, "POST", "/api/ws/tokens", body)
     if answer.status == 403:
@@ -55,7 +55,7 @@ async def _token(backend: Backend) -> str:
     return str(_accepted(answer)["token"])
 
 
-async def _event(backend: Backend, connection: Connection) -> float:
+async def _event(backend: ApiClient, connection: Connection) -> float:
     mark = secrets.token_hex(8)
     begun = trio.current_time()
     body = {"event": EVENT, "data": mark, "user_ids": [OPERATOR]}
@@ -63,7 +63,7 @@ async def _event(backend: Backend, connection: Connection) -> float:
     return await _arrival(connection, "data", mark) - begun
 
 
-async def _message(backend: Backend, connection: Connection) -> float:
+async def _message(backend: ApiClient, connection: Connection) -> float:
     """A stored one, deleted at the end: its place in the room stays, without its text."""
     mark = secrets.token_hex(8)
     begun = trio.current_time()
@@ -85,7 +85,7 @@ async def _arrival(connection: Connection, key: str, mark: str) -> float:
     raise Disconnected(f"what was posted did not arrive in {PATIENCE:.0f} s")
 
 
-async def _ask(backend: Backend, *request: Any) -> Answer:
+async def _ask(backend: ApiClient, *request: Any) -> Answer:
     return await trio.to_thread.run_sync(partial(backend.ask, *request), abandon_on_cancel=True)
 
 

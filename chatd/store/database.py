@@ -20,16 +20,16 @@ from chatd.config import Database
 from chatd.core.errors import ConfigError, OperatorError
 from chatd.core.model import Group
 from chatd.store import migrations, schema, urls
-from chatd.store.database_file import Place
+from chatd.store.database_file import DatabaseFile
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
 from chatd.store.private import keep_private
 from chatd.store.queues.outbox import Outbox
-from chatd.store.queues.presence import Attendances
-from chatd.store.queues.webhooks import Webhooks
+from chatd.store.queues.presence import PresenceTable
+from chatd.store.queues.webhooks import WebhookQueue
 from chatd.store.read.reader import Reader
 from chatd.store.sessions import Sessions
 from chatd.store.upkeep import copies
-from chatd.store.upkeep.retention import Retention
+from chatd.store.upkeep.retention import Pruning
 from chatd.store.upkeep.wal import Wal
 from chatd.store.write.writer import Writer
 
@@ -43,14 +43,14 @@ class Store:
         sessions = self._sessions = Sessions()
         self._writing = writing_engine(config.url, sessions)
         self._reading = reading_engine(config.url, config.readers, sessions)
-        self._place = Place(config.url)
+        self._file = DatabaseFile(config.url)
         for engine in (self._writing, self._reading):
-            self._place.guard(engine)
+            self._file.guard(engine)
         self.read = Reader(self._reading, config.readers, sessions.doubt)
         self.outbox = Outbox(self._writing)
-        self.webhooks = Webhooks(self._writing)
-        self.attendances = Attendances(self._writing)
-        self.retention = Retention(self._writing)
+        self.webhooks = WebhookQueue(self._writing)
+        self.presence = PresenceTable(self._writing)
+        self.retention = Pruning(self._writing)
         self.wal = Wal(self._writing) if is_sqlite(self._writing) else None
         self.token_secret = _make_facts(self._writing)
 
@@ -63,7 +63,7 @@ class Store:
             on_commit=on_commit,
             told=told,
             sessions=self._sessions,
-            place=self._place,
+            file=self._file,
         )
 
     def close(self) -> None:

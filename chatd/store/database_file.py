@@ -24,7 +24,7 @@ Identity = tuple[int, int]
 log = structlog.get_logger()
 
 
-class Place:
+class DatabaseFile:
     """The file that was under the name when this was made. For PostgreSQL there is nothing to watch."""
 
     def __init__(self, url: str) -> None:

@@ -29,12 +29,12 @@ def _parse(url: str) -> URL:
         return make_url(url)
     user = f"{several['user']}@" if several["user"] else ""
     parsed = make_url(f"{several['scheme']}://{user}{several['rest'] or ''}")
-    places = [_place(one) for one in several["hosts"].split(",")]
-    hosts, ports = (",".join(part) for part in zip(*places, strict=True))
+    pairs = [_host_and_port(one) for one in several["hosts"].split(",")]
+    hosts, ports = (",".join(part) for part in zip(*pairs, strict=True))
     return parsed.update_query_dict({"host": hosts, "port": ports})
 
 
-def _place(text: str) -> tuple[str, str]:
+def _host_and_port(text: str) -> tuple[str, str]:
     host, colon, port = text.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = text, _DEFAULT_PORT

@@ -20,14 +20,14 @@ from chatd.bus import payloads
 from chatd.chat.conversations import Conversations
 from chatd.core.model import MemberChange
 from chatd.hub.fanout import fanout, sweep
-from chatd.hub.fanout.chunks import Piece
+from chatd.hub.fanout.chunks import Chunk
 from chatd.hub.fanout.fanout import Fanout
 from chatd.hub.fanout.repair import Repairs
 from chatd.hub.fanout.rooms import Room, Subscription
 from chatd.hub.presence.audience import Audiences
 from chatd.store.queues import presence
 from chatd.store.read import lookups, snapshots
-from chatd.store.write.idempotency import Retries
+from chatd.store.write.idempotency import Idempotency
 from chatd.store.write.transaction import Step, Transaction
 from chatd.store.write.writer import Submission, Writer
 
@@ -77,7 +77,7 @@ def ack_before_commit() -> None:
 
 def no_idempotency() -> None:
     """G2: a retry is not recognised. The index that would refuse it is dropped before anybody can write."""
-    replace(Retries, "read", lambda original: lambda self, commands, conversations: None)
+    replace(Idempotency, "read", lambda original: lambda self, commands, conversations: None)
 
     def init(original: Any) -> Any:
         def patched(self: Any, engine: Any, **named: Any) -> None:
@@ -110,10 +110,10 @@ def deliver_twice() -> None:
     """G4: now and then a subscription is given what it has."""
 
     def deliver(original: Any) -> Any:
-        def patched(self: Any, piece: Piece) -> bool:
-            delivered: bool = original(self, piece)
+        def patched(self: Any, chunk: Chunk) -> bool:
+            delivered: bool = original(self, chunk)
             if delivered and random.randrange(ONE_IN) == 0:
-                self._push(piece.joined)
+                self._push(chunk.joined)
             return delivered
 
         return patched
@@ -136,11 +136,11 @@ def no_buffering() -> None:
     replace(Conversations, "enter_all", enter_all)
 
     def advance(original: Any) -> Any:
-        def patched(self: Any, piece: Piece) -> Any:
-            if piece.last > self.cursor:  # else the hole is noticed, and mended
-                self.cursor = max(self.cursor, piece.first - 1)
-                self.mark = piece.previous if self.cursor == piece.first - 1 else self.mark
-            return original(self, piece)
+        def patched(self: Any, chunk: Chunk) -> Any:
+            if chunk.last > self.cursor:  # else the hole is noticed, and mended
+                self.cursor = max(self.cursor, chunk.first - 1)
+                self.mark = chunk.previous if self.cursor == chunk.first - 1 else self.mark
+            return original(self, chunk)
 
         return patched
 
@@ -189,7 +189,7 @@ def drop_what_is_numbered_again() -> None:
     """G4: whoever is connected hears nothing of another history until it has passed the room's head."""
     replace(Room, "_follows", lambda original: lambda self, change: True)
     replace(Room, "_contradicts", lambda original: lambda self, change: False)
-    replace(Piece, "follows", lambda original: lambda self, cursor, mark: cursor + 1 >= self.first)
+    replace(Chunk, "follows", lambda original: lambda self, cursor, mark: cursor + 1 >= self.first)
     replace(lookups, "is_of", lambda original: lambda id, after, mark, heads, marks: True)
 
     def compare(original: Any) -> Any:

@@ -6,11 +6,11 @@ from quart import Blueprint, Response, request
 from quart_schema import document_querystring, document_request, document_response
 
 from chatd.api.schemas import (
+    ConversationState,
     CustomEvent,
     Done,
     Membership,
     PageQuery,
-    Place,
     Removal,
     answer,
     asked,
@@ -27,13 +27,13 @@ def blueprint(chat: Chat) -> Blueprint:
     routes = Blueprint("conversations", __name__, url_prefix="/api/ws/conversations")
 
     @routes.get("/<int:conversation_id>")
-    @document_response(Place)
+    @document_response(ConversationState)
     async def get(conversation_id: int) -> Response:
         """The newest change of a conversation, its members, how far they have read, and who is online."""
         id = check_id("conversation_id", conversation_id)
         found, online = await chat.conversations.get(id)
         return answer(
-            Place(
+            ConversationState(
                 conversation_id=id,
                 seq=found.seq,
                 members=found.members,

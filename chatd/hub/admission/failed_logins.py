@@ -1,4 +1,4 @@
-"""Failed logins of an address. Whoever shares it with one who guesses, behind a NAT, gets in all the same.
+"""Failed logins of an address. Whoever shares it with a guesser, behind a NAT, gets in all the same.
 
 Each token is verified first, so a valid one is never refused for the failures of others. What is throttled is
 the failure: past so many in a minute it is told as `rate_limited`, and tokens from that address are verified a
@@ -28,7 +28,7 @@ class _Failures:
         self.bucket, self.turns = bucket, trio.CapacityLimiter(AT_ONCE)
 
 
-class Guesses:
+class FailedLogins:
     def __init__(self) -> None:
         self._most = 0  # a minute; 0: no limit
         self._of: OrderedDict[str, _Failures] = OrderedDict()

@@ -15,7 +15,7 @@ PROBE = 3.0  # seconds for a sign of life, where somebody waits for the place
 LOOK = 0.05  # seconds between looks for it
 
 
-async def end_darkest(guests: Sequence[Guest]) -> bool:
+async def end_most_silent(guests: Sequence[Guest]) -> bool:
     """Ask all of a user's connections for a sign of life, and end the one that has been silent for longest.
 
     False if all of them have given one. Takes as long as the slowest answer, and `PROBE` at most.
@@ -25,11 +25,11 @@ async def end_darkest(guests: Sequence[Guest]) -> bool:
         line.probe()
     while not any(line.ended for line in lines):
         now = trio.current_time()
-        silence, darkest = max(((line.silent_for(now), line) for line in lines), key=lambda one: one[0])
+        silence, most_silent = max(((line.silent_for(now), line) for line in lines), key=lambda one: one[0])
         if not silence:
             return False
         if silence >= PROBE:
-            darkest.close_soon(Close.NO_PONG, "no sign of life")
+            most_silent.close_soon(Close.NO_PONG, "no sign of life")
             return True
         await trio.sleep(LOOK)
     return True

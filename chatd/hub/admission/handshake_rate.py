@@ -14,7 +14,7 @@ SHARE = 10  # one in so many handshakes is an address's share, whatever else it 
 ADDRESSES = 10_000  # whose share is remembered; beyond it all begin anew
 
 
-class Handshakes:
+class HandshakeRate:
     def __init__(self, a_second: int) -> None:
         """0: no limit."""
         self._rate = a_second

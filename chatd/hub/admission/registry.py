@@ -22,8 +22,8 @@ from chatd.core import addresses
 from chatd.core.errors import ChatError, Close, Final
 from chatd.core.limits import TokenBucket
 from chatd.core.model import Identity
-from chatd.hub.admission.failed_logins import Guesses
-from chatd.hub.admission.handshake_rate import Handshakes
+from chatd.hub.admission.failed_logins import FailedLogins
+from chatd.hub.admission.handshake_rate import HandshakeRate
 from chatd.hub.fanout.rooms import Subscription
 from chatd.observe import metrics
 from chatd.store.read.lookups import Standing
@@ -117,7 +117,7 @@ class Registry:
         self.present = 0  # users who are connected
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
-        self.guesses = Guesses()
+        self.failed_logins = FailedLogins()
         settings.follow(self._apply)
 
     def _apply(self, config: Config) -> None:
@@ -125,8 +125,8 @@ class Registry:
         self._limits, self._leeway, self._demo = config.limits, config.auth.leeway, config.demo
         self._origins = AllowedOrigins(config.hub.origins)
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
-        self._handshakes = Handshakes(config.limits.handshakes_per_second)
-        self.guesses.allow(config.limits.failed_logins_per_minute)
+        self._handshake_rate = HandshakeRate(config.limits.handshakes_per_second)
+        self.failed_logins.allow(config.limits.failed_logins_per_minute)
         for user in self._users.values():
             user.sends = _bucket(config.limits.sends_per_second)
 
@@ -145,7 +145,7 @@ class Registry:
             raise Refused(503, "too_many_connections")
         if limits.connections_per_address and self._addresses[address] >= limits.connections_per_address:
             raise Refused(503, "too_many_of_this_address")
-        if not self._handshakes.take(guesser):
+        if not self._handshake_rate.take(guesser):
             metrics.RATE_LIMITED.labels("handshakes").inc()
             raise Refused(503, "too_many_handshakes")
         self._admitted += 1
@@ -223,8 +223,8 @@ class Registry:
     def tidy(self) -> None:
         """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
         now = trio.current_time()
-        self.guesses.tidy()
-        self._handshakes.tidy()
+        self.failed_logins.tidy()
+        self._handshake_rate.tidy()
         for user_id, user in list(self._users.items()):
             if not user.guests and not (user.sends and user.sends.used(now)):
                 del self._users[user_id]

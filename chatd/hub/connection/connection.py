@@ -2,7 +2,7 @@
 knows trio_websocket.
 
 `serve` is the barrier: whatever a peer sends, its error ends here. The session above knows nothing of
-handshakes, and the outbox below nothing of WebSocket but that its own frames pass through it.
+handshakes, and the send_queue below nothing of WebSocket but that its own frames pass through it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chatd.core.protocol import PING_FRAME, text_frame
 from chatd.hub.admission.registry import Admission, Refused
 from chatd.hub.connection import upgrade
 from chatd.hub.connection.heartbeat import Ping
-from chatd.hub.connection.send_queue import LINGER_PAUSE, LINGER_SECONDS, Outbox
+from chatd.hub.connection.send_queue import LINGER_PAUSE, LINGER_SECONDS, SendQueue
 from chatd.hub.services import Services
 from chatd.hub.session.session import Session
 from chatd.hub.session.trivial import TrivialSession
@@ -72,7 +72,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
     """Serve one peer, who is among the `connected` from handshake to end. Only Cancelled leaves this; the
     caller closes the stream.
     """
-    outbox: Outbox | None = None
+    send_queue: SendQueue | None = None
     stay: Stay | None = None
     admitted: list[Admission] = []  # at most one: it counts until its descriptor is free
     try:
@@ -80,9 +80,9 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             async with trio.open_nursery() as nursery:
                 # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
                 most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
-                outbox = Outbox(stream, nursery, unfinished_bytes=most)
-                stay = Stay(services.lobby, stream, key_of(stream), outbox.abort)
-                await _talk(services, stay, connected, outbox, nursery, admitted)
+                send_queue = SendQueue(stream, nursery, unfinished_bytes=most)
+                stay = Stay(services.lobby, stream, key_of(stream), send_queue.abort)
+                await _talk(services, stay, connected, send_queue, nursery, admitted)
         except* _EXPECTED as group:
             metrics.FAILED.inc()
             log.debug("connection_failed", error=_innermost(group))
@@ -90,28 +90,28 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             # A mistake of ours, or of a library: still one connection's matter.
             metrics.FAILED.inc()
             _broken.warn(error=_innermost(group), exc_info=group)
-        if outbox is not None:
-            await outbox.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
+        if send_queue is not None:
+            await send_queue.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
     finally:
         for admission in admitted:
             admission.give_back()
         if stay is not None:
             stay.leave()
-        if outbox is not None:
-            outbox.let_go()
+        if send_queue is not None:
+            send_queue.let_go()
 
 
 async def _talk(
     services: Services,
     stay: Stay,
     connected: dict[Connection, None],
-    outbox: Outbox,
+    send_queue: SendQueue,
     nursery: trio.Nursery,
     admitted: list[Admission],
 ) -> None:
     """From the handshake to the goodbye. Nothing of this connection runs in the nursery after that."""
     try:
-        if opened := await _shake_hands(services, stay, outbox, nursery, admitted):
+        if opened := await _shake_hands(services, stay, send_queue, nursery, admitted):
             connection, session = opened
             del opened  # a frame that lives as long as a connection keeps no more than it needs
             connected[connection] = None
@@ -124,13 +124,13 @@ async def _talk(
 
 
 async def _shake_hands(
-    services: Services, stay: Stay, outbox: Outbox, nursery: trio.Nursery, admitted: list[Admission]
+    services: Services, stay: Stay, send_queue: SendQueue, nursery: trio.Nursery, admitted: list[Admission]
 ) -> tuple[Connection, Session] | None:
     """None for a peer who was refused, and told so."""
     registry = services.registry
     deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
     with trio.fail_at(deadline):
-        request = await _request(outbox, nursery, services.settings.now.limits.frame_bytes)
+        request = await _request(send_queue, nursery, services.settings.now.limits.frame_bytes)
         try:
             handshake = upgrade.read(request)
             peer = str(stay.stream.socket.getpeername()[0])
@@ -142,7 +142,7 @@ async def _shake_hands(
             _log_refusal(refusal, request)
             await _refuse(request, refusal)
             return None
-        connection = Connection(outbox, nursery, stay, flat=handshake.flat)
+        connection = Connection(send_queue, nursery, stay, flat=handshake.flat)
         kind = TrivialSession if handshake.flat else Session
         session = kind(services, connection, handshake, address)
         try:
@@ -151,16 +151,16 @@ async def _shake_hands(
         except BaseException:
             session.end()
             raise
-    outbox.message_finished()
+    send_queue.message_finished()
     return connection, session
 
 
-async def _request(outbox: Outbox, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
+async def _request(send_queue: SendQueue, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
     """What `trio_websocket.wrap_server_stream` does, with a handshake that reads list headers as lists."""
     protocol = WSConnection(ConnectionType.SERVER)
     protocol.handshake = upgrade.Joining(ConnectionType.SERVER)
     ws = WebSocketConnection(
-        outbox,
+        send_queue,
         protocol,
         max_message_size=frame_bytes,
         message_queue_size=1,
@@ -187,19 +187,19 @@ class Connection:
     """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
 
     __slots__ = (
-        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_outbox", "_ping", "_reading", "_ws"),
+        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_send_queue", "_ping", "_reading", "_ws"),
         *("known", "name", "nursery", "offer", "our_turn", "push", "reply", "try_push"),
     )
 
     _ws: WebSocketConnection
 
-    def __init__(self, outbox: Outbox, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
+    def __init__(self, send_queue: SendQueue, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
         """`open` must follow, before anything is pushed. `stay` ends once the peer has a valid token."""
         self.known, self.our_turn = stay.leave, stay.our_turn
-        self._outbox, self.nursery, self._flat = outbox, nursery, flat
+        self._send_queue, self.nursery, self._flat = send_queue, nursery, flat
         # Called for each delivery, so nothing stands between.
-        self.push, self.try_push = outbox.push, outbox.try_push
-        self.offer, self.reply = outbox.offer, outbox.reply
+        self.push, self.try_push = send_queue.push, send_queue.try_push
+        self.offer, self.reply = send_queue.offer, send_queue.reply
         self._goodbye: tuple[int, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
@@ -224,9 +224,9 @@ class Connection:
             await self._say_goodbye(session.user_id)
 
     async def next_message(self) -> str | bytes:
-        await self._outbox.uncongested()
+        await self._send_queue.uncongested()
         message = await self._ws.get_message()
-        self._outbox.message_finished()
+        self._send_queue.message_finished()
         return message
 
     @asynccontextmanager
@@ -243,17 +243,17 @@ class Connection:
         """What was committed is answered before the goodbye. Past the deadline the outcome is unknown to the
         client, as it is when a connection breaks.
         """
-        if self._ws.closed is None and not self._outbox.cut:
+        if self._ws.closed is None and not self._send_queue.cut:
             with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
                 await session.all_answered()
 
     async def drained(self) -> None:
-        await self._outbox.below(PACE_BYTES)
+        await self._send_queue.below(PACE_BYTES)
 
     async def _say_goodbye(self, user_id: int) -> None:
         code: int
         code, reason = self._goodbye or (Close.SERVER_ERROR, "")
-        if self._outbox.too_slow:
+        if self._send_queue.too_slow:
             code = Close.TOO_SLOW
             metrics.SLOW.inc()
         elif self._ws.closed is not None and self._goodbye is None:
@@ -267,9 +267,9 @@ class Connection:
             # name for how far both ends have come.
             if self._ws._wsproto.state is ConnectionState.OPEN:
                 goodbye = self._ws._wsproto.send(CloseConnection(code=int(code), reason=reason))
-                await self._outbox.send_all(goodbye)
+                await self._send_queue.send_all(goodbye)
         if self._ws._wsproto.state is ConnectionState.CLOSED:
-            self._outbox.peer_finished = True
+            self._send_queue.peer_finished = True
 
     # For the session and the hub: synchronous.
 
@@ -280,7 +280,7 @@ class Connection:
 
     @property
     def ended(self) -> bool:
-        return self._outbox.ended or self._outbox.cut
+        return self._send_queue.ended or self._send_queue.cut
 
     def close_soon(self, code: Close, reason: str) -> None:
         self._end(code, reason)
@@ -291,7 +291,7 @@ class Connection:
     def _end(self, code: int, reason: str) -> None:
         if self._goodbye is None:
             self._goodbye = (code, reason)
-            self._outbox.ended = True
+            self._send_queue.ended = True
             self._reading.cancel()
 
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
@@ -307,25 +307,25 @@ class Connection:
 
     def excuse(self, now: float) -> None:
         """Do not hold the peer's silence until now against it."""
-        self._outbox.last_heard = now
+        self._send_queue.last_heard = now
 
     def beat(self, now: float, interval: float, timeout: float) -> None:
         """Ask a silent peer for a sign of life, give up one that has had its time."""
-        self._outbox.check_drain(now)
-        if self._outbox.ended or self._outbox.cut:
+        self._send_queue.check_drain(now)
+        if self._send_queue.ended or self._send_queue.cut:
             return
         if self._ping is not None and self._ping.answered:
             self._ping = None
         if self._ping is not None:
             if self._ping.silence(now) > timeout:
                 self.close_soon(Close.NO_PONG, "no sign of life")
-        elif now - self._outbox.last_heard >= interval:
+        elif now - self._send_queue.last_heard >= interval:
             self._send_ping(now)
 
     def probe(self) -> None:
         """Ask for a sign of life now. Who waits for the answer to its handshake has just given one, and a ping
         would come before that answer."""
-        if self._outbox.answered and (self._ping is None or self._ping.answered):
+        if self._send_queue.answered and (self._ping is None or self._ping.answered):
             self._send_ping(trio.current_time())
 
     def silent_for(self, now: float) -> float:
@@ -334,11 +334,11 @@ class Connection:
 
     def _send_ping(self, now: float) -> None:
         if self._flat:
-            self._outbox.expect_pong(PING_FRAME)
+            self._send_queue.expect_pong(PING_FRAME)
             self.push(PING_FRAME)
         else:
             self.push(_PING_EVENT)
-        self._ping = Ping(self._outbox, now)
+        self._ping = Ping(self._send_queue, now)
 
 
 def _innermost(error: BaseException) -> str:

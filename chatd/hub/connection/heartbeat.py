@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatd.hub.connection.send_queue import Outbox
+from chatd.hub.connection.send_queue import SendQueue
 
 
 class Ping:
@@ -13,22 +13,22 @@ class Ping:
     that takes nothing and a peer that takes everything and says nothing are both found in time.
     """
 
-    __slots__ = ("_end", "_outbox", "_since", "_taken", "at")
+    __slots__ = ("_end", "_send_queue", "_since", "_taken", "at")
 
-    def __init__(self, outbox: Outbox, now: float) -> None:
+    def __init__(self, send_queue: SendQueue, now: float) -> None:
         """To be made right after the ping was pushed."""
-        self._outbox, self.at = outbox, now
-        self._end, self._taken, self._since = outbox.pushed(), outbox.taken(), now
+        self._send_queue, self.at = send_queue, now
+        self._end, self._taken, self._since = send_queue.pushed(), send_queue.taken(), now
 
     @property
     def answered(self) -> bool:
         """Whatever the peer has said since is an answer."""
-        return self._outbox.last_heard > self.at
+        return self._send_queue.last_heard > self.at
 
     def silence(self, now: float) -> float:
         """Seconds since the last sign of life."""
         if self._taken < self._end:
-            taken = self._outbox.taken()
+            taken = self._send_queue.taken()
             if taken > self._taken:
                 self._taken, self._since = taken, now
         return now - self._since

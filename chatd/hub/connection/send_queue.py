@@ -1,6 +1,6 @@
 """A connection's socket as trio-websocket sees it, with `push` for frames that many clients share.
 
-Only the outbox writes to the socket, so a cancelled task never leaves half a frame behind. `push` never
+Only the send_queue writes to the socket, so a cancelled task never leaves half a frame behind. `push` never
 waits: what the kernel does not take at once is queued, in bytes, and flushed by a task that exists only then.
 The kernel itself holds at most `listen.SEND_BUFFER` of each connection, so a slow reader's cost is known.
 """
@@ -20,7 +20,7 @@ from chatd.observe import metrics
 
 # What a slow reader may cost here before its connection is cut. With what the kernel holds it is below 1 MiB.
 LIMIT_BYTES = 768 * 1024
-# Seconds in which the peer must take what was queued when they began: less than 3 KB/s of a full outbox.
+# Seconds in which the peer must take what was queued when they began: less than 3 KB/s of a full queue.
 DRAIN_SECONDS = 300.0
 JOIN_BYTES = 64 * 1024  # queued frames written at once
 # Reads since the last finished message. An honest 64 KiB frame takes 16 of 4 KiB, a dripping one some more.
@@ -39,7 +39,7 @@ _ACKNOWLEDGED = struct.Struct("=120xQ")
 _NOTHING: deque[bytes | memoryview] = deque(maxlen=0)  # nearly always: an empty one of its own has 700 bytes
 
 
-class Outbox(trio.abc.Stream):
+class SendQueue(trio.abc.Stream):
     # A push finds all it needs in this one object: among many connections, memory is what Python waits for.
     __slots__ = (
         "_descriptor",

@@ -9,10 +9,10 @@ from msgspec import UnsetType
 from chatd.core.model import Change, Kind
 from chatd.core.protocol import text_frame
 
-PIECE_BYTES = 64 * 1024  # frames joined into one write
+CHUNK_BYTES = 64 * 1024  # frames joined into one write
 
 
-class Piece:
+class Chunk:
     """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
 
     __slots__ = (
@@ -30,7 +30,7 @@ class Piece:
         self.members_version = max(change.members_version for change in changes)
 
     def follows(self, cursor: int, mark: str | UnsetType | None) -> bool:
-        """Whether the change at a cursor, with its mark, is the one before this piece, or in it."""
+        """Whether the change at a cursor, with its mark, is the one before this chunk, or in it."""
         if cursor + 1 == self.first:
             return self.previous == mark
         return self.first <= cursor <= self.last and self._changes[cursor - self.first].mark == mark
@@ -51,9 +51,9 @@ class Piece:
         return wanted
 
 
-def pieces(changes: Sequence[Change]) -> Iterator[Piece]:
+def chunks(changes: Sequence[Change]) -> Iterator[Chunk]:
     """Cut a run of changes where a joined write would get too long."""
-    return map(Piece, runs(changes, PIECE_BYTES))
+    return map(Chunk, runs(changes, CHUNK_BYTES))
 
 
 def runs(changes: Sequence[Change], most: int) -> Iterator[Sequence[Change]]:

@@ -17,7 +17,7 @@ from msgspec import Struct
 from chatd.core.errors import Unavailable
 from chatd.core.model import Change, MemberChange, Notice, State
 from chatd.core.protocol import event, text_frame
-from chatd.hub.fanout.chunks import PIECE_BYTES, Piece, pieces
+from chatd.hub.fanout.chunks import CHUNK_BYTES, Chunk, chunks
 from chatd.hub.fanout.repair import RETRY, Repaired, Repairs, StartOver
 from chatd.hub.fanout.rooms import Room, Rooms, Subscription
 from chatd.hub.fanout.sweep import Sweep, check_rights
@@ -61,13 +61,13 @@ class Checked(Struct):
     seqs: set[int]
 
 
-class Kick(Struct):
+class HeadKnown(Struct):
     """A room's head has become known: what came before it can be judged now."""
 
     room: Room
 
 
-Item = Change | MemberChange | Announcement | Repaired | Checked | StartOver | Kick
+Item = Change | MemberChange | Announcement | Repaired | Checked | StartOver | HeadKnown
 
 
 class Fanout:
@@ -101,7 +101,7 @@ class Fanout:
                 self._put(change)
             elif not room.stale:
                 room.stale = True
-                self._put(Kick(room))
+                self._put(HeadKnown(room))
 
     def member(self, change: MemberChange) -> None:
         if self.rooms.get(change.conversation_id) is None or self._queued > QUEUE_BYTES:
@@ -131,7 +131,7 @@ class Fanout:
         last = self._queue[-1] if self._queue else None
         if (
             isinstance(last, Announcement)
-            and len(last.frame) + len(item.frame) <= PIECE_BYTES
+            and len(last.frame) + len(item.frame) <= CHUNK_BYTES
             and last.way == item.way
         ):
             last.frame += item.frame
@@ -162,12 +162,12 @@ class Fanout:
         """A session has read a snapshot of a room that it is in."""
         room.open(head, mark, members_version)
         if room.behind or room.in_doubt:
-            self._put(Kick(room))
+            self._put(HeadKnown(room))
 
     def doubt_history(self, room: Room) -> None:
         """What was read cannot follow what this room has told: hold it against the database now."""
         room.stale = True
-        self._put(Kick(room))
+        self._put(HeadKnown(room))
 
     def _put(self, item: Item) -> None:
         self._queue.append(item)
@@ -222,7 +222,7 @@ class Fanout:
                     await self._advance(room, [])
                 case StartOver(room, found, anew):
                     await self._start_over(room, found, anew=anew)
-                case Kick(room):
+                case HeadKnown(room):
                     await self._advance(room, [])
         await self._advance_all(gathered)
 
@@ -233,16 +233,16 @@ class Fanout:
         await trio.lowlevel.checkpoint()
 
     async def _advance(self, room: Room, changes: Sequence[Change]) -> None:
-        for piece in pieces(room.accept(changes)):
-            await self._push(room, piece)
+        for chunk in chunks(room.accept(changes)):
+            await self._push(room, chunk)
         if room.in_doubt:
             self._check_soon(room)
         elif room.behind:
             self._repairs.soon(room, HOLE_WAIT if self._up and not room.stale else 0)
 
-    async def _push(self, room: Room, piece: Piece) -> None:
-        delivered = await self._to_all(room, lambda subscription: subscription.deliver(piece))
-        metrics.DELIVERED_LIVE.inc(delivered * (piece.last - piece.first + 1))
+    async def _push(self, room: Room, chunk: Chunk) -> None:
+        delivered = await self._to_all(room, lambda subscription: subscription.deliver(chunk))
+        metrics.DELIVERED_LIVE.inc(delivered * (chunk.last - chunk.first + 1))
 
     async def _to_all(self, room: Room, act: Callable[[Subscription], object]) -> int:
         return await self._to_each(list(room.subscriptions), act)

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from chatd.core.model import Change, Position
-from chatd.hub.fanout.chunks import Piece
+from chatd.hub.fanout.chunks import Chunk
 from chatd.hub.fanout.listeners import Listener, Watcher
 
 # What a room holds while a hole before it, or who may hear it, is being read: changes, and bytes of them.
@@ -65,7 +65,7 @@ class Subscription:
 
     def hold(self) -> None:
         """Buffer from now on: a snapshot is about to be read."""
-        self._buffer: list[Piece | bytes] | None = []  # None: live
+        self._buffer: list[Chunk | bytes] | None = []  # None: live
         self._buffered = 0
         self.lost = False  # something that came was not kept
         self.doubted = False  # the snapshot that is being read just now must be read again
@@ -109,21 +109,21 @@ class Subscription:
             else:
                 self.deliver(item)
 
-    def deliver(self, piece: Piece) -> bool:
+    def deliver(self, chunk: Chunk) -> bool:
         """False when it was not new, or not for this one."""
         if not self.joined:
             return False
         if self._buffer is not None:
-            self._keep(piece, len(piece.joined))
+            self._keep(chunk, len(chunk.joined))
             return False
         # Nearly always:
-        if piece.first == self.cursor + 1 and piece.previous == self.mark and not self._flat:
-            if self._try_push(piece.joined):
-                self.cursor, self.mark = piece.last, piece.mark
+        if chunk.first == self.cursor + 1 and chunk.previous == self.mark and not self._flat:
+            if self._try_push(chunk.joined):
+                self.cursor, self.mark = chunk.last, chunk.mark
                 return True
             self.listener.fall_behind(self)
             return False
-        return self._advance(piece)
+        return self._advance(chunk)
 
     def announce(self, frame: bytes) -> None:
         """Something without a seq that must not be lost while buffering."""
@@ -145,27 +145,27 @@ class Subscription:
             self._keep(frame, len(frame))
         return True
 
-    def _allowed(self, members_version: int | None) -> list[Piece | bytes]:
+    def _allowed(self, members_version: int | None) -> list[Chunk | bytes]:
         """What was buffered, up to what a snapshot of this version does not say who may hear."""
         known = math.inf if members_version is None else members_version
         return list(
             takewhile(lambda one: isinstance(one, bytes) or one.members_version <= known, self._buffer or ())
         )
 
-    def _advance(self, piece: Piece) -> bool:
-        if piece.last <= self.cursor:
+    def _advance(self, chunk: Chunk) -> bool:
+        if chunk.last <= self.cursor:
             return False
-        if not piece.follows(self.cursor, self.mark):  # a hole, or another history: nobody is lied to
+        if not chunk.follows(self.cursor, self.mark):  # a hole, or another history: nobody is lied to
             self.listener.resync(self)
             return False
-        frames = piece.after(self.cursor, self._flat)
+        frames = chunk.after(self.cursor, self._flat)
         if frames and not self._try_push(frames):
             self.listener.fall_behind(self)
             return False
-        self.cursor, self.mark = piece.last, piece.mark
+        self.cursor, self.mark = chunk.last, chunk.mark
         return bool(frames)
 
-    def _keep(self, item: Piece | bytes, size: int) -> None:
+    def _keep(self, item: Chunk | bytes, size: int) -> None:
         assert self._buffer is not None
         self._buffered += size
         if self._buffered > BUFFER_BYTES:

@@ -17,14 +17,14 @@ from chatd.core.model import MemberChange, State
 from chatd.core.protocol import event, text_frame
 from chatd.hub.fanout.fanout import Announcement, Fanout, restart
 from chatd.hub.fanout.rooms import Room, Rooms, Subscription
-from chatd.store.read.members import PEOPLE
+from chatd.store.read.members import MEMBERS_MOST
 
 READ_TRIES = 3  # of a room whose members change while they are read
 YIELD_EVERY = 200  # subscriptions between checkpoints
 
 
 class Audience(Struct):
-    """The members of a room, at most `PEOPLE`, as of the room's members_version `version`; None: not read yet.
+    """The members of a room, at most `MEMBERS_MOST`, as of its members_version `version`; None: not read yet.
 
     It lives as long as one of its `watchers`, the subscriptions that asked for it and may be in the room.
     """
@@ -70,7 +70,7 @@ class Audiences:
             if audience.version is not None:
                 return
             audience.heard = 0
-            version, ids = await self._conversations.member_ids(conversation_id, PEOPLE)
+            version, ids = await self._conversations.member_ids(conversation_id, MEMBERS_MOST)
             if self._audiences.get(conversation_id) is not audience:
                 return  # the last watcher has left meanwhile
             # Where they change too fast to be read, the next sweep sees that the versions differ.
@@ -167,13 +167,13 @@ class Audiences:
         return version > audience.version or (was_ahead and audience.ahead)
 
     def _changed(self, change: Transition) -> None:
-        if change.place == USERS:
+        if change.scope == USERS:
             for conversation_id in self._rooms_of.get(change.id, ()):
                 self._tell(conversation_id, change)
-        elif change.place != ROOMS:
-            audience = self._audiences.get(change.place)
+        elif change.scope != ROOMS:
+            audience = self._audiences.get(change.scope)
             if audience is not None and change.id not in audience.members:
-                self._tell(change.place, change)
+                self._tell(change.scope, change)
 
     def _tell(self, conversation_id: int, change: Transition) -> None:
         if self._crowded(conversation_id, self._audiences[conversation_id]):

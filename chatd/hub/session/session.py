@@ -32,7 +32,7 @@ from chatd.core.errors import (
 from chatd.core.limits import HISTORY_PAGE
 from chatd.core.model import Identity, now
 from chatd.core.protocol import event, text_frame
-from chatd.hub.admission.half_open import end_darkest
+from chatd.hub.admission.half_open import end_most_silent
 from chatd.hub.admission.registry import Handshake
 from chatd.hub.fanout.rooms import Subscription
 from chatd.hub.services import Line, Services
@@ -258,15 +258,15 @@ class Session:
         # It has come in time; how long the answer takes is not the client's fault.
         self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
         registry = self._services.registry
-        guesses, guesser = registry.guesses, registry.guesser(self._address)
+        failed_logins, guesser = registry.failed_logins, registry.guesser(self._address)
         try:
-            async with guesses.turn(guesser):
+            async with failed_logins.turn(guesser):
                 with self._line.our_turn():
                     identity = await self._chat.logins.verify(token)
             self._line.known()
             return identity
         except Unauthorized:
-            if wait := guesses.failed(guesser):
+            if wait := failed_logins.failed(guesser):
                 metrics.RATE_LIMITED.labels("logins").inc()
                 raise RateLimited("too many failed logins from here", retry_after=round(wait, 3)) from None
             raise
@@ -282,7 +282,7 @@ class Session:
         """Raises TooManyConnections."""
         self.user_id, registry = user_id, self._services.registry
         while not registry.register(self):
-            if not await end_darkest(registry.guests_of(user_id)):
+            if not await end_most_silent(registry.guests_of(user_id)):
                 raise TooManyConnections
 
     async def _become(self, identity: Identity) -> None:

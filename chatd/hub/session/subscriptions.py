@@ -94,13 +94,13 @@ class Subscriptions:
     def fitting(self, wanted: Iterable[int]) -> list[int]:
         """The first of these, as many as may be entered."""
         known = self._counted
-        places = self._most - len(known)
+        slots = self._most - len(known)
         fitting: list[int] = []
         for conversation_id in wanted:
             if conversation_id not in known and conversation_id not in self._inbox:
-                if not places:
+                if not slots:
                     continue
-                places -= 1
+                slots -= 1
             fitting.append(conversation_id)
         return fitting
 

@@ -6,8 +6,8 @@ import resource
 from collections.abc import Iterator
 
 from chatd.core.errors import OperatorError
-from chatd.net.descriptors import RESERVED, client_places
-from chatd.ops.api import Backend, Unreachable, reached_at
+from chatd.net.descriptors import RESERVED, client_slots
+from chatd.ops.api import ApiClient, Unreachable, reached_at
 from chatd.ops.client import Disconnected, NotUpgraded, connect
 from chatd.ops.finding import Case, Finding, ok, problem, warning
 from chatd.ops.round_trip import NoToken, travel
@@ -23,7 +23,7 @@ STATES = {
 
 def api(case: Case) -> Finding:
     """Whether chatd answers on api.bind, and calls itself ready."""
-    backend, subject = Backend(case.config), "HTTP API"
+    backend, subject = ApiClient(case.config), "HTTP API"
     try:
         answer = backend.ask("GET", "/readyz")
     except Unreachable as error:
@@ -70,10 +70,10 @@ def open_files(case: Case) -> Finding:
     advice = f"LimitNOFILE={max(2 * (wanted + RESERVED), 65536)} in chatd.service, or ulimit -n"
     if limit == resource.RLIM_INFINITY:
         return ok(subject, f"{whose} is none")
-    text = f"{whose} is {limit}: room for {client_places(limit)} clients"
-    if wanted > client_places(limit):
+    text = f"{whose} is {limit}: room for {client_slots(limit)} clients"
+    if wanted > client_slots(limit):
         return problem(subject, f"{text}, and limits.connections promises {wanted}", advice)
-    if not wanted and client_places(limit) < FEW_PLACES:
+    if not wanted and client_slots(limit) < FEW_PLACES:
         return warning(subject, f"{text}; more must wait", advice)
     return ok(subject, text)
 
@@ -106,7 +106,7 @@ def backend_calls(case: Case) -> Iterator[Finding]:
 
 def _metric(case: Case, name: str) -> float | None:
     try:
-        numbers = Backend(case.config).ask("GET", "/metrics").body.decode(errors="replace")
+        numbers = ApiClient(case.config).ask("GET", "/metrics").body.decode(errors="replace")
     except Unreachable:
         return None
     found = [line.split()[1] for line in numbers.splitlines() if line.startswith(f"{name} ")]

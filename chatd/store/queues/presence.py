@@ -90,7 +90,7 @@ class Turned(Struct, frozen=True):
     doubts: bool
 
 
-class Attendances:
+class PresenceTable:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)

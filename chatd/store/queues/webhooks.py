@@ -53,7 +53,7 @@ class Failed(Struct, frozen=True):
     again_in: float | None
 
 
-class Webhooks:
+class WebhookQueue:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)

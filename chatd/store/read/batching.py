@@ -145,7 +145,7 @@ class _Queue:
         return owner not in self._reading and not self._debts.wait(owner, now)
 
 
-class Gathered(Generic[Request, Answer]):
+class Batcher(Generic[Request, Answer]):
     """One read for all requests that came while another was on its way, as the writer commits in groups.
 
     A transaction and a thread cost more than what one login reads: when thousands come back at once, dozens

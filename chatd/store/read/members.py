@@ -15,7 +15,7 @@ from chatd.store.read import statements
 from chatd.store.read.lookups import heads
 from chatd.store.read.snapshots import Cursor
 
-PEOPLE = 10_000  # members of one conversation that are looked at
+MEMBERS_MOST = 10_000  # members of one conversation that are looked at
 
 
 class Member(Struct, frozen=True):
@@ -24,8 +24,8 @@ class Member(Struct, frozen=True):
     muted_until: str | None
 
 
-class Place(Struct, frozen=True):
-    """A conversation: its head, the ids of its members up to `PEOPLE`, the first of them, their cursors."""
+class ConversationState(Struct, frozen=True):
+    """A conversation: its head, the ids of `MEMBERS_MOST` members, the first of them, their cursors."""
 
     seq: int
     member_ids: list[int]
@@ -52,27 +52,27 @@ def member_ids(connection: Connection, conversation_id: int, most: int) -> tuple
     return head.members_version if head else 0, ids
 
 
-def place(connection: Connection, conversation_id: int, detail: int) -> Place:
+def conversation_state(connection: Connection, conversation_id: int, detail: int) -> ConversationState:
     """Raises NotFound. Past `detail` members (0: any number) only the first are named, without cursors."""
     head = heads(connection, [conversation_id]).get(conversation_id)
     if head is None:
         raise NotFound(field="conversation_id")
-    asked = {"conversation_id": conversation_id, "most": PEOPLE}
+    asked = {"conversation_id": conversation_id, "most": MEMBERS_MOST}
     members = [Member(*row) for row in connection.execute(statements.MEMBERS, asked)]
-    named = members[: detail or PEOPLE]
+    named = members[: detail or MEMBERS_MOST]
     receipts: list[Cursor] = []
     if len(named) == len(members):
         rows = connection.execute(statements.CURSORS, {"conversation_ids": [conversation_id]})
         receipts = [Cursor(user, read, delivered) for _, user, read, delivered in rows]
-    return Place(head.seq, [member.user_id for member in members], named, receipts)
+    return ConversationState(head.seq, [member.user_id for member in members], named, receipts)
 
 
 def cursors_of_message(connection: Connection, message_id: int) -> tuple[int, list[Cursor]]:
     """(author, where everybody in its conversation stands). Raises NotFound."""
-    found = connection.execute(statements.PLACE_OF_MESSAGE, {"id": message_id}).first()
+    found = connection.execute(statements.CONVERSATION_OF_MESSAGE, {"id": message_id}).first()
     if found is None:
         raise NotFound(field="id")
-    asked = {"conversation_id": found.chat_conversation_id, "most": PEOPLE}
+    asked = {"conversation_id": found.chat_conversation_id, "most": MEMBERS_MOST}
     cursors = [Cursor(*row) for row in connection.execute(statements.CURSORS_OF_PEOPLE, asked)]
     return found.user_id, cursors
 

@@ -109,21 +109,25 @@ def logins(connection: Connection, entries: Sequence[Entry]) -> list[Entered]:
 
 def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
     """For each, its rooms; NotFound where the user may not look."""
-    places = _places(connection, entries)
+    conversations = _conversations(connection, entries)
     allowed = [
-        [places[number, id] for id, _, entitled in entry.rooms if may(places[number, id].state, entitled)]
+        [
+            conversations[number, id]
+            for id, _, entitled in entry.rooms
+            if may(conversations[number, id].state, entitled)
+        ]
         for number, entry in enumerate(entries)
     ]
-    cursors = _cursors(connection, {place.id for mine in allowed for place in mine if place.quiet})
-    marks = marks_of(connection, list(_to_prove(entries, places)))
+    cursors = _cursors(connection, {row.id for mine in allowed for row in mine if row.quiet})
+    marks = marks_of(connection, list(_to_prove(entries, conversations)))
     missed = _Missed(connection, epoch_of(connection), marks)
     return [
-        _of_entry(entry, {place.id: place for place in mine}, cursors, missed)
+        _of_entry(entry, {row.id: row for row in mine}, cursors, missed)
         for entry, mine in zip(entries, allowed, strict=True)
     ]
 
 
-class _Place(Struct, frozen=True):
+class _Conversation(Struct, frozen=True):
     """A row of `ROOMS`. `quiet`: few enough members for the receipts of all."""
 
     id: int
@@ -139,10 +143,10 @@ class _Place(Struct, frozen=True):
 
 
 Cursors = dict[int, list[Cursor]]
-Places = dict[tuple[int, int], _Place]
+Conversations = dict[tuple[int, int], _Conversation]
 
 
-def _places(connection: Connection, entries: Sequence[Entry]) -> Places:
+def _conversations(connection: Connection, entries: Sequence[Entry]) -> Conversations:
     """By (number of the entry, conversation_id)."""
     wanted = [(number, entry.user_id, id) for number, entry in enumerate(entries) for id, _, _ in entry.rooms]
     if not wanted:
@@ -150,21 +154,21 @@ def _places(connection: Connection, entries: Sequence[Entry]) -> Places:
     detail = entries[0].members_detail  # a setting: the same for all
     asked = keys.as_parameter(wanted) | {"most": limits.UNREAD_MAX, "members_detail": detail}
     rows = connection.execute(statements.ROOMS[connection.dialect.name], asked)
-    return {(number, id): _place(id, detail, *rest) for number, id, *rest in rows}
+    return {(number, id): _conversation(id, detail, *rest) for number, id, *rest in rows}
 
 
-def _to_prove(entries: Sequence[Entry], places: Places) -> Iterator[tuple[int, int]]:
+def _to_prove(entries: Sequence[Entry], conversations: Conversations) -> Iterator[tuple[int, int]]:
     """The changes whose marks decide. That of the last one is known."""
     for number, entry in enumerate(entries):
         for id, position, _ in entry.rooms:
-            place, after = places[number, id], position.after
-            if after and position.mark is not UNSET and place.low_seq <= after < place.last_seq:
+            row, after = conversations[number, id], position.after
+            if after and position.mark is not UNSET and row.low_seq <= after < row.last_seq:
                 yield id, after
 
 
-def _place(id: int, detail: int, state: str | None, members: int, *rest: Any) -> _Place:
+def _conversation(id: int, detail: int, state: str | None, members: int, *rest: Any) -> _Conversation:
     quiet = not detail or members <= detail
-    return _Place(id, State(state) if state else None, quiet, *rest)
+    return _Conversation(id, State(state) if state else None, quiet, *rest)
 
 
 def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
@@ -175,16 +179,16 @@ def _cursors(connection: Connection, conversation_ids: set[int]) -> Cursors:
     return found
 
 
-def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed: _Missed) -> Found:
+def _of_entry(entry: Entry, allowed: dict[int, _Conversation], cursors: Cursors, missed: _Missed) -> Found:
     found: Found = {}
     space = limits.READY_BYTES
     for_changes = limits.ANSWER_BYTES
     for id, position, _ in entry.rooms:
-        place = places.get(id)
-        if place is None:
+        row = allowed.get(id)
+        if row is None:
             found[id] = NotFound(field="conversation_id")
             continue
-        one = _snapshot(entry, place, position, cursors, missed, for_changes)
+        one = _snapshot(entry, row, position, cursors, missed, for_changes)
         if one.size > space:
             one = _reduced(one, entry.user_id)
         found[id] = one
@@ -194,35 +198,35 @@ def _of_entry(entry: Entry, places: dict[int, _Place], cursors: Cursors, missed:
 
 
 def _snapshot(
-    entry: Entry, place: _Place, position: Position, cursors: Cursors, missed: _Missed, space: int
+    entry: Entry, row: _Conversation, position: Position, cursors: Cursors, missed: _Missed, space: int
 ) -> Snapshot:
-    same = missed.is_same(place, position, entry.epoch)
+    same = missed.is_same(row, position, entry.epoch)
     if entry.portion:
-        found = missed.portion(place, position.after, same)
+        found = missed.portion(row, position.after, same)
     else:
-        found = missed.of(place, position.after, same, space if entry.brief else None)
+        found = missed.of(row, position.after, same, space if entry.brief else None)
     last = found.changes[-1] if found.later and found.changes else None
     return Snapshot(
-        conversation_id=place.id,
-        seq=last.seq if last else place.last_seq,
+        conversation_id=row.id,
+        seq=last.seq if last else row.last_seq,
         epoch=missed.epoch,
-        mark=last.mark if last else place.mark,
+        mark=last.mark if last else row.mark,
         same=same,
-        members_version=place.members_version,
+        members_version=row.members_version,
         recovered=found.recovered,
         changes=found.changes,
         has_more=found.has_more,
         later=found.later,
-        unread=place.unread,
-        receipts=cursors.get(place.id, []) if place.quiet else list(_own_cursor(entry.user_id, place)),
-        member=place.state is not None,
+        unread=row.unread,
+        receipts=cursors.get(row.id, []) if row.quiet else list(_own_cursor(entry.user_id, row)),
+        member=row.state is not None,
     )
 
 
-def _own_cursor(user_id: int, place: _Place) -> Iterable[Cursor]:
+def _own_cursor(user_id: int, row: _Conversation) -> Iterable[Cursor]:
     """In a crowded room the receipts of all would be most of the answer."""
-    if place.read_id or place.delivered_id:
-        yield Cursor(user_id, place.read_id, place.delivered_id)
+    if row.read_id or row.delivered_id:
+        yield Cursor(user_id, row.read_id, row.delivered_id)
 
 
 def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
@@ -253,7 +257,7 @@ class _Missed:
         self._logs: dict[tuple[int, int, int], tuple[list[Change], bool]] = {}
         self._pages: dict[int, Page] = {}
 
-    def is_same(self, place: _Place, position: Position, epoch: str | None) -> bool:
+    def is_same(self, row: _Conversation, position: Position, epoch: str | None) -> bool:
         """Whether a position is in this history: its mark decides, and without one the epoch.
 
         A mark below the cut of retention cannot be checked; `of` starts it over in any case.
@@ -261,33 +265,33 @@ class _Missed:
         if position.after is None:
             return True
         if position.mark is UNSET:
-            return epoch in (None, self.epoch) and position.after <= place.last_seq
-        if position.after < place.low_seq:
+            return epoch in (None, self.epoch) and position.after <= row.last_seq
+        if position.after < row.low_seq:
             return True
-        heads = Heads(place.last_seq, place.low_seq, place.members_version, mark=place.mark)
-        return is_of(place.id, position.after, position.mark, heads, self._marks)
+        heads = Heads(row.last_seq, row.low_seq, row.members_version, mark=row.mark)
+        return is_of(row.id, position.after, position.mark, heads, self._marks)
 
-    def of(self, place: _Place, after: int | None, same: bool, space: int | None) -> _Found:
+    def of(self, row: _Conversation, after: int | None, same: bool, space: int | None) -> _Found:
         """Without `space` all of it, to be sent in pieces; else what fits into so many bytes."""
-        head = place.last_seq
+        head = row.last_seq
         if after is None or (same and after == head):
             return _Found()
-        if same and place.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
-            changes, complete = self._log(place.id, after, space)
+        if same and row.low_seq <= after <= head and head - after <= limits.REPLAY_CHANGES:
+            changes, complete = self._log(row.id, after, space)
             if complete:
                 return _Found(changes)
             if space is not None:
                 return _Found(later=True)
-        return self._newest_within(place.id, limits.ANSWER_BYTES if space is None else space)
+        return self._newest_within(row.id, limits.ANSWER_BYTES if space is None else space)
 
-    def portion(self, place: _Place, after: int | None, same: bool) -> _Found:
+    def portion(self, row: _Conversation, after: int | None, same: bool) -> _Found:
         """The next of it; for somebody who has missed very much, what `of` finds."""
-        head = place.last_seq
-        if after is not None and same and place.low_seq <= after < head <= after + limits.BEHIND_CHANGES:
-            changes, complete = self._read_log(place.id, after, limits.PORTION_BYTES)
+        head = row.last_seq
+        if after is not None and same and row.low_seq <= after < head <= after + limits.BEHIND_CHANGES:
+            changes, complete = self._read_log(row.id, after, limits.PORTION_BYTES)
             if complete or changes:
                 return _Found(changes, later=not complete)
-        return self.of(place, after, same, None)
+        return self.of(row, after, same, None)
 
     def _log(self, conversation_id: int, after: int, space: int | None) -> tuple[Sequence[Change], bool]:
         if space is None:

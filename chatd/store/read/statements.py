@@ -154,7 +154,7 @@ MEMBERS = (
     .limit(_one("most"))
 )
 
-PLACE_OF_MESSAGE = select(messages.c.chat_conversation_id, messages.c.user_id).where(
+CONVERSATION_OF_MESSAGE = select(messages.c.chat_conversation_id, messages.c.user_id).where(
     messages.c.id == _one("id")
 )
 

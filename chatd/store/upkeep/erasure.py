@@ -89,9 +89,9 @@ class Erasure:
     def _leave_rooms(self) -> None:
         active = schema.members.c.state == State.ACTIVE.value
         for rows in self._pages(schema.members, active):
-            places = [row["conversation_id"] for row in rows]
+            ids = [row["conversation_id"] for row in rows]
             self._commit(
-                [SetMember(conversation_id=id, user_id=self._user_id, state=State.REMOVED) for id in places]
+                [SetMember(conversation_id=id, user_id=self._user_id, state=State.REMOVED) for id in ids]
             )
 
     def _delete_messages(self) -> int:
@@ -117,8 +117,10 @@ class Erasure:
             time.sleep(PAUSE)
 
     def _take_back(self, row: RowMapping) -> React:
-        id, place = row["message_id"], row["chat_conversation_id"]
-        return React(message_id=id, conversation_id=place, user_id=self._user_id, emoji=row["emoji"], on=False)
+        id, conversation_id = row["message_id"], row["chat_conversation_id"]
+        return React(
+            message_id=id, conversation_id=conversation_id, user_id=self._user_id, emoji=row["emoji"], on=False
+        )
 
     def _remove_rows(self, table: Table, *where: ColumnElement[bool]) -> None:
         key = tuple_(*table.primary_key)

@@ -41,7 +41,7 @@ _ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else 
 
 T = TypeVar("T")
 
-_messages, _changes, _places = schema.messages.c, schema.changes.c, schema.conversations.c
+_messages, _changes, _heads = schema.messages.c, schema.changes.c, schema.conversations.c
 
 
 class Rules(Struct, frozen=True):
@@ -130,7 +130,7 @@ def remove_leftovers(engine: Engine) -> int:
         )
 
 
-class Retention:
+class Pruning:
     """The same for the daemon, in a thread. A step takes milliseconds, so no stop gives it up."""
 
     def __init__(self, engine: Engine) -> None:
@@ -188,7 +188,7 @@ def _first_younger(connection: Connection, moment: str) -> int:
 
 def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
     """(conversation, the lowest id that is among the newest) where there are more."""
-    for conversation_id in connection.scalars(select(_places.id).where(_places.last_seq > most)).all():
+    for conversation_id in connection.scalars(select(_heads.id).where(_heads.last_seq > most)).all():
         newest = select(_messages.id).where(_messages.chat_conversation_id == conversation_id)
         beyond = connection.scalar(newest.order_by(_messages.id.desc()).offset(most).limit(1))
         if beyond is not None:
@@ -196,7 +196,7 @@ def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _target(connection: Connection, conversation_id: int, marks: _Marks) -> _Target:
-    last = connection.scalar(select(_places.last_seq).where(_places.id == conversation_id)) or 0
+    last = connection.scalar(select(_heads.last_seq).where(_heads.id == conversation_id)) or 0
     newest = connection.scalar(select(func.max(_messages.seq)).where(marks.messages(conversation_id)))
     target = _Target(conversation_id, marks, low=newest or 0, checked=newest or 0)
     _look_at_log(connection, target, last)
@@ -228,12 +228,12 @@ def _alone(connection: Connection, patient: bool) -> bool:
 
 def _prune(connection: Connection, target: _Target) -> int | None:
     """One batch; None when the conversation is done."""
-    place = select(_places.last_seq, _places.low_seq).where(_places.id == target.conversation_id)
-    row = connection.execute(place.with_for_update()).one()
+    head = select(_heads.last_seq, _heads.low_seq).where(_heads.id == target.conversation_id)
+    row = connection.execute(head.with_for_update()).one()
     if row.last_seq > target.checked:  # somebody edited an old message meanwhile
         _look_at_log(connection, target, row.last_seq)
     if target.low > row.low_seq:
-        raised = update(schema.conversations).where(_places.id == target.conversation_id)
+        raised = update(schema.conversations).where(_heads.id == target.conversation_id)
         connection.execute(raised.values(low_seq=target.low))
         connection.execute(delete(schema.removed).where(_untold(target)))
     if _cut_log(connection, target):
@@ -269,13 +269,19 @@ def _remove_messages(connection: Connection, target: _Target) -> int | None:
 
 def _remember(connection: Connection, target: _Target, ids: list[int]) -> None:
     """What outlives these messages. A row that is there already was left by a version that did not remember."""
-    table, place = schema.client_ids, _messages.chat_conversation_id.label("conversation_id")
-    columns = (place, _messages.user_id, _messages.client_id, _messages.id.label("message_id"), _messages.seq)
+    table, conversation = schema.client_ids, _messages.chat_conversation_id.label("conversation_id")
+    columns = (
+        conversation,
+        _messages.user_id,
+        _messages.client_id,
+        _messages.id.label("message_id"),
+        _messages.seq,
+    )
     known = select(*columns, _messages.created_at, _messages.request_hash).where(
         _messages.id.in_(ids), _messages.client_id.is_not(None)
     )
     connection.execute(_insert(connection, table).from_select([c.name for c in table.c], known))
-    told = select(place, _messages.id.label("message_id"), *_of_removed).where(
+    told = select(conversation, _messages.id.label("message_id"), *_of_removed).where(
         _messages.id.in_([id for id in ids if id in target.told])
     )
     rows = [

@@ -34,12 +34,12 @@ class Cursors:
         if not commands:
             return
         self._detail = commands[0].detail  # a setting: the same for all
-        places = as_parameter({(command.conversation_id,) for command in commands})
-        rows = self._connection.execute(statements.NEWEST_MESSAGES[self._dialect], places)
+        conversations = as_parameter({(command.conversation_id,) for command in commands})
+        rows = self._connection.execute(statements.NEWEST_MESSAGES[self._dialect], conversations)
         self._heads = {row[0]: row[1] for row in rows}
         keys = as_parameter({(command.conversation_id, command.user_id) for command in commands})
-        for place, user, *ids in self._connection.execute(statements.CURSORS[self._dialect], keys):
-            self._before[place, user] = CursorMoved(*ids)
+        for conversation_id, user, *ids in self._connection.execute(statements.CURSORS[self._dialect], keys):
+            self._before[conversation_id, user] = CursorMoved(*ids)
 
     def move(self, command: MoveCursor) -> CursorMoved:
         """What is read was delivered, and nobody has read what is not there yet."""
@@ -59,13 +59,13 @@ class Cursors:
         if self._moved:
             rows = [
                 {
-                    "conversation_id": place,
+                    "conversation_id": conversation_id,
                     "user_id": user,
                     "read_id": cursor.read,
                     "delivered_id": cursor.delivered,
                     "updated_at": self._now,
                 }
-                for (place, user), cursor in sorted(self._moved.items())
+                for (conversation_id, user), cursor in sorted(self._moved.items())
             ]
             self._connection.execute(statements.MOVE_CURSORS[self._dialect], rows)
 
@@ -75,25 +75,25 @@ class Cursors:
             return []
         crowded = self._crowded() if self._detail else set()
         return [
-            self._notice(place, user, cursor, alone=place in crowded)
-            for (place, user), cursor in sorted(self._moved.items())  # those of one room go out as one
-            if place not in crowded or (place, user) in self._elsewhere
+            self._notice(id, user, cursor, alone=id in crowded)
+            for (id, user), cursor in sorted(self._moved.items())  # those of one room go out as one
+            if id not in crowded or (id, user) in self._elsewhere
         ]
 
-    def _notice(self, place: int, user: int, cursor: CursorMoved, *, alone: bool) -> Notice:
+    def _notice(self, conversation_id: int, user: int, cursor: CursorMoved, *, alone: bool) -> Notice:
         to = [user] if alone else None
-        return Notice(place, self._receipt(place, user, cursor), to=to, lasting=True)
+        return Notice(conversation_id, self._receipt(conversation_id, user, cursor), to=to, lasting=True)
 
     def _crowded(self) -> set[int]:
-        asked = as_parameter({(place,) for place, _ in self._moved}) | {"most": self._detail + 1}
+        asked = as_parameter({(id,) for id, _ in self._moved}) | {"most": self._detail + 1}
         rows = self._connection.execute(statements.COUNT_MEMBERS[self._dialect], asked)
-        return {place for place, count in rows if count > self._detail}
+        return {conversation_id for conversation_id, count in rows if count > self._detail}
 
-    def _receipt(self, place: int, user: int, cursor: CursorMoved) -> Raw:
-        before = self._before.get((place, user)) or CursorMoved(0, 0)
+    def _receipt(self, conversation_id: int, user: int, cursor: CursorMoved) -> Raw:
+        before = self._before.get((conversation_id, user)) or CursorMoved(0, 0)
         moved: dict[str, Any] = {}
         if cursor.read > before.read:
             moved["read"] = cursor.read
         if cursor.delivered > before.delivered:
             moved["delivered"] = cursor.delivered
-        return Raw(event("receipt", conversation_id=place, user_id=user, **moved))
+        return Raw(event("receipt", conversation_id=conversation_id, user_id=user, **moved))

@@ -14,7 +14,7 @@ from chatd.store.write import statements
 from chatd.store.write.commands import AnyCommand, Create, Fence
 
 
-class Fences:
+class Fencing:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._token: str | None = None  # the newest, if a command is about one

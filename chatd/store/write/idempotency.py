@@ -20,7 +20,7 @@ Key = tuple[int, int, str]  # conversation_id, user_id, client_id
 Row = dict[str, Any]
 
 
-class Retries:
+class Idempotency:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._earlier: dict[Key, Row] = {}

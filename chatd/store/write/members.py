@@ -94,9 +94,9 @@ class Members:
         quiet: bool = False,
     ) -> None:
         """`announce`: somebody has come or gone. `shrinks`: who was allowed to listen no longer is."""
-        place, user = key
+        conversation_id, user = key
         self._rows[key] = self._set[key] = {
-            "conversation_id": place,
+            "conversation_id": conversation_id,
             "user_id": user,
             "state": state.value,
             "role": role,
@@ -108,4 +108,4 @@ class Members:
             version = conversation["members_version"]
             if shrinks:
                 conversation["removed_version"] = version
-            self.changes.append(MemberChange(place, user, state, role, version, quiet))
+            self.changes.append(MemberChange(conversation_id, user, state, role, version, quiet))

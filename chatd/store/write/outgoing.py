@@ -47,7 +47,7 @@ class _Told(Struct, frozen=True):
         return callbacks.body(self.event, data)
 
 
-class Errands:
+class Outgoing:
     """`notifications` are what the webhook is told beside what happens to messages and members."""
 
     def __init__(self, connection: Connection, node: str | None, now: str, told: frozenset[str]) -> None:

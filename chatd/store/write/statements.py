@@ -41,7 +41,9 @@ from chatd.store.schema import (
 
 _insert_of: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
-PLACES_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).where(among(messages.c.id, "ids"))
+CONVERSATIONS_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_id).where(
+    among(messages.c.id, "ids")
+)
 
 EXISTING_CONVERSATIONS = select(conversations.c.id).where(among(conversations.c.id, "ids"))
 

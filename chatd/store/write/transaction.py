@@ -16,9 +16,8 @@ from sqlalchemy import Connection, Executable, Select
 from chatd.core.errors import BadRequest, ChatError, NotFound
 from chatd.core.model import Change, Group, Kind, now
 from chatd.core.protocol import change_payload
-from chatd.store import permits
 from chatd.store.rows import message
-from chatd.store.write import statements
+from chatd.store.write import permits, statements
 from chatd.store.write.commands import (
     AnyCommand,
     Changed,
@@ -40,10 +39,10 @@ from chatd.store.write.commands import (
     SetUser,
 )
 from chatd.store.write.cursors import Cursors
-from chatd.store.write.fencing import Fences
-from chatd.store.write.idempotency import Retries
+from chatd.store.write.fencing import Fencing
+from chatd.store.write.idempotency import Idempotency
 from chatd.store.write.members import Members
-from chatd.store.write.outgoing import ByUser, Errands
+from chatd.store.write.outgoing import ByUser, Outgoing
 from chatd.store.write.reactions import Reactions
 from chatd.store.write.users import Users
 
@@ -72,17 +71,17 @@ class Transaction:
         self._connection = connection
         self._dialect = connection.dialect.name
         self._now = now()
-        self._errands = Errands(connection, node, self._now, told)
+        self._outgoing = Outgoing(connection, node, self._now, told)
         self._mark = secrets.token_urlsafe(MARK_BYTES)
-        self._places: dict[int, int] = {}  # message id → its conversation
+        self._where: dict[int, int] = {}  # message id → conversation id
         self._conversations: dict[int, Row] = {}
         self._touched: set[int] = set()
         self._messages: dict[int, Row] = {}
         self._created: list[Row] = []
         self._changed: dict[int, Row] = {}
         self._steps: list[Step] = []
-        self._fences = Fences(connection)
-        self._retries = Retries(connection)
+        self._fencing = Fencing(connection)
+        self._idempotency = Idempotency(connection)
         self._members = Members(connection, self._now)
         self._users = Users(connection)
         self._cursors = Cursors(connection, self._now)
@@ -96,43 +95,43 @@ class Transaction:
         verdicts = [self._decide(command) for command in commands]
         self._write()
         changes = [self._change(step) for step in self._steps]
-        self._errands.settle(settled)
-        outbox_id = self._errands.fill_outbox(changes)
+        self._outgoing.settle(settled)
+        outbox_id = self._outgoing.fill_outbox(changes)
         group = Group(
             changes=changes,
             members=self._members.changes,
             outbox_id=outbox_id,
             users=self._users.changes,
             notices=self._cursors.notices(),
-            hooked=self._errands.fill_webhooks(self._members.changes),
+            hooked=self._outgoing.fill_webhooks(self._members.changes),
         )
         return [self._result(verdict) for verdict in verdicts], group
 
     # Reading, in the order of the locks.
 
     def _read(self, commands: Sequence[AnyCommand]) -> None:
-        self._fences.read(commands)
+        self._fencing.read(commands)
         aimed = [command for command in commands if isinstance(command, Edit | Delete | React)]
         replies = [c.reply_to for c in commands if isinstance(c, Create) and c.reply_to is not None]
-        self._places = self._find_places([*(command.message_id for command in aimed), *replies])
+        self._where = self._find_conversations([*(command.message_id for command in aimed), *replies])
         self._lock_conversations(commands)
         self._members.read({pair for command in commands for pair in self._member_pairs(command)})
         named = [c for c in commands if isinstance(c, Create) and c.client_id is not None]
-        self._retries.read(named, self._conversations)
+        self._idempotency.read(named, self._conversations)
         self._read_messages({command.message_id for command in aimed})
         self._reactions.read([c for c in commands if isinstance(c, React)])
         self._cursors.read([c for c in commands if isinstance(c, MoveCursor)])
         self._users.read([c for c in commands if isinstance(c, SetUser)])
 
-    def _find_places(self, ids: Sequence[int]) -> dict[int, int]:
+    def _find_conversations(self, ids: Sequence[int]) -> dict[int, int]:
         if not ids:
             return {}
-        found = self._connection.execute(statements.PLACES_OF_MESSAGES, {"ids": list(set(ids))})
+        found = self._connection.execute(statements.CONVERSATIONS_OF_MESSAGES, {"ids": list(set(ids))})
         return {row.id: row.chat_conversation_id for row in found}
 
     def _conversation_of(self, command: AnyCommand) -> int | None:
         if isinstance(command, Edit | Delete | React):
-            return self._places.get(command.message_id)
+            return self._where.get(command.message_id)
         return None if isinstance(command, SetUser | Notify | Fence) else command.conversation_id
 
     def _lock_conversations(self, commands: Sequence[AnyCommand]) -> None:
@@ -199,7 +198,7 @@ class Transaction:
                 case SetUser():
                     return self._users.set(command)
                 case Notify():
-                    self._errands.notifications.append(command)
+                    self._outgoing.notifications.append(command)
                     return Notified()
                 case Fence():
                     return FenceSet()
@@ -207,19 +206,19 @@ class Transaction:
             return refusal
 
     def _create(self, command: Create) -> Step:
-        self._fences.check(command)
+        self._fencing.check(command)
         self._check_rights(command)
-        if earlier := self._retries.find(command):
+        if earlier := self._idempotency.find(command):
             return Step(Kind.CREATED, earlier["seq"], earlier, duplicate=True)
         member = (command.conversation_id, command.user_id)
         self._members.check_mute(member, command.rights)
-        if command.reply_to is not None and self._places.get(command.reply_to) != command.conversation_id:
+        if command.reply_to is not None and self._where.get(command.reply_to) != command.conversation_id:
             raise BadRequest("There is no such message in this conversation.", field="reply_to")
         if command.rights is Rights.TRUSTED and member not in self._members:
             self._members.enter_quietly(member, self._conversations[command.conversation_id])
         row = self._new_row(command)
         self._created.append(row)
-        self._retries.remember(command, row)
+        self._idempotency.remember(command, row)
         return self._number(Kind.CREATED, row, command)
 
     def _new_row(self, command: Create) -> Row:
@@ -286,7 +285,7 @@ class Transaction:
         conversation["mark"] = self._mark
         self._steps.append(step)
         if command.rights is not Rights.TRUSTED:  # of what it does itself the backend knows
-            self._errands.tell_message(step.kind, step.seq, row, command)
+            self._outgoing.tell_message(step.kind, step.seq, row, command)
         return step
 
     # Writing.

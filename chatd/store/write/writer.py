@@ -20,7 +20,7 @@ from chatd.core.errors import ChatError, DatabaseGone, Internal, Unavailable
 from chatd.core.model import Group, now
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
-from chatd.store.database_file import Place
+from chatd.store.database_file import DatabaseFile
 from chatd.store.sessions import Sessions, Strayed, strayed, unreplicated
 from chatd.store.write import statements
 from chatd.store.write.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 _unavailable = Recurring("write_unavailable")
 
 
-def _place(command: AnyCommand) -> Any:
+def _lock_of(command: AnyCommand) -> Any:
     """What its lock depends on; a backend may change a message without saying in which conversation it is."""
     if isinstance(command, Edit | Delete) and command.conversation_id is None:
         return "message", command.message_id
@@ -118,11 +118,11 @@ class Writer:
         on_commit: Callable[[Group], None],
         told: frozenset[str] = frozenset(),
         sessions: Sessions,
-        place: Place,
+        file: DatabaseFile,
     ) -> None:
         """`node`: fill the outbox under this name; None: no outbox. `told`: events that the webhook wants.
-        `place`: the file that must still be there after a commit."""
-        self._place = place
+        `file`: the file that must still be there after a commit."""
+        self._file = file
         self._gone: DatabaseGone | None = None
         self._engine, self._node, self._on_commit, self._told = engine, node, on_commit, told
         self._sessions = sessions
@@ -200,7 +200,7 @@ class Writer:
         while self._waiting:
             for submission in self._take():
                 submission.resolve([Unavailable()] * len(submission.commands))
-        await trio.to_thread.run_sync(self._place.leave, self._engine, limiter=self._thread)
+        await trio.to_thread.run_sync(self._file.leave, self._engine, limiter=self._thread)
         await trio.sleep(GOODBYE)
 
     async def _give_up_overdue(self) -> None:
@@ -293,12 +293,12 @@ class Writer:
 
     def _commit_apart(self, commands: list[AnyCommand]) -> tuple[list[Outcome], list[Group], bool]:
         """A node that does not move holds the lock of a conversation: the others do not wait for it."""
-        places: dict[Any, list[int]] = {}
+        by_lock: dict[Any, list[int]] = {}
         for index, command in enumerate(commands):
-            places.setdefault(_place(command), []).append(index)
+            by_lock.setdefault(_lock_of(command), []).append(index)
         outcomes: list[Outcome] = [Unavailable()] * len(commands)
         groups: list[Group] = []
-        for indexes in places.values():
+        for indexes in by_lock.values():
             found, group, _ = self._commit([commands[index] for index in indexes], set(), APART_WAIT)
             groups += group
             for index, outcome in zip(indexes, found, strict=True):
@@ -329,13 +329,13 @@ class Writer:
                 # may still be in the middle of the transaction, is not used again.
                 connection.invalidate()
                 raise OperationalError("COMMIT", None, error) from error
-            self._place.check()
+            self._file.check()
             return written
 
     def _look(self) -> None:
         """For when nobody writes."""
         try:
-            self._place.check()
+            self._file.check()
         except DatabaseGone as gone:
             self._gone = gone
 

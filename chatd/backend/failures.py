@@ -1,4 +1,4 @@
-"""Trouble with the backend that clients are told nothing of: the log has the cause, numbers have the rest."""
+"""Calls to the backend that fail. Clients learn nothing of the cause: the log has it, and metrics count it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatd.observe.logs import Recurring
 CAUSES = 20  # that are told apart; there are far fewer
 
 
-class Trouble:
+class FailureLog:
     """A line for each new cause at once; while it lasts, a line now and then says how often it was met."""
 
     def __init__(self, event: str, failures: Counter, answers: Gauge) -> None:

@@ -14,7 +14,7 @@ from chatd.core.errors import Forbidden, Muted, NotFound
 from chatd.core.model import now
 from chatd.store.write import statements
 from chatd.store.write.commands import Create, Delete, Edit, React, Rights
-from chatd.store.write.idempotency import Retries
+from chatd.store.write.idempotency import Idempotency
 from chatd.store.write.members import Members
 
 Row = dict[str, Any]
@@ -78,6 +78,6 @@ def _sent_before(connection: Connection, command: Create) -> bool:
     """A retry is answered, whatever its sender may do by now."""
     if command.client_id is None:
         return False
-    retries = Retries(connection)
+    retries = Idempotency(connection)
     retries.read([command], {command.conversation_id: {"low_seq": 1}})
     return retries.find(command) is not None
