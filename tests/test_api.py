@@ -16,7 +16,7 @@ import trio.testing
 
 from chatd.api.routes.post_message import Post
 from chatd.api.schemas import BODY_BYTES, BODY_SECONDS
-from chatd.config import Api, Config
+from chatd.config.options import Api, Config
 from chatd.config.settings import Settings
 from tests.client import login
 from tests.conftest import Daemons
@@ -186,7 +186,8 @@ def test_health_and_openapi_are_open(daemon: Daemon) -> None:
     assert get("/healthz").json == {"status": "ok"}
     assert get("/readyz").json == {"status": "ok", "checks": {"database": "ok", "migrations": "ok"}}
     assert b"chatd_connections" in get("/metrics").body
-    paths = get("/openapi.json").json["paths"]
+    described = get("/openapi.json").json
+    paths = described["paths"]
     assert set(paths) == {
         "/api/ws/messages",
         "/api/ws/messages/batch",
@@ -205,7 +206,8 @@ def test_health_and_openapi_are_open(daemon: Daemon) -> None:
         "/readyz",
     }
     posted = paths[MESSAGES]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert posted["required"] == ["conversation_id", "sender_id", "content"]
+    name = posted["$ref"].removeprefix("#/components/schemas/")
+    assert described["components"]["schemas"][name]["required"] == ["conversation_id", "sender_id", "content"]
 
 
 async def test_members_only_may_enter_and_leave_no_trace_to_others(daemons: Daemons) -> None:
@@ -396,10 +398,10 @@ async def test_an_unforeseen_error_is_an_incident() -> None:
 def test_a_traceback_in_the_log_shows_nothing_of_a_message(form: str) -> None:
     code = f"""
 import trio
-from chatd import logs
-from chatd.api.hot import Post
-from chatd.config import Api, Config
-from chatd.settings import Settings
+from chatd.api.routes.post_message import Post
+from chatd.config.options import Api, Config
+from chatd.config.settings import Settings
+from chatd.observe import logs
 
 async def receive():
     return {{"type": "http.request", "body": {WHOLE!r}}}

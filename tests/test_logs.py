@@ -16,7 +16,7 @@ from chatd.observe.logs import SELDOM, Recurring
 
 SPEAK = """
 import structlog
-from chatd import logs
+from chatd.observe import logs
 logs.configure("info", "auto")
 log = structlog.get_logger()
 log.debug("unheard")
