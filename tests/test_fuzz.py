@@ -76,3 +76,4 @@ async def test_no_request_breaks_anything(fuzzed: Daemon) -> None:
 async def still_there(daemon: Daemon, client: Client, content: str) -> None:
     await trio.to_thread.run_sync(partial(daemon.post, ROOM, 2, content))
     await client.expect("message", content=content)
+    await client.request("ping")  # a sign of life: all of this may take longer than silence is allowed
