@@ -6,6 +6,7 @@ Whatever a backend sends: no 500, an error that says what is wrong, and nobody e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import schemathesis
 import trio
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from tests.client import Client, login
@@ -57,7 +59,8 @@ def attack(daemon: Daemon, operation: Any, mode: GenerationMode) -> int:
         if answer.status_code not in (200, 405, 406):
             assert answer.json()["code"], where
 
-    run()
+    with suppress(Unsatisfiable):  # a route that takes nothing can be given nothing that is wrong
+        run()
     return sent
 
 
