@@ -6,6 +6,7 @@ import gc
 import socket
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import h11
 import pytest
@@ -14,12 +15,29 @@ import trio.testing
 
 from chatd.api.connection import Connection
 from chatd.daemon import garbage
+from tests.client import login
+from tests.conftest import Daemons
 from tests.test_http import GET, everything, served
+
+CONNECTIONS = 150
+BLOCKS_EACH = 5  # of memory; a parser and its generator are 17
 
 
 class Knot:
     def __init__(self) -> None:
         self.itself = self
+
+
+def knotted_generator() -> None:
+    """What wsproto's parser is: an object whose generator holds it."""
+
+    def generate(knot: Knot) -> Iterator[Knot]:
+        while True:
+            yield knot
+
+    knot = Knot()
+    knot.itself = generate(knot)  # type: ignore[assignment]
+    next(knot.itself)  # type: ignore[call-overload]
 
 
 async def test_young_cycles_go_soon_and_old_ones_when_enough_was_done(
@@ -118,6 +136,39 @@ async def test_an_http_connection_leaves_nothing_behind(words: bytes, leftovers:
         gc.collect()
         kinds = (Connection, h11.Connection, trio.SocketStream)
         assert [one for one in leftovers if isinstance(one, kinds)] == []
+
+
+def test_a_look_counts_cycles_through_generators() -> None:
+    gc.disable()
+    try:
+        garbage._everything()
+        for _ in range(1000):
+            knotted_generator()
+        assert garbage._everything() > 3000
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+async def test_a_websocket_that_has_ended_leaves_nothing_behind(daemons: Daemons) -> None:
+    """It has lived through both looks, so nobody looks for its cycles for a long time."""
+    daemon = await trio.to_thread.run_sync(partial(daemons, limits__handshakes_per_second=0))
+
+    async def visit(user: int) -> None:
+        async with login(daemon, user, {"1": 0}):
+            await trio.sleep(garbage.SECOND_LATEST + 2)
+
+    async def blocks_after_a_wave() -> float:
+        async with trio.open_nursery() as nursery:
+            for user in range(1, CONNECTIONS + 1):
+                nursery.start_soon(visit, user)
+        await trio.sleep(garbage.SECOND_LATEST + 1)
+        page = (await trio.to_thread.run_sync(daemon.get, "/metrics")).body.decode()
+        return float(page.partition("\nchatd_memory_blocks ")[2].partition("\n")[0])
+
+    await blocks_after_a_wave()  # makes what is made once
+    before = await blocks_after_a_wave()
+    assert await blocks_after_a_wave() - before < BLOCKS_EACH * CONNECTIONS
 
 
 async def test_it_looks_sooner_where_a_look_takes_long(autojump_clock: trio.testing.MockClock) -> None:

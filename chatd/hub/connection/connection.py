@@ -119,6 +119,7 @@ async def _talk(
                 await connection.run(session)
             finally:
                 del connected[connection]
+                connection.untie()
     finally:
         nursery.cancel_scope.cancel()
 
@@ -210,6 +211,14 @@ class Connection:
     def open(self, ws: WebSocketConnection) -> None:
         """The handshake is done."""
         self._ws = ws
+
+    def untie(self) -> None:
+        """Nothing more is read. wsproto's parser and its generator hold each other: they would stay in memory
+        until Python looks for old cycles. The pinned version has no public name for letting them go.
+        """
+        frames = self._ws._wsproto.handshake.connection
+        if frames is not None:
+            frames._proto._parse_more.close()
 
     async def run(self, session: Session) -> None:
         try:
