@@ -25,6 +25,8 @@ ROOM_SIZE = 10
 POSTS = 20  # a second, to any of the rooms
 HTTP_STAY = 2.0  # seconds that an HTTP connection stays after its answer, on average
 USERS = 100_000  # that clients are drawn from: tables by user grow to this, and no further
+STORED = 100_000  # messages, posted before: SQLite fills its page caches, 24 MiB in all, in any case
+BATCH = 500  # of them
 STEADY = 5  # of the minutes, before which everything is still being filled
 
 
@@ -47,6 +49,7 @@ class Churn:
         self.joins = self.requests = 0
 
     async def run(self, minutes: int) -> list[Minute]:
+        await self._fill()
         found: list[Minute] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._come, nursery)
@@ -66,6 +69,20 @@ class Churn:
 
     async def _metric(self, name: str) -> float:
         return await trio.to_thread.run_sync(self._node.metric, name)
+
+    async def _fill(self) -> None:
+        backend = Backend(TOKEN)
+        for posted in range(0, STORED, BATCH):
+            tell(f"filling the database: {posted:,} of {STORED:,} messages")
+            messages = [
+                {"conversation_id": random.randint(1, self._rooms), "sender_id": 1, "content": "x" * 60}
+                for _ in range(BATCH)
+            ]
+            path = "/api/ws/messages/batch"
+            status, _ = await backend.request(self._node.api_port, "POST", path, {"messages": messages})
+            if status != 200:
+                raise Failure(f"a batch was answered with {status}")
+        backend.close()
 
     async def _come(self, nursery: trio.Nursery) -> None:
         began = trio.current_time()
@@ -139,7 +156,7 @@ def command(minutes: int, rate: int, stay: float, http: int) -> None:
     cores = pin()
     click.echo(f"churn: {rate} joins a second, each for {stay:.0f} s on average, {POSTS} posts a second,")
     click.echo(f"{http} HTTP connections a second, each for one request and {HTTP_STAY:.0f} s on average")
-    click.echo(f"{pinned(cores)}\n")
+    click.echo(f"{STORED:,} messages are stored before the first minute; {pinned(cores)}\n")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chatd-benchmark-") as directory:
         node = Pinned(
