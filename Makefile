@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 ARGS ?=
-VENV := .venv
+# Another interpreter has an environment of its own: .venv-python3.13 beside .venv.
+VENV := .venv$(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run tour test test-systemd check docs reference install uninstall format bench bench-quick faults clean
+.PHONY: help run tour test test-quick test-systemd check docs reference install uninstall format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/docs $(VENV)/dev))
@@ -24,6 +25,9 @@ tour: $(VENV)/dev  ## three users go through every event and every route, and pr
 test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL, nginx and Chromium where they are missing
 	@sh tests/install.sh
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-quick: $(VENV)/dev  ## the tests that start no other process, in a minute: for while one works
+	@$(BIN)/python -m pytest -n 2 -m "not service" $(ARGS)
 
 test-systemd: $(VENV)/dev  ## chatd as a service of the real systemd, booted for it: as root, a minute or two
 	@sh tests/install.sh
@@ -66,7 +70,7 @@ bench-quick: $(VENV)/dev  ## the same in three minutes: A to E, beside write() a
 	@$(BIN)/python -m benchmarks goals --quick $(ARGS)
 
 clean:  ## remove .venv and all caches; databases stay
-	rm -rf $(VENV) .bench build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-* .bench build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: installed with what `run` needs, what the docs need on top, and what the checks need. The package itself is

@@ -29,6 +29,16 @@ structlog.configure(
 # They boot a systemd, which takes root and a minute: `make test-systemd`.
 collect_ignore = [] if "CHATD_TEST_SYSTEMD" in os.environ else ["booted"]
 
+# Fixtures that start a process. A module that starts its own says `pytestmark = pytest.mark.service`.
+SERVICES = {"postgres", "redis_server", "own_redis", "daemons", "daemon", "deployment"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a daemon, a server or a browser: `make test-quick` leaves it out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and SERVICES & set(item.fixturenames):
+            item.add_marker("service")
+
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
