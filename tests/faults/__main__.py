@@ -84,8 +84,8 @@ def main(
             plan = Plan(kind, phases, seconds, seed, rooms, clients, patience, bug, rate, presence)
             results.append(_run(plan, keep))
             click.echo("\n" + "\n".join(table(results[-1])))
-    if report:
-        report.write_bytes(msgspec.json.encode(results))
+        if report:  # after each cluster: a run that is ended early has told something
+            report.write_bytes(msgspec.json.encode(results))
     sys.exit(0 if all(result.valid for result in results) else 1)
 
 
