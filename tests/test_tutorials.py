@@ -22,7 +22,7 @@ from tools.reference import ROOT
 
 NAMES = ["flask", "fastapi", "express"]
 TITLED = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-PATIENCE = 60.0  # seconds: the machine may be busy
+PATIENCE = 120.0  # seconds: the machine may be busy
 
 
 def titled(name: str) -> dict[str, str]:
