@@ -2,8 +2,8 @@
 # psycopg 3: `for notify in connection.notifies(): ... break` throws away what came in the same packet, for good.
 #
 # Versions: psycopg 3.3.9, PostgreSQL 15 (Debian 12).
-# Guess:    notifications that were not looked at stay with the connection, and the next notifies() gives them; since 3.2 the
-#           connection keeps those that come while it is not listening.
+# Guess:    notifications that were not looked at stay with the connection, and the next notifies() gives them, as it
+#           does with those that came during another execute().
 # Seen:     what comes during another execute() is kept, yes. But the generator takes all that is there at once and yields it one
 #           by one: leave it after the first (break, return, an exception in the body, next()) and the others are gone.
 # Output:
@@ -23,7 +23,7 @@ debian() { # Installs packages; policy-rc.d keeps their services from starting.
     [ -e /usr/sbin/policy-rc.d ] || { made=/usr/sbin/policy-rc.d; printf '#!/bin/sh\nexit 101\n' >$made; chmod +x $made; }
     apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qqy install --no-install-recommends "$@" >"$work/apt" || exit 2
 }
-pypi() { python3 -m pip install -q --root-user-action=ignore --target "$work/lib" "$@" || exit 2; }
+pypi() { python3 -m pip install -q --no-compile --root-user-action=ignore --target "$work/lib" "$@" || exit 2; }
 bin=/usr/lib/postgresql/15/bin
 python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
 [ -x $bin/postgres ] || debian postgresql-15

