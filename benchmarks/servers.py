@@ -26,7 +26,7 @@ from chatd import config
 from chatd.config.settings import Settings
 from chatd.core.model import Change, Group, Kind, Message
 from chatd.core.protocol import change_payload
-from chatd.daemon import garbage, lifecycle
+from chatd.daemon import assembly, garbage, lifecycle
 from chatd.daemon.listen import open_socket
 from chatd.hub.fanout.rooms import Subscription
 from chatd.net.descriptors import client_slots, raise_descriptor_limit
@@ -113,14 +113,14 @@ class ChatdServer:
 
     async def _serve(self, settings: config.Config, store: Store, status: trio.TaskStatus[int]) -> None:
         listening = open_socket("hub.bind", settings.hub.bind)
-        parts = lifecycle.assemble(Settings(settings), store, "benchmark")
+        parts = assembly.assemble(Settings(settings), store, "benchmark")
         self._bus = parts.bus
-        self._rooms = parts.fanout.rooms
-        # What is published here is in no database: the sweep would find that the database has another history.
-        parts.fanout.sweep.run = trio.sleep_forever  # type: ignore[method-assign]
+        self._rooms = parts.services.rooms
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.writer.run)
-            await nursery.start(parts.fanout.run)
+            await nursery.start(parts.bus.run, parts.receiver)
+            # No sweep: what is published here is in no database, which would have another history then.
+            await nursery.start(parts.services.fanout.run)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
             await nursery.start(parts.hub.serve, [listener], client_slots(raise_descriptor_limit()))
             status.started(listening.getsockname()[1])

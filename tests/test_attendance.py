@@ -75,10 +75,19 @@ class Backend:
         assert self.online == set(ids)
 
 
+class Delivery:
+    full = False
+
+    def wake(self) -> None:
+        pass
+
+
 class Node:
     def __init__(self, store: Store, name: str, *, alone: bool = False, events: Any = EVENTS) -> None:
-        self.presence = Presence(name, None if alone else lambda signal: None)
-        self.attendance = PresenceWebhooks(store.presence, self.presence, events)
+        leases, self.delivery = Leases(), Delivery()
+        self.presence = Presence(name, None if alone else lambda signal: None, leases.life)
+        self.attendance = PresenceWebhooks(store.presence, self.presence, leases, events, self.delivery)
+        self.presence.on_own_change(self.attendance.note)
         self.stop = trio.Event()
         self.scope = trio.CancelScope()
 
@@ -120,7 +129,7 @@ async def test_two_nodes_that_write_the_same_users_do_not_wait_for_each_other(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write, store.presence, 0)
-        nursery.start_soon(write, other.attendances, 1)
+        nursery.start_soon(write, other.presence, 1)
     other.close()
     with store._writing.connect() as connection:
         moments = connection.execute(select(schema.attendance.c.due_at).order_by("id")).scalars().all()
@@ -275,11 +284,11 @@ async def test_a_database_that_goes_back_is_written_anew(cluster: Cluster, store
 
 async def test_what_a_full_queue_holds_back_is_told_later(cluster: Cluster) -> None:
     one = cluster.start("one", alone=True)
-    one.attendance.full = lambda: True
+    one.delivery.full = True
     one.presence.arrive(USERS, 1)
     await trio.sleep(0.3)
     assert cluster.backend.told() == []
-    one.attendance.full = lambda: False
+    one.delivery.full = False
     await cluster.backend.comes_to_believe(1)
 
 

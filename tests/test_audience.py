@@ -16,7 +16,7 @@ from chatd.config import Config, Database, Rooms
 from chatd.config.settings import Settings
 from chatd.core.errors import ChatError, Close, Final
 from chatd.core.model import Identity, MemberChange, Position, State
-from chatd.daemon import lifecycle
+from chatd.daemon import assembly
 from chatd.hub.fanout.rooms import Subscription
 from chatd.hub.session.subscriptions import Subscriptions
 from chatd.store.database import open_store
@@ -88,14 +88,14 @@ class Ear:
 class Node:
     """The parts of a daemon without its ports, and the database past them."""
 
-    def __init__(self, parts: lifecycle.Parts, nursery: trio.Nursery) -> None:
+    def __init__(self, parts: assembly.Parts, nursery: trio.Nursery) -> None:
         self.parts, self.nursery = parts, nursery
-        self.presence, self.audiences = parts.chat.presence, parts.hub.audiences
-        self.sweep = parts.fanout.sweep
+        self.presence, self.audiences = parts.chat.presence, parts.services.audiences
+        self.sweep = parts.services.sweep
 
     def client(self, user_id: int) -> tuple[Subscriptions, Ear]:
         ear = Ear(self.nursery)
-        one = Subscriptions(self.parts.hub._services, ear, flat=False)
+        one = Subscriptions(self.parts.services, ear, flat=False)
         one.become(Identity(user_id, 2**40, 0, frozenset()))
         return one, ear
 
@@ -117,9 +117,11 @@ class Node:
 async def node(tmp_path: Path, nursery: trio.Nursery) -> Any:
     config = Config(database=Database(url=f"sqlite:///{tmp_path}/x.db"), rooms=Rooms(access="members"))
     store = open_store(config.database)
-    parts = lifecycle.assemble(Settings(config), store, "node")
-    for part in (parts.writer, parts.bus, parts.fanout):
-        await nursery.start(part.run)
+    parts = assembly.assemble(Settings(config), store, "node")
+    await nursery.start(parts.writer.run)
+    await nursery.start(parts.bus.run, parts.receiver)
+    await nursery.start(parts.services.fanout.run)
+    await nursery.start(parts.services.sweep.run)
     one = Node(parts, nursery)
     for user_id in (ADA, BOB, CYD):
         await one.set_member(user_id, State.ACTIVE)
@@ -236,7 +238,7 @@ async def test_what_an_overrun_queue_left_out_is_told_after(
 ) -> None:
     _, ear = await node.watching(ADA)
     with monkeypatch.context() as patch:
-        patch.setattr("chatd.hub.fanout.fanout.QUEUE_BYTES", 10)
+        patch.setattr("chatd.hub.fanout.queue.QUEUE_BYTES", 10)
         node.presence.arrive(USERS, BOB)
     ear.events.clear()
     await node.sweep.once()

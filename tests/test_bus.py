@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,8 @@ class Outbox:
 
     async def expire(self) -> int:
         raise Unavailable
+
+    def settle(self, ids: Iterable[int]) -> None: ...
 
 
 class Ear:
@@ -59,12 +61,10 @@ async def test_signals_pass_while_the_database_is_away(redis_server: RedisServer
     """Redis is there, and who comes and goes needs no database: nobody is taken for gone."""
     config, outbox = Redis(url=redis_server.url), Outbox(frozen=frozen)
     ears = {name: Ear() for name in ("one", "other")}
-    buses = [
-        RedisBus(config, ear, node=name, outbox=outbox, settle=lambda ids: None) for name, ear in ears.items()
-    ]
+    buses = [RedisBus(config, node=name, outbox=outbox) for name in ears]
     async with trio.open_nursery() as nursery:
-        for bus in buses:
-            await nursery.start(bus.run)
+        for bus, ear in zip(buses, ears.values(), strict=True):
+            await nursery.start(bus.run, ear)
         await until(lambda: outbox.asked >= 2 and all(ear.up for ear in ears.values()))
         for number in range(3):
             buses[0].tell(Present("one", [(0, 7, 1, number)], None))

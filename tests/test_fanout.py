@@ -24,8 +24,10 @@ from chatd.core.errors import ChatError, NotFound, Unavailable
 from chatd.core.model import Change, Group, Identity, Kind, MemberChange, Position, State
 from chatd.core.protocol import text_frame
 from chatd.hub.fanout import sweep
-from chatd.hub.fanout.fanout import Announcement, Fanout
-from chatd.hub.fanout.rooms import AHEAD_CHANGES, Membership, Rooms, Subscription
+from chatd.hub.fanout.fanout import Fanout
+from chatd.hub.fanout.queue import Announcement, FanoutQueue
+from chatd.hub.fanout.rooms import AHEAD_CHANGES, Membership, Room, Rooms, Subscription
+from chatd.hub.fanout.sweep import Sweep
 from chatd.hub.session.subscriptions import Subscriptions
 from chatd.observe import metrics
 from chatd.store.database import Store, open_store
@@ -65,11 +67,25 @@ class Ear:
         raise AssertionError("nobody was removed")
 
 
+async def nobody_asks(room: Room, version: int) -> None:
+    pass
+
+
 class Repairs:
     """A fanout with one live subscription, and the changes that were committed but not told."""
 
-    def __init__(self, store: Store, writer: Writer, fanout: Fanout, ear: Ear, groups: list[Group]) -> None:
-        self.store, self._writer, self.fanout, self.ear, self._groups = store, writer, fanout, ear, groups
+    def __init__(self, store: Store, writer: Writer, ear: Ear, groups: list[Group]) -> None:
+        self.store, self._writer, self.ear, self._groups = store, writer, ear, groups
+        self.rooms = Rooms()
+        self.queue = FanoutQueue(self.rooms)
+        self.fanout = Fanout(self.rooms, self.queue, store.read, lambda users, conversation_id: ())
+        self.sweep = Sweep(
+            self.rooms,
+            store.read,
+            behind=self.fanout.fallen_behind,
+            members_seen=nobody_asks,
+            check_logins=trio.lowlevel.checkpoint,
+        )
 
     @property
     def changes(self) -> list[Change]:
@@ -98,25 +114,25 @@ async def repairs(tmp_path: Path, nursery: trio.Nursery) -> Any:
     groups: list[Any] = []
     writer = store.writer(node=None, on_commit=groups.append)
     nursery.start_soon(writer.run)
-    rooms, ear = Rooms(), Ear()
-    fanout = Fanout(rooms, store.read)
-    await nursery.start(fanout.run)
-    with Membership(rooms) as mine:
+    repairs = Repairs(store, writer, ear := Ear(), groups)
+    await nursery.start(repairs.fanout.run)
+    await nursery.start(repairs.sweep.run)
+    with Membership(repairs.rooms) as mine:
         subscription = mine.join(1, ear, entitled=True)
         subscription.settle(0)
-        fanout.opened(subscription.room, 0, None, 0)
+        repairs.fanout.opened(subscription.room, 0, None, 0)
         await writer.submit(
             [Create(conversation_id=1, user_id=1, content=f"m{n}") for n in range(400)]
         ).outcomes()
-        yield Repairs(store, writer, fanout, ear, groups)
+        yield repairs
     store.close()
 
 
 async def test_a_hole_is_read_from_the_database(repairs: Repairs) -> None:
     """The hole, and what was committed after it: within the second that G5 allows."""
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
-    repairs.fanout.changes([repairs.changes[203]])
+    repairs.queue.changes([repairs.changes[203]])
     await repairs.heard(*range(1, 401), patience=1)
 
 
@@ -130,7 +146,7 @@ async def test_a_hole_that_fills_by_itself_is_not_read(
     monkeypatch.setattr(lookups, "changes_after", no_reading)
     echoes = [replace(repairs.changes[seq - 1], previous=UNSET) for seq in (3, 1)]  # from an outbox
     for change in [*(repairs.changes[seq - 1] for seq in (2, 1, 4, 3)), *echoes]:
-        repairs.fanout.changes([change])
+        repairs.queue.changes([change])
         await wait_all_tasks_blocked()  # the fanout has seen the hole before it is filled
     await repairs.heard(1, 2, 3, 4)
     await trio.sleep(0.3)  # longer than a hole is waited for
@@ -149,11 +165,11 @@ async def test_a_hole_that_fills_while_it_is_read_starts_nobody_over(
 
     missing = lookups.missing
     monkeypatch.setattr(lookups, "missing", slowly)
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
-    repairs.fanout.changes([repairs.changes[203]])
+    repairs.queue.changes([repairs.changes[203]])
     assert await trio.to_thread.run_sync(asked.wait, 3)
-    repairs.fanout.changes(repairs.changes[200:203])
+    repairs.queue.changes(repairs.changes[200:203])
     await repairs.heard(*range(1, 205))
     go_on.set()
     await repairs.heard(*range(1, 401))
@@ -161,7 +177,7 @@ async def test_a_hole_that_fills_while_it_is_read_starts_nobody_over(
 
 
 async def test_more_than_can_be_pushed_makes_everybody_start_over(repairs: Repairs) -> None:
-    repairs.fanout.lost()
+    repairs.sweep.soon()
     with trio.fail_after(3):
         while not repairs.ear.resynced:
             await trio.sleep(0.005)
@@ -170,12 +186,12 @@ async def test_more_than_can_be_pushed_makes_everybody_start_over(repairs: Repai
 
 async def test_a_forged_change_blocks_nobody(repairs: Repairs) -> None:
     """A seq that the database does not know, with a hole before it, is given up."""
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
-    repairs.fanout.changes([Change(1, 10_000, Kind.CREATED, b"forged")])
+    repairs.queue.changes([Change(1, 10_000, Kind.CREATED, b"forged")])
     await repairs.heard(*range(1, 401))
     with trio.fail_after(2):
-        while repairs.fanout.rooms.get(1).ahead:  # type: ignore[union-attr]
+        while repairs.rooms.get(1).ahead:  # type: ignore[union-attr]
             await trio.sleep(0.01)
 
 
@@ -183,20 +199,20 @@ async def test_without_redis_in_sight_a_hole_is_read_at_once(
     repairs: Repairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chatd.hub.fanout.fanout.HOLE_WAIT", 60)
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
-    repairs.fanout._up = False  # as `links(False)` does, without the sweep that goes with it
-    repairs.fanout.changes([repairs.changes[250]])
+    repairs.fanout._up = False  # as `links(False)` does
+    repairs.queue.changes([repairs.changes[250]])
     await repairs.heard(*range(1, 401))
 
 
 async def test_a_late_removal_does_not_undo_a_return(repairs: Repairs) -> None:
     """The signal outlived an outage; meanwhile the user was added again, and the room knows it."""
-    repairs.fanout.rooms.get(1).members_version = 6  # type: ignore[union-attr]
-    repairs.fanout.member(
+    repairs.rooms.get(1).members_version = 6  # type: ignore[union-attr]
+    repairs.queue.member(
         MemberChange(1, Ear.user_id, State.REMOVED, None, version=5)
     )  # Ear asserts: not dropped
-    repairs.fanout.changes(repairs.changes[:1])
+    repairs.queue.changes(repairs.changes[:1])
     with trio.fail_after(2):
         while not repairs.ear.heard:
             await trio.sleep(0.005)
@@ -216,20 +232,20 @@ async def test_a_burst_over_a_room_that_people_leave_ends_nothing(repairs: Repai
                 one.leave(1)
 
     for _ in range(400):
-        mine = Membership(repairs.fanout.rooms)
+        mine = Membership(repairs.rooms)
         repairs.fanout.opened(mine.join(1, Leaver(), entitled=True).room, 0, None, 0)
         next(iter(mine)).settle(0)
         leavers.append(mine)
     big = [Change(1, seq, Kind.CREATED, b"x" * 100_000, previous=None) for seq in range(1, 8)]
-    repairs.fanout.changes(big)
+    repairs.queue.changes(big)
     await until(lambda: len(repairs.ear.heard) > 700_000)
     await wait_all_tasks_blocked()
 
 
 async def test_an_overrun_queue_is_made_up_for(repairs: Repairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatd.hub.fanout.fanout.QUEUE_BYTES", 200 * 180)
+    monkeypatch.setattr("chatd.hub.fanout.queue.QUEUE_BYTES", 200 * 180)
     for start in range(0, 400, 100):
-        repairs.fanout.changes(repairs.changes[start : start + 100])
+        repairs.queue.changes(repairs.changes[start : start + 100])
     await repairs.heard(*range(1, 401))
 
 
@@ -244,25 +260,25 @@ async def until(condition: Callable[[], object], patience: float = 3.0) -> None:
 
 async def test_an_echo_is_held_against_the_database_once(repairs: Repairs) -> None:
     """It could be of another history. It is not, so nobody is told to start over."""
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.heard(*range(1, 201))
     database = watched(repairs)
-    repairs.fanout.changes(repairs.changes[50:80])
+    repairs.queue.changes(repairs.changes[50:80])
     await repairs.heard(*range(1, 401))  # what was read with it
     assert (database.asked, repairs.ear.resynced) == (["missing"], [])
-    repairs.fanout.changes(repairs.changes[200:])  # the bus brings it too
+    repairs.queue.changes(repairs.changes[200:])  # the bus brings it too
     await wait_all_tasks_blocked()
     assert database.asked == ["missing"]
 
 
 async def test_the_first_change_of_another_history_starts_the_room_over(repairs: Repairs) -> None:
-    repairs.fanout.changes(repairs.changes)
+    repairs.queue.changes(repairs.changes)
     await repairs.heard(*range(1, 401))
     rewind(repairs, 300)
     late = repairs.changes[350]
-    repairs.fanout.changes([replace(late, seq=301, mark="another", previous=repairs.changes[299].mark)])
+    repairs.queue.changes([replace(late, seq=301, mark="another", previous=repairs.changes[299].mark)])
     await until(lambda: repairs.ear.resynced)
-    room = repairs.fanout.rooms.get(1)
+    room = repairs.rooms.get(1)
     assert room is not None
     assert (room.head, room.mark) == (300, repairs.changes[299].mark)
     await until(lambda: not room.behind and not room.repairing)
@@ -272,39 +288,39 @@ async def test_the_first_change_of_another_history_starts_the_room_over(repairs:
 async def test_a_relayed_change_does_not_join_two_histories(repairs: Repairs) -> None:
     """The room missed where the other history began, and the outbox does not say what this change follows."""
     lost = [replace(change, mark=f"lost {change.seq}") for change in repairs.changes[:350]]
-    repairs.fanout.changes(
+    repairs.queue.changes(
         [replace(one, previous=f"lost {one.seq - 1}" if one.seq > 1 else None) for one in lost]
     )
     await repairs.heard(*range(1, 351))
-    repairs.fanout.changes(relayed(repairs.changes[350:351]))
+    repairs.queue.changes(relayed(repairs.changes[350:351]))
     await until(lambda: repairs.ear.resynced)
     await repairs.heard(*range(1, 351))
-    room = repairs.fanout.rooms.get(1)
+    room = repairs.rooms.get(1)
     assert room is not None
     assert (room.head, room.mark) == (400, repairs.changes[-1].mark)
 
 
 async def test_the_sweep_finds_that_the_database_went_back(repairs: Repairs) -> None:
-    repairs.fanout.changes(repairs.changes)
+    repairs.queue.changes(repairs.changes)
     await repairs.heard(*range(1, 401))
-    await repairs.fanout.sweep.once()
+    await repairs.sweep.once()
     await wait_all_tasks_blocked()
     assert not repairs.ear.resynced
     rewind(repairs, 300)
-    await repairs.fanout.sweep.once()
+    await repairs.sweep.once()
     await until(lambda: repairs.ear.resynced)
 
 
 async def test_a_room_that_retention_has_overtaken_is_not_called_another_history(repairs: Repairs) -> None:
-    repairs.fanout.changes(repairs.changes[:5])
+    repairs.queue.changes(repairs.changes[:5])
     await repairs.heard(1, 2, 3, 4, 5)
     with repairs.store._writing.begin() as connection:
         connection.exec_driver_sql("DELETE FROM chat_changes WHERE seq < 390")
         connection.exec_driver_sql("UPDATE chat_conversations SET low_seq = 390")
     before = metrics.OTHER_HISTORIES._value.get()
-    await repairs.fanout.sweep.once()
+    await repairs.sweep.once()
     await until(lambda: repairs.ear.resynced)
-    room = repairs.fanout.rooms.get(1)
+    room = repairs.rooms.get(1)
     assert room is not None
     assert (room.head, room.mark) == (400, repairs.changes[-1].mark)
     assert metrics.OTHER_HISTORIES._value.get() == before
@@ -362,7 +378,7 @@ def watched(repairs: Repairs) -> Reading:
 
 
 def enter(repairs: Repairs, ear: Ear, conversation: int, version: int) -> Membership:
-    mine = Membership(repairs.fanout.rooms)
+    mine = Membership(repairs.rooms)
     subscription = mine.join(conversation, ear, entitled=False)
     subscription.settle(0)
     repairs.fanout.opened(subscription.room, 0, None, version)
@@ -383,8 +399,8 @@ async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     database.away.add(1)
     gone = Outsider()
     enter(repairs, gone, 1, version=0)
-    repairs.fanout.changes(after_a_removal(repairs.changes[:2]))
-    repairs.fanout.changes(after_a_removal(repairs.changes[2:4]))
+    repairs.queue.changes(after_a_removal(repairs.changes[:2]))
+    repairs.queue.changes(after_a_removal(repairs.changes[2:4]))
     with trio.fail_after(3):
         while database.asked.count("rights") < 3:
             await trio.sleep(0.005)
@@ -394,7 +410,7 @@ async def test_who_was_removed_hears_nothing_while_the_database_is_away(
     assert gone.ended
     assert gone.heard == b""
     asked = len(database.asked)
-    repairs.fanout.changes(after_a_removal(repairs.changes[4:6]))
+    repairs.queue.changes(after_a_removal(repairs.changes[4:6]))
     await repairs.heard(1, 2, 3, 4, 5, 6)
     assert len(database.asked) == asked, "nothing is in doubt any more"
 
@@ -404,9 +420,9 @@ async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
     database.away.add(1)
     other = Ear()
     enter(repairs, other, 2, version=5)
-    repairs.fanout.changes(after_a_removal(repairs.changes[:1]))
+    repairs.queue.changes(after_a_removal(repairs.changes[:1]))
     frame = b'{"event":"message","conversation_id":2}'
-    repairs.fanout.changes([Change(2, 1, Kind.CREATED, frame, members_version=5, previous=None)])
+    repairs.queue.changes([Change(2, 1, Kind.CREATED, frame, members_version=5, previous=None)])
     with trio.fail_after(0.5):
         while not other.heard:
             await trio.sleep(0.005)
@@ -415,10 +431,10 @@ async def test_a_room_in_doubt_holds_up_no_other(repairs: Repairs) -> None:
 
 async def test_what_was_told_late_is_asked_for_once(repairs: Repairs) -> None:
     """Rows from the outbox do not know their version any more, nor what came before: one read tells both."""
-    repairs.fanout.changes(repairs.changes[:350])
+    repairs.queue.changes(repairs.changes[:350])
     await repairs.heard(*range(1, 351))
     database = watched(repairs)
-    repairs.fanout.changes(relayed(repairs.changes[350:]))
+    repairs.queue.changes(relayed(repairs.changes[350:]))
     await repairs.heard(*range(1, 401))
     assert database.asked == ["missing"]
 
@@ -447,27 +463,26 @@ async def test_only_a_lost_right_makes_a_room_ask_the_database(
 ) -> None:
     """What another node has done with the members, of which nothing but the messages after it is heard."""
     await repairs.submit(SetMember(conversation_id=1, user_id=1, state=State.ACTIVE))
-    repairs.fanout.rooms.get(1).members_version = repairs.version()  # type: ignore[union-attr]
+    repairs.rooms.get(1).members_version = repairs.version()  # type: ignore[union-attr]
     database = watched(repairs)
-    repairs.fanout.changes(repairs.changes[:200])
+    repairs.queue.changes(repairs.changes[:200])
     await repairs.submit(*commands)
     await repairs.submit(Create(conversation_id=1, user_id=1, content="after"))
-    repairs.fanout.changes(repairs.changes[200:])
+    repairs.queue.changes(repairs.changes[200:])
     await repairs.heard(*range(1, len(repairs.changes) + 1))
     removal = "removal" in request.node.callspec.id
     assert database.asked == (["rights"] if removal else [])
 
 
 async def test_a_role_or_a_mute_is_nothing_for_the_sweep(repairs: Repairs) -> None:
-    fanout = repairs.fanout
-    await fanout.sweep.once()
-    fanout.sweep._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
+    await repairs.sweep.once()
+    repairs.sweep._read = database = Reading(repairs.store.read)  # type: ignore[assignment]
     for change in ({"role": "moderator"}, {"muted_until": "2999-01-01T00:00:00.000000Z"}):
         await repairs.submit(SetMember(conversation_id=1, user_id=1, state=State.ACTIVE, **change))
-    await fanout.sweep.once()
+    await repairs.sweep.once()
     assert database.asked == ["heads"]
     await repairs.submit(SetMember(conversation_id=1, user_id=77, state=State.REMOVED))
-    await fanout.sweep.once()
+    await repairs.sweep.once()
     assert database.asked == ["heads", "heads", "rights"]
 
 
@@ -475,10 +490,10 @@ async def test_doubt_is_bounded(repairs: Repairs, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("chatd.hub.fanout.fanout.RETRY", 0.05)
     database = watched(repairs)
     database.away.add(1)
-    room = repairs.fanout.rooms.get(1)
+    room = repairs.rooms.get(1)
     assert room is not None
     many = [Change(1, seq, Kind.CREATED, b"x", 9, previous=None) for seq in range(1, AHEAD_CHANGES + 2)]
-    repairs.fanout.changes(many)
+    repairs.queue.changes(many)
     with trio.fail_after(3):
         while not (room.stale and len(database.asked) > 1):  # a try at reading takes the mark off for a moment
             await trio.sleep(0.001)
@@ -496,8 +511,8 @@ async def test_an_ephemeral_event_is_offered_a_message_is_pushed(repairs: Repair
 
     slow = Shedding()
     enter(repairs, slow, 2, version=0)
-    repairs.fanout.foreign(2, "cursor.moved", b'{"event":"cursor.moved"}')
-    repairs.fanout.foreign(2, "message", b'{"event":"message"}')
+    repairs.queue.foreign(2, "cursor.moved", b'{"event":"cursor.moved"}')
+    repairs.queue.foreign(2, "message", b'{"event":"message"}')
     with trio.fail_after(2):
         while not slow.heard:
             await trio.sleep(0.005)
@@ -509,9 +524,9 @@ async def test_what_is_announced_in_one_go_is_merged_up_to_a_bound(repairs: Repa
     pushed: list[int] = []
     repairs.ear.offer = lambda frames: not pushed.append(len(frames))  # type: ignore[method-assign]
     for _ in range(20):
-        repairs.fanout.announce(Announcement(1, b"x" * 60_000, ephemeral=True))
+        repairs.queue.announce(Announcement(1, b"x" * 60_000, ephemeral=True))
     for _ in range(100):
-        repairs.fanout.announce(Announcement(1, b"x" * 100, ephemeral=True))
+        repairs.queue.announce(Announcement(1, b"x" * 100, ephemeral=True))
     await wait_all_tasks_blocked()
     assert sum(pushed) == 20 * 60_000 + 100 * 100
     assert max(pushed) <= 65_536
@@ -595,6 +610,12 @@ class Line:
 class Nobody:
     """Audiences that watch nothing."""
 
+    def joined(self, subscription: Any) -> None:
+        pass
+
+    def left(self, subscription: Any) -> None:
+        pass
+
     def visit(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -628,8 +649,10 @@ async def test_a_snapshot_that_is_older_than_a_removal_lets_nobody_hear_what_cam
     parts: Any = SimpleNamespace(
         settings=Settings(config),
         chat=SimpleNamespace(conversations=conversations),
-        rooms=repairs.fanout.rooms,
+        rooms=repairs.rooms,
         fanout=repairs.fanout,
+        queue=repairs.queue,
+        sweep=repairs.sweep,
         audiences=Nobody(),
     )
     line: Any = Line(nursery)
@@ -650,17 +673,17 @@ async def test_a_snapshot_that_is_older_than_a_removal_lets_nobody_hear_what_cam
     await repairs.submit(SetMember(conversation_id=place, user_id=gone, state=State.REMOVED))
     removal = repairs._groups[-1].members[0]
     quick, version = Ear(), removal.version
-    mine = Membership(repairs.fanout.rooms)
+    mine = Membership(repairs.rooms)
     opening = mine.join(place, quick, entitled=True)
     opening.settle(0)
     repairs.fanout.opened(opening.room, 0, None, version)
     if told:
-        repairs.fanout.member(removal)
+        repairs.queue.member(removal)
     await wait_all_tasks_blocked()
     await repairs.submit(Create(conversation_id=place, user_id=9, content="secret"))
-    repairs.fanout.changes(repairs._groups[-1].changes)
+    repairs.queue.changes(repairs._groups[-1].changes)
     if told:
-        repairs.fanout.foreign(place, "news", b'{"event":"news","secret":1}')
+        repairs.queue.foreign(place, "news", b'{"event":"news","secret":1}')
     await wait_all_tasks_blocked()
     assert b"secret" in quick.heard
     conversations.go_on.set()
@@ -690,8 +713,10 @@ async def test_a_room_that_waits_keeps_its_epoch_where_the_database_does_not_ans
     parts: Any = SimpleNamespace(
         settings=Settings(config),
         chat=SimpleNamespace(conversations=Away(repairs.store.read, Settings(config), Presence("n", None))),
-        rooms=repairs.fanout.rooms,
+        rooms=repairs.rooms,
         fanout=repairs.fanout,
+        queue=repairs.queue,
+        sweep=repairs.sweep,
         audiences=Nobody(),
     )
     line: Any = Line(nursery)

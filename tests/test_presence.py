@@ -131,7 +131,7 @@ class World:
         self.nodes = {name: Presence(name, self._send) for name in names}
         self.changes: dict[str, list[Transition]] = {name: [] for name in names}
         for name, node in self.nodes.items():
-            node.watchers.append(self.changes[name].append)
+            node.on_change(self.changes[name].append)
 
     def _send(self, signal: Signal) -> None:
         assert isinstance(signal, Present)
@@ -296,7 +296,7 @@ async def test_fifty_thousand_users_of_a_node_come_and_go_in_slices(
     def count(change: Transition) -> None:
         steps[-1] += 1
 
-    b.watchers.append(count)
+    b.on_change(count)
     for user in range(50_000):
         a.arrive(USERS, user)
     async with trio.open_nursery() as nursery:

@@ -332,7 +332,7 @@ async def test_the_command_tells_and_does(daemons: Daemons) -> None:
 
 
 async def test_the_daemon_does_it_by_itself(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatd.retention.PERIOD", 0.05)
+    monkeypatch.setattr("chatd.daemon.retention.PERIOD", 0.05)
     settings = Settings(Config())
     async with bench(database_url) as b:
         await b.do(*[post(f"{n}") for n in range(4)])

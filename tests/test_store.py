@@ -396,7 +396,7 @@ async def test_the_outbox_holds_a_group_until_it_is_settled(database_url: str) -
         (group,) = b.groups
         assert group.outbox_id is not None
         assert b.scalar("SELECT count(*) FROM chat_outbox") == 1
-        b.writer.settle([group.outbox_id])
+        b.store.outbox.settle([group.outbox_id])
         await b.do(post("c"))
         assert b.scalar("SELECT count(*) FROM chat_outbox") == 1, "the row of this group alone"
 

@@ -91,10 +91,10 @@ class WebhookDelivery:
         self._lanes[0].wake()
 
     async def run(
-        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Until `stop`, and the end of the calls on their way."""
-        task_status.started()
+        task_status.started(self.finished)
         async with trio.open_nursery() as counting:
             counting.start_soon(self._count_for_ever)
             async with trio.open_nursery() as nursery:

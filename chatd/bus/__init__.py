@@ -41,7 +41,10 @@ class Bus(Protocol):
     def tell(self, signal: Signal) -> None:
         """What is not stored: this node at once, the others if Redis is there. Never waits."""
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+    async def run(
+        self, receiver: Receiver, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Give all that comes to `receiver`. Nothing may be published or told before this runs."""
 
 
 def give_to(receiver: Receiver, group: Group) -> None:

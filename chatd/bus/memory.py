@@ -11,8 +11,8 @@ from chatd.core.model import Group, Signal
 class MemoryBus:
     up = True
 
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    def __init__(self) -> None:
+        self._receiver: Receiver
 
     def publish(self, group: Group) -> None:
         give_to(self._receiver, group)
@@ -20,5 +20,8 @@ class MemoryBus:
     def tell(self, signal: Signal) -> None:
         self._receiver.signal(signal)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, receiver: Receiver, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        self._receiver = receiver
         task_status.started()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import redis
@@ -64,21 +64,14 @@ class Outbox(Protocol):
 
     async def relay(self, publish: Callable[[Any], None], *, node: str, above: int = 0) -> tuple[int, int]: ...
     async def expire(self) -> int: ...
+    def settle(self, ids: Iterable[int]) -> None:
+        """These rows are published: a later commit removes them."""
 
 
 class RedisBus:
-    def __init__(
-        self,
-        config: Redis,
-        receiver: Receiver,
-        *,
-        node: str,
-        outbox: Outbox,
-        settle: Callable[[list[int]], None],
-    ) -> None:
-        """`settle` is told which outbox rows are published, so that they are removed with a later commit."""
-        self._config, self._receiver, self._node = config, receiver, node
-        self._outbox, self._settle = outbox, settle
+    def __init__(self, config: Redis, *, node: str, outbox: Outbox) -> None:
+        self._config, self._node, self._outbox = config, node, outbox
+        self._receiver: Receiver
         self._waiting: deque[Group] = deque()
         self._waiting_bytes = 0
         # Rights and receipts are kept until Redis has taken them, for no outbox does. Past the bound the oldest
@@ -120,7 +113,10 @@ class RedisBus:
             self._passing.append(payloads.signal(self._node, signal))
         self._passes.set()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(
+        self, receiver: Receiver, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        self._receiver = receiver
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep, "publish", self._publish_link)
             nursery.start_soon(self._keep, "stream", self._stream_link)
@@ -248,7 +244,7 @@ class RedisBus:
         await self._in_thread(self._send, client, entries)
         if ids := [group.outbox_id for group in fresh if group.outbox_id is not None]:
             self._relayed = ids[-1]
-            self._settle(ids)
+            self._outbox.settle(ids)
 
     def _take(self) -> list[Group]:
         taken: list[Group] = []

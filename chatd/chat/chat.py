@@ -15,7 +15,6 @@ from chatd.chat.logins import Logins
 from chatd.chat.members import Members
 from chatd.chat.messages import Messages
 from chatd.chat.presence import Presence
-from chatd.chat.presence_webhooks import PresenceWebhooks
 from chatd.chat.receipts import Receipts
 from chatd.chat.typing import Typing
 from chatd.chat.users import Users
@@ -54,7 +53,6 @@ class Chat:
         hooks = config.webhooks
         asked = bool(hooks.before_message_url)
         self.before_message = BeforeMessage(hooks, fetch, self.messages.check) if asked else None
-        self.presence_webhooks = PresenceWebhooks(store.presence, presence, hooks.events if hooks.url else ())
 
     def tokens_of(self, config: Config) -> Tokens:
         """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""

@@ -37,7 +37,6 @@ HEARD = 1000  # signals of others that wait; beyond them the oldest are dropped:
 REMEMBER = 60_000  # ms that the version of what has gone is kept: signals come twice, but not so late
 
 Key = tuple[int, int]  # scope, id
-Watcher = Callable[["Transition"], None]
 
 
 class Transition(Struct, frozen=True):
@@ -66,12 +65,21 @@ class _Node(Struct):
     parts: int = 0
 
 
-class Presence:
-    """`watchers` hear of what comes or goes over all nodes, `owners` of a key's first and last on this one."""
+def _unknown(node: str) -> Life:
+    return Life.UNKNOWN
 
-    def __init__(self, node: str, tell: Callable[[Signal], None] | None) -> None:
-        """`tell` gives a signal to the other nodes; None where there are none."""
-        self.node, self._tell = node, tell
+
+class Presence:
+    def __init__(
+        self,
+        node: str,
+        tell: Callable[[Signal], None] | None,
+        life: Callable[[str], Life] = _unknown,
+    ) -> None:
+        """`tell` gives a signal to the other nodes; None where there are none. `life`: what is known of the
+        lease of another node.
+        """
+        self.node, self.life, self._tell = node, life, tell
         self._own: dict[Key, _Entry] = {}
         self._nodes: dict[str, _Node] = {}
         self._present: dict[int, dict[int, int]] = {}  # scope → id → how many nodes have it
@@ -82,9 +90,16 @@ class Presence:
         self._wake, self._work = trio.Event(), trio.Event()
         self._round = 0
         self._told_all = -TELL_ALL
-        self.watchers: list[Watcher] = []
-        self.owners: list[Callable[[Key], None]] = []
-        self.life: Callable[[str], Life] = lambda node: Life.UNKNOWN
+        self._on_change: list[Callable[[Transition], None]] = []
+        self._on_own_change: list[Callable[[Key], None]] = []
+
+    def on_change(self, call: Callable[[Transition], None]) -> None:
+        """Call it with each that comes or goes, over all nodes."""
+        self._on_change.append(call)
+
+    def on_own_change(self, call: Callable[[Key], None]) -> None:
+        """Call it with each key of which this node has the first connection, or has lost the last."""
+        self._on_own_change.append(call)
 
     # What is known.
 
@@ -143,8 +158,8 @@ class Presence:
         self._tell_soon(key)
 
     def _owned(self, key: Key) -> None:
-        for owner in self.owners:
-            owner(key)
+        for call in self._on_own_change:
+            call(key)
 
     def _next_version(self, key: Key) -> int:
         version = self._versions[key] = max(self._versions.get(key, 0) + 1, _milliseconds())
@@ -164,8 +179,8 @@ class Presence:
         if bool(before) != bool(before + by):
             if not own:
                 version = self._versions[key] = max(version, self._versions.get(key, 0) + 1)
-            for watcher in self.watchers:
-                watcher(Transition(scope, id, bool(before + by), version))
+            for call in self._on_change:
+                call(Transition(scope, id, bool(before + by), version))
 
     # Other nodes.
 

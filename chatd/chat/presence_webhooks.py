@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import islice
+from typing import Protocol
 
 import structlog
 import trio
@@ -40,27 +41,37 @@ _ID = {USERS: "user_id", ROOMS: "conversation_id"}
 log = structlog.get_logger()
 
 
+class Delivery(Protocol):
+    """What delivers webhooks. `full`: more of them wait than may be added to."""
+
+    @property
+    def full(self) -> bool: ...
+    def wake(self) -> None: ...
+
+
 class PresenceWebhooks:
-    """Bounded by what this node has: a key is written at most twice a second, 500 in one transaction.
+    """Bounded by what this node has: a key is written at most twice a second, 500 in one transaction."""
 
-    `told` is called after webhooks were written; while `full()`, differences wait in the database instead.
-    """
-
-    def __init__(self, table: PresenceTable, presence: Presence, events: Collection[str]) -> None:
-        self._table, self._presence = table, presence
+    def __init__(
+        self,
+        table: PresenceTable,
+        presence: Presence,
+        leases: Leases,
+        events: Collection[str],
+        delivery: Delivery,
+    ) -> None:
+        """While the `delivery` is full, differences wait in the database; it is woken after webhooks were
+        written.
+        """
+        self._table, self._presence, self._leases, self._delivery = table, presence, leases, delivery
         self._events = frozenset(events) & frozenset(_EVENTS.values())
         self._scopes = {scope for (scope, _), event in _EVENTS.items() if event in self._events}
         self._alone = presence.alone
         self._lease = self._fresh_lease()
-        self._leases = Leases()
         self._changed: dict[Key, float] = {}  # keys to write, and when they changed last
         self._doubts = True  # there may be some from before
         self._turned_at = self._looked_at = self._tidied_at = -math.inf
-        self.full: Callable[[], bool] = lambda: False
-        self.told: Callable[[], None] = lambda: None
         self.finished = trio.Event()
-        presence.owners.append(self._note)
-        presence.life = self._leases.life
 
     @property
     def counts_rooms(self) -> bool:
@@ -74,16 +85,16 @@ class PresenceWebhooks:
     def _fresh_lease(self) -> Lease:
         return Lease(secrets.token_hex(8), self._presence.node)
 
-    def _note(self, key: Key) -> None:
+    def note(self, key: Key) -> None:
         """This node has the first connection for a key, or lost the last."""
         if key[0] in self._scopes:
             self._changed[key] = trio.current_time()
 
     async def run(
-        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Until `stop`, when everybody has left: that is in the database then, and the lease is over."""
-        task_status.started()
+        task_status.started(self.finished)
         while not stop.is_set():
             with suppress(Unavailable):  # the writer says loudly enough that the database is gone
                 await self._work()
@@ -115,7 +126,7 @@ class PresenceWebhooks:
             Change(key, self._presence.has_own(key), max(0, math.ceil(changed_at + DEBOUNCE - now)))
             for key, changed_at in taken.items()
         ]
-        announce = self._announce if self._scopes and not self.full() else None
+        announce = self._announce if self._scopes and not self._delivery.full else None
         try:
             turned = await self._table.turn(self._lease, changes, announce)
         except LeaseLost:
@@ -127,7 +138,7 @@ class PresenceWebhooks:
             raise
         self._turned_at, self._doubts = now, turned.doubts and bool(self._scopes)
         if turned.told:
-            self.told()
+            self._delivery.wake()
         await self._look(turned.others)
         return turned
 

@@ -9,41 +9,30 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import socket
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import structlog
 import trio
 from structlog.typing import FilteringBoundLogger
 
 from chatd import __version__, api
-from chatd.backend.fetch import Fetcher
-from chatd.backend.webhooks import WebhookDelivery
-from chatd.bus import Bus, Receiver
-from chatd.bus.memory import MemoryBus
-from chatd.bus.redis import RedisBus
-from chatd.chat.chat import Chat
-from chatd.chat.presence import Presence
 from chatd.config import Config, is_loopback, split_bind
 from chatd.config.settings import Settings
-from chatd.core.model import Group
 from chatd.daemon import garbage, process, systemd
+from chatd.daemon.assembly import assemble
 from chatd.daemon.listen import address_of, open_sockets
 from chatd.daemon.reload import Reload
 from chatd.daemon.retention import RetentionClock
-from chatd.hub.admission.registry import Registry
-from chatd.hub.fanout.fanout import Fanout
-from chatd.hub.fanout.rooms import Rooms
-from chatd.hub.receiver import BusReceiver
-from chatd.hub.server import DRAIN_GRACE, Hub
+from chatd.hub.server import DRAIN_GRACE
 from chatd.ingest.consumer import Consumer
 from chatd.ingest.stream import IngestStream
 from chatd.net.descriptors import client_slots, raise_descriptor_limit
 from chatd.observe import metrics
-from chatd.observe.sampler import Counts, Sampler
+from chatd.observe.sampler import Sampler
 from chatd.store.database import Store
 from chatd.store.write.writer import Writer
 
@@ -69,155 +58,105 @@ async def run(
     `read_again` reads the configuration anew, for SIGHUP.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    api_socket, hub_sockets = open_sockets(config)
-    addresses = [address_of(one) for one in (api_socket, *hub_sockets)]
-    node = secrets.token_hex(6)
-    stop, api_stop = trio.Event(), trio.Event()
+    await Daemon(config, store, read_again).run(on_ready)
 
-    settings = Settings(config)
-    parts = assemble(settings, store, node)
-    reload = Reload(settings, parts.chat, read_again)
-    chat, hub, bus, writer = parts.chat, parts.hub, parts.bus, parts.writer
-    ingest = Consumer(IngestStream(config.redis, node), chat.messages)
-    sampler = Sampler(partial(_counts, parts, store), store.outbox.backlog if config.redis.url else None)
-    _tell_build(config)
-    health = api.Health(store.read, writer, bus, stop, redis=bool(config.redis.url))
 
-    async with trio.open_nursery() as nursery:
-        await nursery.start(process.watch_signals, stop, reload)
-        await nursery.start(writer.run)
-        await nursery.start(bus.run)
-        await nursery.start(parts.fanout.run)
-        await nursery.start(chat.presence.run)
-        await nursery.start(chat.typing.run)
-        await _start_or_finish(nursery, chat.presence_webhooks, chat.presence_webhooks.needed, api_stop)
-        await nursery.start(sampler.run)
-        if os.environ.get("CHATD_WORKER_NUMBER", "1") == "1":
-            await nursery.start(RetentionClock(settings, store.retention).run)
-            if store.wal is not None:
-                await nursery.start(store.wal.run)
-        await _start_or_finish(nursery, parts.webhooks, bool(config.webhooks.url), stop)
-        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in hub_sockets]
-        await nursery.start(hub.serve, listeners, client_slots(raise_descriptor_limit()))
-        serve_api = partial(api.serve, settings, chat, health, sampler, node)
-        leave = api.Leave(stop)
-        api_served = await nursery.start(serve_api, api_socket, leave, api_stop)
-        await _start_or_finish(nursery, ingest, bool(config.redis.url and config.redis.ingest), stop)
-        nursery.start_soon(process.ping_watchdog)
-        nursery.start_soon(process.follow_parent, stop, partial(_let_go, hub, leave))
-        await nursery.start(garbage.collect, lambda: hub.ended + leave.done)
-        log.info(
-            "ready",
-            node=node,
-            api=addresses[0],
-            hub=" ".join(addresses[1:]),
-            bus="redis" if config.redis.url else "memory",
-        )
+class Daemon:
+    def __init__(self, config: Config, store: Store, read_again: Callable[[], Config]) -> None:
+        self._config, self._store, self._node = config, store, secrets.token_hex(6)
+        self._api_socket, self._hub_sockets = open_sockets(config)
+        self._addresses = [address_of(one) for one in (self._api_socket, *self._hub_sockets)]
+        self._stop = trio.Event()  # somebody has asked for the end
+        self._drained = trio.Event()  # the clients of the hub have been sent away
+        self._settings = Settings(config)
+        self._parts = assemble(self._settings, store, self._node)
+        self._reload = Reload(self._settings, self._parts.chat, read_again)
+        self._leave = api.Leave(self._stop)
+        writer, bus = self._parts.writer, self._parts.bus
+        self._health = api.Health(store.read, writer, bus, self._stop, redis=bool(config.redis.url))
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            started = [await nursery.start(*part) for wanted, *part in self._in_order() if wanted]
+            nursery.start_soon(process.ping_watchdog)
+            nursery.start_soon(process.follow_parent, self._stop, self._let_go)
+            self._tell_ready()
+            nursery.start_soon(process.tell_status, self._status)
+            on_ready()
+            await self._stop.wait()
+            await self._end([finished for finished in started if finished is not None])
+            nursery.cancel_scope.cancel()
+        log.info("stopped")
+
+    def _in_order(self) -> Iterator[tuple[Any, ...]]:
+        """(whether it is wanted, what runs, its arguments). What takes its time to end returns an event, which
+        says that it has.
+        """
+        config, store, parts, stop = self._config, self._store, self._parts, self._stop
+        chat, redis = parts.chat, config.redis
+        backlog = store.outbox.backlog if redis.url else None
+        first = os.environ.get("CHATD_WORKER_NUMBER", "1") == "1"  # of several workers, or alone
+        yield True, process.watch_signals, stop, self._reload
+        yield True, parts.writer.run
+        yield True, parts.bus.run, parts.receiver
+        yield True, parts.services.fanout.run
+        yield True, parts.services.sweep.run
+        yield True, chat.presence.run
+        yield True, chat.typing.run
+        yield parts.presence_webhooks.needed, parts.presence_webhooks.run, self._drained
+        yield True, (sampler := Sampler(parts.counts, backlog)).run
+        yield first, RetentionClock(self._settings, store.retention).run
+        if store.wal is not None:
+            yield first, store.wal.run
+        yield bool(config.webhooks.url), parts.webhooks.run, stop
+        yield True, parts.hub.serve, _listeners(self._hub_sockets), client_slots(raise_descriptor_limit())
+        serve = partial(api.serve, self._settings, chat, self._health, sampler, self._node)
+        yield True, serve, self._api_socket, self._leave, self._drained
+        ingest = Consumer(IngestStream(redis, self._node), chat.messages)
+        yield bool(redis.url and redis.ingest), ingest.run, stop
+        yield True, garbage.collect, lambda: parts.hub.ended + self._leave.done
+
+    def _tell_ready(self) -> None:
+        config = self._config
+        metrics.BUILD.labels(__version__, platform.python_version(), _kind_of_database(config)).set(1)
+        api_address, *hub_addresses = self._addresses
+        bus = "redis" if config.redis.url else "memory"
+        log.info("ready", node=self._node, api=api_address, hub=" ".join(hub_addresses), bus=bus)
         _warn_of_plaintext(config)
-        reload.begin()
+        self._reload.begin()
         systemd.ready("serving")
-        nursery.start_soon(process.tell_status, partial(_status, hub, health, stop))
-        on_ready()
 
-        await stop.wait()
+    async def _end(self, finishing: Sequence[trio.Event]) -> None:
+        """The clients of the hub first, then what is in progress, then what waits at the writer."""
+        hub = self._parts.hub
         log.info("stopping", connections=len(hub.connections))
         longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + ANSWER_GRACE + CANCEL_GRACE
         systemd.stopping("draining", longest + 1)
         process.end_anyhow_after(longest)
         await hub.drain()
-        api_stop.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
-        in_progress = (api_served, chat.presence_webhooks.finished, ingest.finished, parts.webhooks.finished)
-        await _wait_for(in_progress, API_GRACE)
-        await _flush(writer)
-        await _wait_for(in_progress, ANSWER_GRACE)  # what was committed just now is answered
-        nursery.cancel_scope.cancel()
-    log.info("stopped")
+        self._drained.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
+        await _wait_for(finishing, API_GRACE)
+        await _flush(self._parts.writer)
+        await _wait_for(finishing, ANSWER_GRACE)  # what was committed just now is answered
+
+    def _let_go(self) -> None:
+        """Accept nobody any more."""
+        self._parts.hub.let_go()
+        self._leave.let_go()
+
+    async def _status(self) -> str:
+        _, found = await self._health.report()
+        doing = "draining" if self._stop.is_set() else "serving"
+        checks = ", ".join(f"{name} {state}" for name, state in found["checks"].items())
+        return f"{doing} {len(self._parts.hub.connections)} connections; {checks}"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What serves the chat, before it runs. None of it waits for anything yet."""
-
-    writer: Writer
-    bus: Bus
-    chat: Chat
-    fanout: Fanout
-    registry: Registry
-    hub: Hub
-    webhooks: WebhookDelivery
+def _listeners(sockets: Iterable[socket.socket]) -> list[trio.SocketListener]:
+    return [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in sockets]
 
 
-def assemble(settings: Settings, store: Store, node: str) -> Parts:
-    config = settings.now
-    rooms = Rooms()
-    fanout = Fanout(rooms, store.read)
-    # Over the memory bus there are no other nodes to tell.
-    presence = Presence(node, (lambda signal: bus.tell(signal)) if config.redis.url else None)
-    fetch = Fetcher(config.server.private_networks)
-    registry = Registry(settings, presence)
-    fanout.addressed = registry.subscriptions_of
-    receiver = BusReceiver(fanout, registry, presence)
-    writer, bus = _writer_and_bus(config, store, receiver, node, lambda: webhooks.wake())
-    chat = Chat(settings, store, writer, presence, bus.tell, fetch)
-    hub = Hub(settings, chat, rooms, fanout, registry)
-    receiver.audiences = hub.audiences
-    fanout.sweep.also = hub.check_standings
-    webhooks = WebhookDelivery(config.webhooks, store.webhooks, fetch)
-    chat.presence_webhooks.full, chat.presence_webhooks.told = (lambda: webhooks.full), webhooks.wake
-    return Parts(writer, bus, chat, fanout, registry, hub, webhooks)
-
-
-def _writer_and_bus(
-    config: Config, store: Store, receiver: Receiver, node: str, wake_webhooks: Callable[[], None]
-) -> tuple[Writer, Bus]:
-    """The writer tells the bus of commits, the bus tells the writer what it has passed on."""
-    bus: Bus
-
-    def committed(group: Group) -> None:
-        bus.publish(group)
-        if group.hooked:
-            wake_webhooks()
-
-    told = frozenset[str](config.webhooks.events if config.webhooks.url else ())
-    writer = store.writer(node=node if config.redis.url else None, on_commit=committed, told=told)
-    if not config.redis.url:
-        metrics.REDIS_UP.set(1)
-        bus = MemoryBus(receiver)
-        return writer, bus
-    bus = RedisBus(config.redis, receiver, node=node, outbox=store.outbox, settle=writer.settle)
-    return writer, bus
-
-
-def _let_go(hub: Hub, leave: api.Leave) -> None:
-    hub.let_go()
-    leave.let_go()
-
-
-def _counts(parts: Parts, store: Store) -> Counts:
-    rooms = parts.fanout.rooms
-    return Counts(len(rooms), rooms.subscriptions, parts.registry.present, store.read.in_use)
-
-
-def _tell_build(config: Config) -> None:
-    database = "sqlite" if config.database.url.startswith("sqlite") else "postgresql"
-    metrics.BUILD.labels(__version__, platform.python_version(), database).set(1)
-
-
-class Stoppable(Protocol):
-    """Runs until it is told to stop, and says when it has finished."""
-
-    finished: trio.Event
-
-    async def run(
-        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None: ...
-
-
-async def _start_or_finish(nursery: trio.Nursery, part: Stoppable, wanted: bool, stop: trio.Event) -> None:
-    if wanted:
-        await nursery.start(part.run, stop)
-    else:
-        part.finished.set()
+def _kind_of_database(config: Config) -> str:
+    return "sqlite" if config.database.url.startswith("sqlite") else "postgresql"
 
 
 def _warn_of_plaintext(config: Config) -> None:
@@ -238,10 +177,3 @@ async def _flush(writer: Writer) -> None:
     writer.close()
     with trio.move_on_after(FLUSH_GRACE):
         await writer.finished.wait()
-
-
-async def _status(hub: Hub, health: api.Health, stop: trio.Event) -> str:
-    _, found = await health.report()
-    doing = "draining" if stop.is_set() else "serving"
-    checks = ", ".join(f"{name} {state}" for name, state in found["checks"].items())
-    return f"{doing} {len(hub.connections)} connections; {checks}"

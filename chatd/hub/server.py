@@ -10,19 +10,13 @@ from collections.abc import Sequence
 
 import trio
 
-from chatd.chat.chat import Chat
-from chatd.config.settings import Settings
 from chatd.core.errors import Close
 from chatd.core.protocol import event, text_frame
-from chatd.hub.admission.registry import Registry
 from chatd.hub.connection import connection
 from chatd.hub.connection.connection import Connection
-from chatd.hub.fanout.fanout import Fanout
-from chatd.hub.fanout.rooms import Rooms
-from chatd.hub.presence.audience import Audiences
 from chatd.hub.services import Services
 from chatd.net.gate import Gate
-from chatd.net.lobby import SHARE, Lobby
+from chatd.net.lobby import SHARE
 
 TICK = 1.0  # seconds between looks at all connections
 YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms
@@ -32,20 +26,10 @@ DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
 
 
 class Hub:
-    def __init__(
-        self, settings: Settings, chat: Chat, rooms: Rooms, fanout: Fanout, registry: Registry
-    ) -> None:
-        self._registry = registry
-        self.audiences = Audiences(
-            rooms,
-            fanout,
-            chat.presence,
-            chat.conversations,
-            counts_rooms=chat.presence_webhooks.counts_rooms,
-        )
-        self._lobby = Lobby()
-        self._services = Services(settings, chat, rooms, fanout, registry, self.audiences, self._lobby)
-        self._hub, self._drain_window = settings.now.hub, settings.now.server.drain_window
+    def __init__(self, services: Services) -> None:
+        config = services.settings.now
+        self._services = services
+        self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}
         self.ended = 0  # connections so far
         self._served = 0  # now, those in their handshake among them
@@ -64,13 +48,14 @@ class Hub:
         end or it is cancelled.
         """
         self._slots, self._listeners = trio.Semaphore(slots), listeners
-        self._lobby.most = slots // SHARE
+        self._services.lobby.most = slots // SHARE
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             task_status.started()
             with self._accepting:
                 gates = [
-                    Gate(one, self._slots, lambda: len(self.connections), self._lobby) for one in listeners
+                    Gate(one, self._slots, lambda: len(self.connections), self._services.lobby)
+                    for one in listeners
                 ]
                 await trio.serve_listeners(self._serve_one, gates, handler_nursery=nursery)
 
@@ -146,16 +131,6 @@ class Hub:
                 one.beat(now, interval, timeout)
                 if count % YIELD_EVERY == 0:
                     await trio.lowlevel.checkpoint()
-
-    async def check_standings(self) -> None:
-        """End the sessions of users whose tokens were revoked or who were banned. Part of the sweep."""
-        self._registry.tidy()
-        users = self._registry.users()
-        for start in range(0, len(users), YIELD_EVERY):
-            part = users[start : start + YIELD_EVERY]
-            standings = await self._services.chat.logins.standings(part)
-            for user_id, standing in standings.items():
-                self._registry.judge(user_id, standing)
 
 
 def window_for(connections: int, configured: float) -> float:

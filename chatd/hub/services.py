@@ -13,7 +13,9 @@ from chatd.config.settings import Settings
 from chatd.core.errors import Close, Final
 from chatd.hub.admission.registry import Registry
 from chatd.hub.fanout.fanout import Fanout
+from chatd.hub.fanout.queue import FanoutQueue
 from chatd.hub.fanout.rooms import Rooms
+from chatd.hub.fanout.sweep import Sweep
 from chatd.hub.presence.audience import Audiences
 from chatd.net.lobby import Lobby
 
@@ -24,6 +26,8 @@ class Services:
     chat: Chat
     rooms: Rooms
     fanout: Fanout
+    queue: FanoutQueue
+    sweep: Sweep
     registry: Registry
     audiences: Audiences
     lobby: Lobby

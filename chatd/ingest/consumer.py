@@ -49,10 +49,10 @@ class Consumer:
         self.finished = trio.Event()
 
     async def run(
-        self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Until `stop`, and the end of the batch in progress."""
-        task_status.started()
+        task_status.started(self.finished)
         delay = RETRY_FIRST
         while not stop.is_set():
             try:

@@ -64,6 +64,7 @@ class Store:
             told=told,
             sessions=self._sessions,
             file=self._file,
+            settled=self.outbox.settled,
         )
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The fanout: one task that advances the heads of rooms and pushes what is new to their subscriptions.
 
-Its one input is the bus. A hole is waited for a moment, then read from the database; what was read comes
-back through the same queue, so that nobody else ever pushes a change. What nobody tells us the sweep finds.
+Its one input is the queue, into which the bus puts what it hears. A hole may fill by itself for a moment; then
+it is read from the database, and what was read comes back through the same queue, so that nobody else ever
+pushes a change. The sweep finds what no node has told us.
 """
 
 from __future__ import annotations
@@ -12,180 +13,60 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 import trio
-from msgspec import Struct
 
 from chatd.core.errors import Unavailable
-from chatd.core.model import Change, MemberChange, Notice, State
+from chatd.core.model import Change, MemberChange, State
 from chatd.core.protocol import event, text_frame
-from chatd.hub.fanout.chunks import CHUNK_BYTES, Chunk, chunks
+from chatd.hub.fanout.chunks import Chunk, chunks
+from chatd.hub.fanout.queue import Announcement, Checked, FanoutQueue, HeadKnown, Item
 from chatd.hub.fanout.repair import RETRY, Repaired, Repairs, StartOver
 from chatd.hub.fanout.rooms import Room, Rooms, Subscription
-from chatd.hub.fanout.sweep import Sweep, check_rights
+from chatd.hub.fanout.sweep import check_rights
 from chatd.observe import metrics
 from chatd.store.read import lookups
 from chatd.store.read.reader import Reader
 
-QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
-SIGNAL_BYTES = 256  # what a signal counts for
 YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
 HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
 
 log = structlog.get_logger()
 
 
-class Announcement(Struct):
-    """Something for a room that has no seq and is not stored: a receipt, say, or a foreign payload."""
-
-    conversation_id: int
-    frame: bytes
-    flat: bool = False  # whether a listener that knows nothing but messages gets it
-    ephemeral: bool = False  # whether who reads too slowly does without
-    lasting: bool = False  # whether who is just reading a snapshot gets it after that
-    to: list[int] | None = None  # these users alone
-    besides: int | None = None  # all but this user
-    watchers: bool = False  # only who wants to know who is online
-
-    @property
-    def way(self) -> tuple[object, ...]:
-        """Two that go the same way, one after the other, go as one."""
-        return (
-            *(self.conversation_id, self.flat, self.ephemeral, self.lasting),
-            *(self.to, self.besides, self.watchers),
-        )
-
-
-class Checked(Struct):
-    """Who is in a room was held against the database after these seqs were known of."""
-
-    room: Room
-    seqs: set[int]
-
-
-class HeadKnown(Struct):
-    """A room's head has become known: what came before it can be judged now."""
-
-    room: Room
-
-
-Item = Change | MemberChange | Announcement | Repaired | Checked | StartOver | HeadKnown
+# By user ids and a conversation: the subscriptions of these users to it.
+Addressed = Callable[[Iterable[int], int], Iterable[Subscription]]
 
 
 class Fanout:
-    """What the bus brings for rooms; `reception` hands it over."""
+    """Takes what waits in the queue, room by room."""
 
-    def __init__(self, rooms: Rooms, read: Reader) -> None:
-        self.rooms, self._read = rooms, read
-        self._queue: deque[Item] = deque()
-        self._queued = 0
-        self._wake = trio.Event()
+    def __init__(self, rooms: Rooms, queue: FanoutQueue, read: Reader, addressed: Addressed) -> None:
+        self._rooms, self._queue, self._read, self._addressed = rooms, queue, read, addressed
         self._up = True
-        self._oldest = math.inf  # trio's time of the first commit of this node in the queue
         self._nursery: trio.Nursery
-        self._repairs = Repairs(rooms, read, self._put)
-        self.sweep = Sweep(rooms, read, self._repairs.fallen_behind)
-        # By user ids and a conversation; see `Registry.subscriptions_of`.
-        self.addressed: Callable[[Iterable[int], int], Iterable[Subscription]]
-
-    # Input: synchronous, bounded.
-
-    def changes(self, changes: Sequence[Change], committed_at: float | None = None) -> None:
-        """`committed_at`: by trio's clock, if it was this node."""
-        if committed_at is not None:
-            self._oldest = min(self._oldest, committed_at)
-        for change in changes:
-            room = self.rooms.get(change.conversation_id)
-            if room is None:
-                continue
-            if self._queued + len(change.payload) <= QUEUE_BYTES:
-                self._queued += len(change.payload)
-                self._put(change)
-            elif not room.stale:
-                room.stale = True
-                self._put(HeadKnown(room))
-
-    def member(self, change: MemberChange) -> None:
-        if self.rooms.get(change.conversation_id) is None or self._queued > QUEUE_BYTES:
-            return  # on overflow the sweep finds that the members have changed
-        self._queued += SIGNAL_BYTES
-        self._put(change)
-
-    def notice(self, notice: Notice) -> None:
-        frame = text_frame(bytes(notice.payload))
-        one = Announcement(
-            notice.conversation_id,
-            frame,
-            ephemeral=True,
-            lasting=notice.lasting,
-            to=notice.to,
-            besides=notice.besides,
-        )
-        self.announce(one)
-
-    def announce(self, item: Announcement) -> bool:
-        """False where too much waits: it is not stored anywhere, so there is nothing to repair it from."""
-        if self.rooms.get(item.conversation_id) is None:
-            return True
-        if self._queued + len(item.frame) > QUEUE_BYTES:
-            return False
-        self._queued += len(item.frame)
-        last = self._queue[-1] if self._queue else None
-        if (
-            isinstance(last, Announcement)
-            and len(last.frame) + len(item.frame) <= CHUNK_BYTES
-            and last.way == item.way
-        ):
-            last.frame += item.frame
-        else:
-            self._put(item)
-        return True
-
-    def foreign(self, conversation_id: int, name: str, payload: bytes) -> None:
-        is_message = name == "message"
-        frame = text_frame(payload)
-        self.announce(Announcement(conversation_id, frame, flat=is_message, ephemeral=not is_message))
+        self._repairs = Repairs(rooms, read, queue.put)
 
     def links(self, up: bool) -> None:
+        """Whether other nodes' changes come by themselves just now."""
         self._up = up
-        self.sweep.often = not up
-        self.sweep.soon()
 
-    def lost(self) -> None:
-        self.sweep.soon()
-
-    def doubt(self, conversation_id: int) -> None:
-        """Somebody may not be entitled to this room any more: hold its rights against the database now."""
-        if room := self.rooms.get(conversation_id):
-            room.members_version = -1  # lower than any, so that no snapshot replaces it
-            self.sweep.soon()
+    def fallen_behind(self, room: Room) -> None:
+        """The database stands elsewhere than this room."""
+        self._repairs.fallen_behind(room)
 
     def opened(self, room: Room, head: int, mark: str | None, members_version: int) -> None:
         """A session has read a snapshot of a room that it is in."""
         room.open(head, mark, members_version)
         if room.behind or room.in_doubt:
-            self._put(HeadKnown(room))
-
-    def doubt_history(self, room: Room) -> None:
-        """What was read cannot follow what this room has told: hold it against the database now."""
-        room.stale = True
-        self._put(HeadKnown(room))
-
-    def _put(self, item: Item) -> None:
-        self._queue.append(item)
-        self._wake.set()
+            self._queue.put(HeadKnown(room))
 
     # The one task.
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self.sweep.run)
-            self._repairs.nursery = self._nursery
+            await self._nursery.start(self._repairs.run)
             task_status.started()
             while True:
-                if not self._queue:
-                    self._wake = trio.Event()
-                    await self._wake.wait()
-                items, self._queue = self._queue, deque()
-                oldest, self._oldest = self._oldest, math.inf
+                items, oldest = await self._queue.take()
                 began = trio.current_time()
                 await self._handle(items)
                 self._observe(began, oldest)
@@ -201,18 +82,16 @@ class Fanout:
         """What a batch brings for one room goes out together; anything else keeps its place in the order."""
         gathered: dict[int, list[Change]] = {}
         for item in items:
+            self._queue.release(item)
             if isinstance(item, Change):
-                self._queued -= len(item.payload)
                 gathered.setdefault(item.conversation_id, []).append(item)
                 continue
             await self._advance_all(gathered)
             gathered = {}
             match item:
                 case MemberChange():
-                    self._queued -= SIGNAL_BYTES
                     await self._tell_members(item)
                 case Announcement():
-                    self._queued -= len(item.frame)
                     await self._announce(item)
                 case Repaired(room, changes, early):
                     await self._repaired(room, changes, early)
@@ -228,7 +107,7 @@ class Fanout:
 
     async def _advance_all(self, gathered: dict[int, list[Change]]) -> None:
         for conversation_id, changes in gathered.items():
-            if room := self.rooms.get(conversation_id):
+            if room := self._rooms.get(conversation_id):
                 await self._advance(room, changes)
         await trio.lowlevel.checkpoint()
 
@@ -276,12 +155,12 @@ class Fanout:
 
         if item.to is not None:
             # Not through the whole room: in a large one everybody's own receipts would cost its square.
-            await self._to_each(list(self.addressed(item.to, item.conversation_id)), announce)
-        elif room := self.rooms.get(item.conversation_id):
+            await self._to_each(list(self._addressed(item.to, item.conversation_id)), announce)
+        elif room := self._rooms.get(item.conversation_id):
             await self._to_all(room, announce)
 
     async def _tell_members(self, change: MemberChange) -> None:
-        room = self.rooms.get(change.conversation_id)
+        room = self._rooms.get(change.conversation_id)
         if room is None:
             return
         # Those present were all held against this version or a later one: who came back since shall stay.
@@ -317,14 +196,14 @@ class Fanout:
             self._nursery.start_soon(self._check, room)
 
     async def _check(self, room: Room) -> None:
-        while room.in_doubt and self.rooms.get(room.conversation_id) is room:
+        while room.in_doubt and self._rooms.get(room.conversation_id) is room:
             seqs = set(room.ahead)
             try:
                 await check_rights(self._read, room)
             except Unavailable:
                 await trio.sleep(RETRY)
             else:
-                self._put(Checked(room, seqs))
+                self._queue.put(Checked(room, seqs))
                 return
         room.checking = False
 

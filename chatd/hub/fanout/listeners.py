@@ -1,11 +1,11 @@
-"""What rooms need of those who hear them and of who watches them: sessions and audiences."""
+"""What a room needs of the sessions that hear it, and who else hears of its subscriptions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from chatd.hub.fanout.rooms import Room, Subscription
+    from chatd.hub.fanout.rooms import Subscription
 
 
 class Listener(Protocol):
@@ -32,12 +32,7 @@ class Listener(Protocol):
 
 
 class Watcher(Protocol):
-    """Who is told, synchronously, of what the rooms of this node are.
+    """Hears of subscriptions, synchronously, after the room has them or has lost them."""
 
-    A room is open to it while somebody is there who can tell us so. A flat listener cannot: its library answers
-    pings also while its page is frozen.
-    """
-
-    def opened(self, room: Room) -> None: ...
-    def closed(self, room: Room) -> None: ...
+    def joined(self, subscription: Subscription) -> None: ...
     def left(self, subscription: Subscription) -> None: ...

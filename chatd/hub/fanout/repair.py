@@ -37,12 +37,17 @@ class StartOver(Struct):
 
 
 class Repairs:
-    """One read at a time for a room, for as long as it is behind. `nursery` is the fanout's."""
-
-    nursery: trio.Nursery
+    """One read at a time for a room, for as long as it is behind."""
 
     def __init__(self, rooms: Rooms, read: Reader, put: Callable[[Repaired | StartOver], None]) -> None:
         self._rooms, self._read, self._put = rooms, read, put
+        self._nursery: trio.Nursery
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The reads live in here."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
 
     def fallen_behind(self, room: Room) -> None:
         """The sweep has found that the database stands elsewhere."""
@@ -53,7 +58,7 @@ class Repairs:
         """In so many seconds, if the hole has not filled by then."""
         if not room.repairing:
             room.repairing = True
-            self.nursery.start_soon(self._repair, room, wait)
+            self._nursery.start_soon(self._repair, room, wait)
 
     async def _repair(self, room: Room, wait: float) -> None:
         await trio.sleep(wait)

@@ -319,7 +319,6 @@ class Rooms:
     def __init__(self) -> None:
         self._rooms: dict[int, Room] = {}
         self.subscriptions = 0  # in all of them
-        self.watcher: Watcher | None = None
 
     def __len__(self) -> int:
         return len(self._rooms)
@@ -337,10 +336,7 @@ class Rooms:
         subscription = Subscription(room, listener, entitled=entitled)
         room.subscriptions[subscription] = None
         self.subscriptions += 1
-        if not listener.flat:
-            room.attended += 1
-            if room.attended == 1 and self.watcher is not None:
-                self.watcher.opened(room)
+        room.attended += not listener.flat
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
@@ -348,12 +344,7 @@ class Rooms:
         room = subscription.room
         del room.subscriptions[subscription]
         self.subscriptions -= 1
-        if self.watcher is not None:
-            self.watcher.left(subscription)
-        if not subscription.listener.flat:
-            room.attended -= 1
-            if not room.attended and self.watcher is not None:
-                self.watcher.closed(room)
+        room.attended -= not subscription.listener.flat
         if not room.subscriptions:
             del self._rooms[room.conversation_id]
 
@@ -361,10 +352,11 @@ class Rooms:
 class Membership:
     """The subscriptions of one connection: `with Membership(rooms) as mine:` leaves them all at the end."""
 
-    __slots__ = ("_rooms", "_subscriptions")
+    __slots__ = ("_rooms", "_subscriptions", "_watcher")
 
-    def __init__(self, rooms: Rooms) -> None:
-        self._rooms = rooms
+    def __init__(self, rooms: Rooms, watcher: Watcher | None = None) -> None:
+        """`watcher` hears of each subscription that begins or ends here."""
+        self._rooms, self._watcher = rooms, watcher
         self._subscriptions: dict[int, Subscription] = {}
 
     def __enter__(self) -> Self:
@@ -395,6 +387,8 @@ class Membership:
         if subscription is None:
             subscription = self._rooms.join(conversation_id, listener, entitled=entitled)
             self._subscriptions[conversation_id] = subscription
+            if self._watcher is not None:
+                self._watcher.joined(subscription)
         return subscription
 
     def leave(self, conversation_id: int) -> bool:
@@ -402,4 +396,6 @@ class Membership:
         subscription = self._subscriptions.pop(conversation_id, None)
         if subscription is not None:
             self._rooms.leave(subscription)
+            if self._watcher is not None:
+                self._watcher.left(subscription)
         return subscription is not None

@@ -25,24 +25,41 @@ log = structlog.get_logger()
 
 
 class Sweep:
-    """`often`: nobody else tells us anything just now. `also` is the hub's part: who is still welcome.
-    `members_seen` is told of each room and the members_version that the database has for it.
-    """
-
-    def __init__(self, rooms: Rooms, read: Reader, behind: Callable[[Room], None]) -> None:
-        """`behind` is told of each room whose head is not that of the database."""
+    def __init__(
+        self,
+        rooms: Rooms,
+        read: Reader,
+        *,
+        behind: Callable[[Room], None],
+        members_seen: Callable[[Room, int], Awaitable[None]],
+        check_logins: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`behind` is called for each room whose head is not that of the database, `members_seen` for each room
+        with the members_version that the database has for it, `check_logins` at the end of each sweep.
+        """
         self._rooms, self._read, self._behind = rooms, read, behind
+        self._members_seen, self._check_logins = members_seen, check_logins
         self._now = trio.Event()
-        self.often = False
-        self.also: Callable[[], Awaitable[None]] | None = None
-        self.members_seen: Callable[[Room, int], Awaitable[None]] = _nobody_asks
+        self._often = False
 
     def soon(self) -> None:
         self._now.set()
 
-    async def run(self) -> None:
+    def links(self, up: bool) -> None:
+        """Whether other nodes' changes come by themselves: while they do not, sweep often."""
+        self._often = not up
+        self.soon()
+
+    def doubt(self, conversation_id: int) -> None:
+        """Somebody may not be entitled to this room any more: hold its rights against the database now."""
+        if room := self._rooms.get(conversation_id):
+            room.members_version = -1  # lower than any, so that no snapshot replaces it
+            self.soon()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
         while True:
-            with trio.move_on_after(OFTEN if self.often else EVERY):
+            with trio.move_on_after(OFTEN if self._often else EVERY):
                 await self._now.wait()
             self._now = trio.Event()
             try:
@@ -58,22 +75,17 @@ class Sweep:
             heads = await self._read(lookups.heads, [room.conversation_id for room in part])
             for room, known in part.items():
                 await self._compare(room, known, heads.get(room.conversation_id, lookups.Heads()))
-        if self.also is not None:
-            await self.also()
+        await self._check_logins()
 
     async def _compare(self, room: Room, known: tuple[int, str | None], found: lookups.Heads) -> None:
         """`known`: where the room stood, and with which mark, before the database was asked."""
         if found.members_version != room.members_version:
             await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
-        await self.members_seen(room, found.members_version)
+        await self._members_seen(room, found.members_version)
         head, mark = known
         went_back = found.seq < head or (found.seq == head and found.mark != mark)
         if went_back or found.seq > (room.head or 0):
             self._behind(room)
-
-
-async def _nobody_asks(room: Room, version: int) -> None:
-    pass
 
 
 async def check_rights(read: Reader, room: Room) -> None:

@@ -1,6 +1,6 @@
 """Who is online in a room, for those who asked: members, and who is in it without being one.
 
-Implements `rooms.Watcher`: it also counts, for all nodes, the rooms of this one and the visitors in them.
+Implements `listeners.Watcher`: it also counts, for all nodes, the rooms of this one and the visitors in them.
 Nothing is kept of a room that nobody asked about.
 """
 
@@ -15,8 +15,9 @@ from chatd.chat.conversations import Conversations
 from chatd.chat.presence import ROOMS, USERS, Presence, Transition
 from chatd.core.model import MemberChange, State
 from chatd.core.protocol import event, text_frame
-from chatd.hub.fanout.fanout import Announcement, Fanout, restart
-from chatd.hub.fanout.rooms import Room, Rooms, Subscription
+from chatd.hub.fanout.fanout import restart
+from chatd.hub.fanout.queue import Announcement, FanoutQueue
+from chatd.hub.fanout.rooms import Room, Subscription
 from chatd.store.read.members import MEMBERS_MOST
 
 READ_TRIES = 3  # of a room whose members change while they are read
@@ -40,8 +41,7 @@ class Audience(Struct):
 class Audiences:
     def __init__(
         self,
-        rooms: Rooms,
-        fanout: Fanout,
+        queue: FanoutQueue,
         presence: Presence,
         conversations: Conversations,
         *,
@@ -49,13 +49,9 @@ class Audiences:
     ) -> None:
         """`counts_rooms`: somebody wants to know which rooms are occupied, over all nodes."""
         self._counts_rooms = counts_rooms
-        self._rooms, self._fanout, self._presence = rooms, fanout, presence
-        self._conversations = conversations
+        self._queue, self._presence, self._conversations = queue, presence, conversations
         self._audiences: dict[int, Audience] = {}
         self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has them
-        rooms.watcher = self
-        presence.watchers.append(self._changed)
-        fanout.sweep.members_seen = self._seen
 
     # For a subscription that asks, and may be in the room.
 
@@ -141,7 +137,7 @@ class Audiences:
             version = self._presence.version(USERS, change.user_id)
             self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version))
 
-    async def _seen(self, room: Room, version: int) -> None:
+    async def members_seen(self, room: Room, version: int) -> None:
         """The sweep has read the room's members_version: whoever has a wrong picture is answered anew."""
         audience = self._audiences.get(room.conversation_id)
         if audience is None:
@@ -166,7 +162,8 @@ class Audiences:
             return True
         return version > audience.version or (was_ahead and audience.ahead)
 
-    def _changed(self, change: Transition) -> None:
+    def changed(self, change: Transition) -> None:
+        """Somebody came or went, over all nodes."""
         if change.scope == USERS:
             for conversation_id in self._rooms_of.get(change.id, ()):
                 self._tell(conversation_id, change)
@@ -186,18 +183,14 @@ class Audiences:
             version=change.version,
         )
         frame = text_frame(payload)
-        if not self._fanout.announce(Announcement(conversation_id, frame, ephemeral=True, watchers=True)):
+        if not self._queue.announce(Announcement(conversation_id, frame, ephemeral=True, watchers=True)):
             self._audiences[conversation_id].doubtful = True
 
-    # Implements `rooms.Watcher`.
+    # Implements `listeners.Watcher`.
 
-    def opened(self, room: Room) -> None:
-        if self._counts_rooms:
-            self._presence.arrive(ROOMS, room.conversation_id)
-
-    def closed(self, room: Room) -> None:
-        if self._counts_rooms:
-            self._presence.leave(ROOMS, room.conversation_id)
+    def joined(self, subscription: Subscription) -> None:
+        if self._counts(subscription) and subscription.room.attended == 1:
+            self._presence.arrive(ROOMS, subscription.conversation_id)
 
     def visit(self, subscription: Subscription, *, member: bool) -> None:
         """A snapshot was answered: now it is known whether the user is a member."""
@@ -208,6 +201,14 @@ class Audiences:
         self.unwatch(subscription)
         if subscription.visiting:
             self._count_visit(subscription, visiting=False)
+        if self._counts(subscription) and not subscription.room.attended:
+            self._presence.leave(ROOMS, subscription.conversation_id)
+
+    def _counts(self, subscription: Subscription) -> bool:
+        """A room is occupied while somebody is there who can tell us so. A flat listener cannot: its library
+        answers pings also while its page is frozen.
+        """
+        return self._counts_rooms and not subscription.listener.flat
 
     def _count_visit(self, subscription: Subscription, *, visiting: bool) -> None:
         subscription.visiting = visiting

@@ -1,4 +1,4 @@
-"""The rooms of one session: enter, start over, leave. Implements `rooms.Listener`.
+"""The rooms of one session: enter, start over, leave. Implements `listeners.Listener`.
 
 A subscription is registered before anything is read, so what is committed from then on is buffered or pushed;
 then the snapshot is read and answered, and what was buffered follows it.
@@ -44,7 +44,7 @@ class Subscriptions:
         self.push, self.try_push, self.offer = line.push, line.try_push, line.offer
         self._conversations = services.chat.conversations
         self._most = services.settings.now.limits.rooms_per_connection
-        self._rooms = Membership(services.rooms)
+        self._rooms = Membership(services.rooms, services.audiences)
         self._inbox: Set[int] = frozenset()  # rooms that do not count against the most
         self._behind: deque[Subscription] | None = None  # None: nobody reads on for any
         self.identity: Identity | None = None
@@ -59,7 +59,7 @@ class Subscriptions:
         for subscription in self._rooms:
             still = self._conversations.entitled(identity, subscription.conversation_id)
             if subscription.entitled and not still:
-                self._services.fanout.doubt(subscription.conversation_id)
+                self._services.sweep.doubt(subscription.conversation_id)
             subscription.entitled = still
 
     # For the fanout: synchronous.
@@ -354,7 +354,7 @@ class Subscriptions:
             self.fall_behind(subscription)
         elif not subscription.buffering and subscription.cursor < (room.head or 0):
             # All that was pushed meanwhile has been buffered.
-            fanout.doubt_history(room)
+            self._services.queue.doubt_history(room)
 
     @staticmethod
     def _count(snapshot: Snapshot, position: Position) -> None:

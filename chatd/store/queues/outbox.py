@@ -5,7 +5,7 @@ A row lives from its commit until Redis has it. What an outage or a crash left b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -36,8 +36,28 @@ class Left(Struct, frozen=True):
 Publish = Callable[[Left], None]
 
 
+class Settled:
+    """Ids of rows that the bus has taken. The bus adds to them, the writer removes the rows with its next
+    commit.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._ids)
+
+    def add(self, ids: Iterable[int]) -> None:
+        self._ids.update(ids)
+
+    def take(self) -> set[int]:
+        taken, self._ids = self._ids, set()
+        return taken
+
+
 class Outbox:
     def __init__(self, engine: Engine) -> None:
+        self.settled = Settled()
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)
 
@@ -48,6 +68,10 @@ class Outbox:
         are. Returns how many rows were passed on and the highest id among this node's own.
         """
         return await trio.to_thread.run_sync(self._relay, publish, node, above, limiter=self._thread)
+
+    def settle(self, ids: Iterable[int]) -> None:
+        """The bus has taken these groups: their rows go with a later commit."""
+        self.settled.add(ids)
 
     async def expire(self) -> int:
         """Remove what is too old to be of use; returns how many groups that were."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -21,6 +21,7 @@ from chatd.core.model import Group, now
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 from chatd.store.database_file import DatabaseFile
+from chatd.store.queues.outbox import Settled
 from chatd.store.sessions import Sessions, Strayed, strayed, unreplicated
 from chatd.store.write import statements
 from chatd.store.write.commands import AnyCommand, Create, Delete, Edit, Fence, Notify, Result, SetUser
@@ -119,9 +120,11 @@ class Writer:
         told: frozenset[str] = frozenset(),
         sessions: Sessions,
         file: DatabaseFile,
+        settled: Settled,
     ) -> None:
         """`node`: fill the outbox under this name; None: no outbox. `told`: events that the webhook wants.
-        `file`: the file that must still be there after a commit."""
+        `file`: the file that must still be there after a commit. `settled`: outbox rows that go with the next.
+        """
         self._file = file
         self._gone: DatabaseGone | None = None
         self._engine, self._node, self._on_commit, self._told = engine, node, on_commit, told
@@ -131,7 +134,7 @@ class Writer:
         self._committing_since: float | None = None
         self._count = self._bytes = 0
         self.failing = False
-        self._settled: set[int] = set()
+        self._settled = settled
         self._thread = trio.CapacityLimiter(1)
         self._wake = trio.Event()
         self._closed = False
@@ -153,10 +156,6 @@ class Writer:
         self._count, self._bytes = count, memory
         self._wake.set()
         return submission
-
-    def settle(self, outbox_ids: Iterable[int]) -> None:
-        """The bus has taken these groups: their rows go with a later commit."""
-        self._settled.update(outbox_ids)
 
     def close(self) -> None:
         """Take nothing more; `finished` is set when the last group is committed."""
@@ -239,14 +238,14 @@ class Writer:
     async def _commit_group(self, submissions: list[Submission]) -> None:
         self._committing = submissions
         commands = [command for submission in submissions for command in submission.commands]
-        settled, self._settled = self._settled, set()
+        settled = self._settled.take()
         started = self._committing_since = trio.current_time()
         outcomes, groups, settled_now = await trio.to_thread.run_sync(
             self._commit, commands, settled, limiter=self._thread
         )
         self._committing_since = None
         if not settled_now:
-            self._settled |= settled
+            self._settled.add(settled)
         metrics.COMMIT_SECONDS.observe(trio.current_time() - started)
         metrics.count_outcomes(metrics.COMMANDS, outcomes)
         created = [o for c, o in zip(commands, outcomes, strict=True) if isinstance(c, Create)]
