@@ -18,7 +18,8 @@ from chatd.store.read.lookups import Page
 from chatd.store.read.reader import Reader
 from chatd.store.write import permits
 from chatd.store.write.commands import Changed, Create, Created, Delete, Edit, Fence, React
-from chatd.store.write.writer import Submission, Then, Writer
+from chatd.store.write.submission import Submission, Then
+from chatd.store.write.writer import Writer
 
 
 class Messages:

@@ -11,7 +11,8 @@ from chatd.config.settings import Settings
 from chatd.store.read import members
 from chatd.store.read.reader import Reader
 from chatd.store.write.commands import MoveCursor, Rights
-from chatd.store.write.writer import Then, Writer
+from chatd.store.write.submission import Then
+from chatd.store.write.writer import Writer
 
 
 class Delivery(Struct, frozen=True):

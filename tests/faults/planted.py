@@ -28,8 +28,9 @@ from chatd.hub.presence.audience import Audiences
 from chatd.store.queues import presence
 from chatd.store.read import lookups, snapshots
 from chatd.store.write.idempotency import Idempotency
+from chatd.store.write.submission import Submission
 from chatd.store.write.transaction import Step, Transaction
-from chatd.store.write.writer import Submission, Writer
+from chatd.store.write.writer import Writer
 
 BEFORE_COMMIT = 0.3  # seconds, so that a SIGKILL finds it in between
 ONE_IN = 50

@@ -22,7 +22,7 @@ from chatd.config.settings import Settings
 from chatd.core.errors import ChatError, TooLarge
 from chatd.observe import metrics
 from chatd.store.write.commands import Created
-from chatd.store.write.writer import Submission
+from chatd.store.write.submission import Submission
 
 PATH = "/api/ws/messages"
 

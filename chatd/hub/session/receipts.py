@@ -13,7 +13,7 @@ from chatd.core.errors import ChatError, Unavailable
 from chatd.core.model import Identity
 from chatd.core.protocol import Delivered, Read
 from chatd.hub.session.requests import Requests
-from chatd.store.write.writer import Outcome
+from chatd.store.write.submission import Outcome
 
 EVERY = 1 / 3  # seconds between two writes of one connection
 

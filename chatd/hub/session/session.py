@@ -43,7 +43,7 @@ from chatd.hub.session.subscriptions import Subscriptions
 from chatd.hub.session.writes import Write, to_store
 from chatd.observe import metrics
 from chatd.store.write.commands import Changed, Create, Created, Edit
-from chatd.store.write.writer import Outcome
+from chatd.store.write.submission import Outcome
 
 _NOWHERE: set[int] = set()  # for all who have never typed
 
