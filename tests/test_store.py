@@ -635,7 +635,7 @@ async def test_a_list_may_be_longer_than_postgresql_has_parameters(database_url:
         assert (await b.store.read(lookups.heads, many)).keys() == {1}
         assert await b.store.read(lookups.standings, many) == {}
         await b.store.read(lookups.marks_of, [(1, after) for after in many])
-        b.writer.settle(many)
+        b.store.outbox.settle(many)
         assert (await b.do(post("b")))[0].seq == 2
 
 

@@ -25,7 +25,7 @@ from hypercorn.config import Config, Sockets
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.leave import Leave
 from chatd.api.schemas import RESPONSE_SECONDS
-from chatd.core.errors import ChatError, Unavailable
+from chatd.core.errors import ChatError, Unavailable, innermost
 from chatd.net.lobby import Lobby, Stay, key_of
 from chatd.observe import metrics
 
@@ -107,7 +107,7 @@ class Connection:
             pass
         except* Exception as group:
             metrics.HTTP_FAILED.inc()
-            log.debug("http_connection_failed", error=repr(group.exceptions[0]))
+            log.debug("http_connection_failed", error=repr(innermost(group)))
         finally:
             self._leave.done += 1
 

@@ -15,7 +15,9 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 
 def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "") -> None:
-    """URL path → file below chatd/web. `sockets`: origins that a page may connect to, beside its own."""
+    """URL path → file below chatd/web; a style comes behind the palette of all pages. `sockets`: origins that a
+    page may connect to, beside its own.
+    """
     headers = headers_of(sockets)
     for path, file in files.items():
         endpoint = file.replace("/", "-").replace(".", "-")
@@ -37,7 +39,10 @@ def headers_of(sockets: str = "") -> dict[str, str]:
 
 
 def _view(file: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
-    content = (resources.files("chatd") / "web" / file).read_bytes()
+    web = resources.files("chatd") / "web"
+    content = (web / file).read_bytes()
+    if file.endswith(".css"):
+        content = (web / "palette.css").read_bytes() + content
     content_type = f"{_TYPES[file.rpartition('.')[2]]}; charset=utf-8"
 
     async def view() -> Response:

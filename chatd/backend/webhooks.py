@@ -7,7 +7,6 @@ that no event waits behind the failures of others. A backend that is down is ask
 
 from __future__ import annotations
 
-import random
 from collections import deque
 
 import structlog
@@ -16,10 +15,10 @@ from msgspec import Struct
 
 from chatd.backend.fetch import Fetcher
 from chatd.config import Webhooks
-from chatd.core import callbacks
+from chatd.core import backoff, callbacks
 from chatd.core.errors import CallFailed, Unavailable
-from chatd.core.limits import TokenBucket
 from chatd.observe import metrics
+from chatd.observe.logs import Recurring
 from chatd.store.queues.webhooks import Failed, Waiting, WebhookQueue
 
 AT_ONCE = 8  # calls of a lane on their way
@@ -28,7 +27,8 @@ WORK = 5.0  # seconds after which no further call of a claim is begun: what a ki
 SETTLE = 5.0  # seconds that the database may need to note what became of them
 LOOK = 2.0  # seconds between looks for what other nodes left, and for what is due again
 COUNT = 15.0  # seconds between counts of what waits
-RETRY_FIRST, RETRY_MOST = 1.0, 3600.0  # seconds between attempts, doubled each time, with jitter
+RETRY_FIRST, RETRY_MOST = 1.0, 3600.0  # seconds between attempts, doubled each time
+JITTER = (0.75, 1.25)  # of them
 FAILURES = 5  # that a lane begins with; or
 RECENT = 20  # failures in a row after a success; then the lane leaves the backend alone for
 REST_FIRST, REST_MOST = 1.0, 30.0  # seconds, doubled each time, with jitter; then some are tried
@@ -67,11 +67,9 @@ class Health:
     def rest(self, most_if_answered: float) -> float:
         """Seconds to leave the backend alone."""
         answered = all(problem is not None and problem.answered for problem in self._recent)
-        seconds: float = min(
-            REST_FIRST * 2 ** min(self._rests, 10), most_if_answered if answered else REST_MOST
-        )
+        seconds = backoff.delay(self._rests, REST_FIRST, most_if_answered if answered else REST_MOST)
         self._rests += 1
-        return seconds * random.uniform(0.5, 1)
+        return seconds
 
 
 class WebhookDelivery:
@@ -79,8 +77,8 @@ class WebhookDelivery:
         self._settings, self._table, self._fetch = settings, table, fetch
         self._lanes = [Lane(self, again=False), Lane(self, again=True)]
         self._said = False  # that it fails
-        self._failed_lines = TokenBucket(rate=1 / QUIET, burst=1, now=0)
-        self._given_up_lines = TokenBucket(rate=1 / QUIET, burst=1, now=0)
+        self._failed = Recurring("webhook_failed", every=QUIET)
+        self._given_up = Recurring("webhook_given_up", every=QUIET)
         self._count_now = trio.Event()
         self.table, self.timeout = table, settings.timeout
         self.full = False  # more waits than is kept of what can be done without
@@ -124,15 +122,10 @@ class WebhookDelivery:
 
     def fail(self, one: Waiting, problem: Problem) -> Failed:
         metrics.WEBHOOKS_FAILED.inc()
-        if not self._said and not self._failed_lines.take(trio.current_time()):
-            self._said = True
-            log.warning("webhook_failed", error=problem.error)
+        self._said = self._said or self._failed.warn(error=problem.error)
         if not problem.final and one.attempts + 1 < self._settings.attempts:
-            delay = min(RETRY_FIRST * 2**one.attempts, RETRY_MOST)
-            return Failed(one.id, problem.error, delay * random.uniform(0.75, 1.25))
-        if not self._given_up_lines.take(trio.current_time()):
-            attempts = one.attempts + 1
-            log.error("webhook_given_up", id=one.id, of=one.event, attempts=attempts, error=problem.error)
+            return Failed(one.id, problem.error, backoff.delay(one.attempts, RETRY_FIRST, RETRY_MOST, JITTER))
+        self._given_up.error(id=one.id, of=one.event, attempts=one.attempts + 1, error=problem.error)
         return Failed(one.id, problem.error, None)
 
     def count_soon(self) -> None:

@@ -28,6 +28,7 @@ from chatd.bus.client import LOST, MESSAGES, SIGNALS, STREAM, client_of, last_id
 from chatd.bus.signals import WaitingSignals
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
+from chatd.core.backoff import Backoff
 from chatd.core.errors import ChatError
 from chatd.core.limits import MAX_ID
 from chatd.core.model import Group, Kick, MemberChange, Notice, Signal, UserChange
@@ -126,7 +127,7 @@ class RedisBus:
 
     async def _keep(self, name: str, link: Callable[[redis.Redis], Awaitable[None]]) -> None:
         """Connect, serve, and when Redis fails do it again: the one thing restarted inside the process."""
-        delay = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while True:
             started = trio.current_time()
             client = client_of(self._config)
@@ -137,9 +138,8 @@ class RedisBus:
             finally:
                 client.close()
             if trio.current_time() - started > RETRY_MOST:
-                delay = RETRY_FIRST
-            await trio.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(delay * 2, RETRY_MOST)
+                backoff.reset()
+            await trio.sleep(backoff.next())
 
     def _set_link(self, name: str, up: bool, reason: str = "") -> None:
         if self._links[name] is up:

@@ -11,7 +11,7 @@ import click
 
 from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.core.errors import OperatorError
+from chatd.core.errors import OperatorError, innermost
 from chatd.core.limits import MAX_ID, OPERATOR
 from chatd.observe import logs
 from chatd.ops.api import ApiClient, Unreachable, reached_at
@@ -118,13 +118,7 @@ def _follow(
     except* KeyboardInterrupt:
         pass
     except* Refused as group:
-        why = _innermost(group)
+        why = innermost(group)
         raise OperatorError(f"Room {room} cannot be followed: {str(why).rstrip('.')}.") from None
     except* BrokenPipeError:
         sys.stderr.close()  # whoever read has gone: nobody is left to be told
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

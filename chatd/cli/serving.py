@@ -14,7 +14,7 @@ import trio
 
 from chatd import config
 from chatd.cli.group import main, with_config
-from chatd.core.errors import DatabaseGone, OperatorError
+from chatd.core.errors import DatabaseGone, OperatorError, innermost
 from chatd.daemon import workers
 from chatd.observe import logs
 from chatd.ops import showing
@@ -115,9 +115,7 @@ def _log_original_names(origins: config.Origins) -> None:
 
 
 def _first(group: BaseExceptionGroup[Exception]) -> OperatorError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = innermost(group)
     assert isinstance(error, OperatorError)
     return error
 

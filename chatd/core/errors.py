@@ -271,3 +271,10 @@ class ConfigError(OperatorError):
     def __init__(self, *mistakes: str) -> None:
         super().__init__("\n".join(mistakes))
         self.mistakes = mistakes
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first error that is in no group, of those that a nursery has put into one."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

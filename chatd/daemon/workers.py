@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import re
 import signal
 import socket
@@ -25,6 +24,7 @@ import trio
 from prometheus_client.multiprocess import mark_process_dead
 
 from chatd.config import Config
+from chatd.core.backoff import Backoff
 from chatd.core.errors import ConfigError, OperatorError
 from chatd.daemon import systemd
 from chatd.daemon.listen import open_sockets
@@ -118,7 +118,7 @@ class Workers:
 
     async def _keep(self, worker: Worker) -> None:
         """Start it, and start it again."""
-        delay = BACKOFF_FIRST
+        backoff = Backoff(BACKOFF_FIRST, BACKOFF_MOST)
         while not self._stop.is_set():
             began = trio.current_time()
             was_ready, code = await self._live(worker)
@@ -132,11 +132,10 @@ class Workers:
                 self._stop_all(signal.SIGTERM)
                 return
             if trio.current_time() - began >= LONG_LIFE:
-                delay = BACKOFF_FIRST
-            again_in = delay * random.uniform(0.5, 1)
+                backoff.reset()
+            again_in = backoff.next()
             log.error("worker_ended", worker=worker.number, code=code, again_in=round(again_in, 2))
             await self._back_off(worker, again_in)
-            delay = min(2 * delay, BACKOFF_MOST)
 
     async def _back_off(self, worker: Worker, seconds: float) -> None:
         """Wait before the next start. Where nobody serves one of those who wait is next, and soon."""

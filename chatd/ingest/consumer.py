@@ -22,9 +22,11 @@ from msgspec.structs import replace
 
 from chatd.chat.messages import Messages
 from chatd.chat.posts import POST_BYTES, NewMessage, create, decode
+from chatd.core.backoff import Backoff
 from chatd.core.errors import BadRequest, ChatError, Superseded, TooLarge, Unavailable
 from chatd.ingest.stream import Entry, IngestStream, Refusal
 from chatd.observe import metrics
+from chatd.observe.logs import Recurring
 from chatd.store.write.commands import Create
 from chatd.store.write.packing import pack
 
@@ -38,12 +40,12 @@ log = structlog.get_logger()
 
 
 class Consumer:
-    def __init__(self, intake: IngestStream, messages: Messages) -> None:
-        self._intake, self._messages = intake, messages
+    def __init__(self, stream: IngestStream, messages: Messages) -> None:
+        self._stream, self._messages = stream, messages
         self._limiter = trio.CapacityLimiter(1)
-        self._said_at = -QUIET
+        self._refused = Recurring("ingest_refused", every=QUIET)
         self._failing = False
-        self._term = 0  # of the intake, in which `_fence` was put into the database
+        self._term = 0  # of the stream's lease, in which `_fence` was put into the database
         self._fence: str | None = None
         self._fences = count(1)
         self.finished = trio.Event()
@@ -53,40 +55,39 @@ class Consumer:
     ) -> None:
         """Until `stop`, and the end of the batch in progress."""
         task_status.started(self.finished)
-        delay = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while not stop.is_set():
             try:
                 await self._go_on(stop)
-                delay = RETRY_FIRST
+                backoff.reset()
                 self._failing = False
             except Unavailable as error:
                 if not self._failing:
                     log.warning("ingest_unavailable", error=str(error))
                 self._failing = True
-                await _rest(delay, stop)
-                delay = min(2 * delay, RETRY_MOST)
+                await _rest(backoff.next(), stop)
         with suppress(Unavailable):  # the lease ends by itself
-            await self._in_thread(self._intake.release)
-        self._intake.close()
+            await self._in_thread(self._stream.release)
+        self._stream.close()
         self.finished.set()
 
     async def _go_on(self, stop: trio.Event) -> None:
-        if not self._intake.holding and not await self._in_thread(self._intake.hold):
-            await _rest(IDLE, stop)
+        if not self._stream.holding and not await self._in_thread(self._stream.hold):
+            await _rest(IDLE * random.uniform(0.5, 1), stop)
             return
-        if self._fence is None or self._term != self._intake.term:
+        if self._fence is None or self._term != self._stream.term:
             await self._begin()
-        entries = await self._in_thread(self._intake.read)
+        entries = await self._in_thread(self._stream.read)
         if entries:
             await self._take_in(entries)
 
     async def _begin(self) -> None:
         """From here on nobody else's entries are committed. Raises Unavailable."""
         self._fence = None
-        term, fence = self._intake.term, f"{self._intake.node}:{next(self._fences)}"
+        term, fence = self._stream.term, f"{self._stream.node}:{next(self._fences)}"
         await self._messages.fence(fence)
         # After that: what was read before, somebody else may have committed meanwhile, and what follows it.
-        self._intake.start_over()
+        self._stream.start_over()
         self._fence, self._term = fence, term
 
     async def _take_in(self, entries: Sequence[Entry]) -> None:
@@ -103,7 +104,7 @@ class Consumer:
                 refused.append(Refusal(entry, outcome.code, str(outcome), _field(outcome)))
             else:
                 done.append(entry)
-        await self._in_thread(self._intake.settle, done, refused)
+        await self._in_thread(self._stream.settle, done, refused)
         metrics.INGESTED.inc(len(done))
         self._count(refused)
 
@@ -136,7 +137,7 @@ class Consumer:
         term = self._term
         outcomes: list[Any] = [None] * len(commands)
         left = list(range(len(commands)))
-        delay = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while left:
             for index, outcome in zip(left, await self._try([commands[i] for i in left]), strict=True):
                 outcomes[index] = outcome
@@ -146,9 +147,8 @@ class Consumer:
                 return None
             left = [index for index in left if isinstance(outcomes[index], Unavailable)]
             if left:
-                await trio.sleep(delay * random.uniform(0.5, 1))
-                delay = min(2 * delay, RETRY_MOST)
-                if not await self._in_thread(self._intake.hold) or self._intake.term != term:
+                await trio.sleep(backoff.next())
+                if not await self._in_thread(self._stream.hold) or self._stream.term != term:
                     return None
         return outcomes
 
@@ -161,10 +161,8 @@ class Consumer:
     def _count(self, refused: Sequence[Refusal]) -> None:
         for refusal in refused:
             metrics.INGEST_REFUSED.labels(refusal.code).inc()
-        if refused and trio.current_time() - self._said_at >= QUIET:
-            self._said_at = trio.current_time()
-            first = refused[0]
-            log.warning("ingest_refused", entries=len(refused), code=first.code, field=first.field)
+        if refused:
+            self._refused.warn(entries=len(refused), code=refused[0].code, field=refused[0].field)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
@@ -177,5 +175,5 @@ def _field(error: ChatError) -> str | None:
 
 
 async def _rest(seconds: float, stop: trio.Event) -> None:
-    with trio.move_on_after(seconds * random.uniform(0.5, 1)):
+    with trio.move_on_after(seconds):
         await stop.wait()

@@ -38,26 +38,33 @@ class _Seldom(logging.Filter):
 
 
 class Recurring:
-    """Trouble that comes in crowds: the first is told at once, the others as a number, `more`, now and then."""
+    """Something that may happen very often: the log has the first at once, and then one line in `every`
+    seconds, in which `more` is how many it stands for beside itself. Each call returns whether it has written a
+    line.
+    """
 
-    def __init__(self, event: str) -> None:
-        self._event, self._log = event, structlog.get_logger()
-        self._told_at, self._untold = -SELDOM, 0
+    def __init__(self, event: str, *, every: float = SELDOM) -> None:
+        self._event, self._every, self._log = event, every, structlog.get_logger()
+        self._written_at, self._more = -every, 0
 
-    def warn(self, **fields: Any) -> None:
-        self._tell(self._log.warning, fields)
+    def info(self, **fields: Any) -> bool:
+        return self._write(self._log.info, fields)
 
-    def info(self, **fields: Any) -> None:
-        self._tell(self._log.info, fields)
+    def warn(self, **fields: Any) -> bool:
+        return self._write(self._log.warning, fields)
 
-    def _tell(self, write: Callable[..., None], fields: dict[str, Any]) -> None:
+    def error(self, **fields: Any) -> bool:
+        return self._write(self._log.error, fields)
+
+    def _write(self, write: Callable[..., None], fields: dict[str, Any]) -> bool:
         now = time.monotonic()
-        if now - self._told_at < SELDOM:
-            self._untold += 1
-            return
-        more = {"more": self._untold} if self._untold else {}
-        self._told_at, self._untold = now, 0
+        if now - self._written_at < self._every:
+            self._more += 1
+            return False
+        more = {"more": self._more} if self._more else {}
+        self._written_at, self._more = now, 0
         write(self._event, **fields, **more)
+        return True
 
 
 class _Worker:

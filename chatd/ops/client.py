@@ -23,6 +23,7 @@ from trio_websocket import (
     wrap_client_stream,
 )
 
+from chatd.core.errors import innermost
 from chatd.core.limits import HISTORY_PAGE_MAX
 from chatd.core.protocol import SUBPROTOCOL
 
@@ -210,26 +211,23 @@ def _disconnected(end: ConnectionClosed) -> Disconnected:
 
 
 def _not_opened(error: BaseException) -> Disconnected:
-    error = _innermost(error)
+    error = _cause_of(error)
     if isinstance(error, ConnectionRejected):
         given = {name.decode().lower(): value.decode("latin-1") for name, value in error.headers or ()}
         return NotUpgraded(error.status_code, given, error.body or b"")
     return Disconnected(f"what comes is no WebSocket: {_why(error)}")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        elif isinstance(error, OSError | trio.BrokenResourceError) and error.__cause__ is not None:
-            error = error.__cause__
-        else:
-            return error
+def _cause_of(error: BaseException) -> BaseException:
+    error = innermost(error)
+    while isinstance(error, OSError | trio.BrokenResourceError) and error.__cause__ is not None:
+        error = innermost(error.__cause__)
+    return error
 
 
 def _why(error: BaseException) -> str:
     """The reason, in a line."""
-    error = _innermost(error)
+    error = _cause_of(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not valid: {error.verify_message}"
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from chatd.config import Config
-from chatd.core.errors import OperatorError
+from chatd.core.errors import OperatorError, innermost
 
 DEADLINE = 15.0  # seconds of one check
 
@@ -107,7 +107,6 @@ def _listed(outcome: Outcome) -> list[Finding]:
 
 
 def _told(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = innermost(error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from chatd.core import backoff
 from chatd.ops.client import Connection, Disconnected, Event, connect
 
 RETRY_FIRST, RETRY_MOST = 0.5, 20.0  # seconds; a random moment before that, doubled each time
@@ -58,7 +59,7 @@ class Follower:
         """
         while True:
             ready_at: float | None = None
-            pause = (0.0, 0.0)
+            pause = 0.0
             try:
                 async with connect(self._url) as connection:
                     await self._enter(connection, first)
@@ -70,9 +71,9 @@ class Follower:
                 self._say_lost(end)
                 if ready_at is not None and trio.current_time() - ready_at > LIVED:
                     self._attempts = 0
-                pause = (0.0, min(RETRY_MOST, RETRY_FIRST * 2**self._attempts))
-                self._attempts = min(self._attempts + 1, 16)
-            await trio.sleep(random.uniform(*pause))
+                pause = backoff.delay(self._attempts, RETRY_FIRST, RETRY_MOST, jitter=(0.0, 1.0))
+                self._attempts += 1
+            await trio.sleep(pause)
 
     async def _enter(self, connection: Connection, first: First | None) -> None:
         fields = {"epoch": self._epoch} if self._epoch else {}
@@ -82,42 +83,42 @@ class Follower:
             raise Disconnected(ready["message"])
         if ready["event"] == "error":
             raise Refused(ready["code"], ready["message"])
-        place = ready["rooms"].get(str(self._room))
-        while place is None:  # not let in, which comes as an event of its own
+        state = ready["rooms"].get(str(self._room))
+        while state is None:  # not let in, which comes as an event of its own
             self._check_let_in(await connection.next())
         if self._troubled:
             self._troubled = False
             self._notice("Connected again.")
         if first is not None:
             await first(connection)
-        self._take_place(place | {"epoch": ready.get("epoch")})
+        self._take_state(state | {"epoch": ready.get("epoch")})
 
-    def _take_place(self, place: Event) -> None:
+    def _take_state(self, state: Event) -> None:
         """What a (re)subscription brings: all that was missed, or the word that it is too much."""
         self._asked_at = None
-        known, recovered = self._cursor, place.get("recovered")
+        known, recovered = self._cursor, state.get("recovered")
         if known is not None:
             if not recovered:
                 self._notice("What was missed cannot be had in one piece: these are the newest messages.")
-            for change in place.get("changes", ()):
+            for change in state.get("changes", ()):
                 if not recovered or change["seq"] > known:
                     self._tell(change)
-        self._cursor, self._mark = place["seq"], place.get("mark")
-        self._epoch = place.get("epoch") or self._epoch
+        self._cursor, self._mark = state["seq"], state.get("mark")
+        self._epoch = state.get("epoch") or self._epoch
 
-    async def _listen(self, connection: Connection) -> tuple[float, float]:
-        """Until the server asks for another connection: the seconds between which to come back."""
+    async def _listen(self, connection: Connection) -> float:
+        """Until the server asks for another connection: in how many seconds to come back."""
         while True:
             event = await connection.next()
             if event["event"] == "reconnect":
                 least, most = event["delay"]
                 self._say_lost(Disconnected("the server asks to"))
-                return least / 1000, most / 1000
+                return random.uniform(least, most) / 1000
             self._check_let_in(event)
             if event["event"] == "error":
                 self._asked_at = None  # the next change behind the hole asks again
             if event["event"] == "subscribed":
-                self._take_place(event)
+                self._take_state(event)
             elif event["event"] in CHANGES and "seq" in event:
                 await self._take_change(connection, event)
             elif event.get("conversation_id") == self._room:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quart import Blueprint, Response, request
+from quart import Blueprint, Response
 from quart_schema import document_querystring, document_request, document_response
 
 from chatd.api.schemas import (
@@ -17,6 +17,7 @@ from chatd.api.schemas import (
     check_id,
     moment,
     posted,
+    posted_or_empty,
 )
 from chatd.chat.chat import Chat
 from chatd.chat.members import check_role
@@ -64,7 +65,7 @@ def blueprint(chat: Chat) -> Blueprint:
 
         What you leave out of the body stays as it is. It takes effect on live connections within a second.
         """
-        body = await posted(Membership) if (await request.get_data()) else Membership()
+        body = await posted_or_empty(Membership)
         check_role(body.role or None)
         muted = body.muted_until
         muted = moment("muted_until", muted) if isinstance(muted, str) else muted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime
 
-from quart import Blueprint, Response, request
+from quart import Blueprint, Response
 from quart_schema import document_request, document_response
 
 from chatd.api.schemas import (
@@ -17,7 +17,7 @@ from chatd.api.schemas import (
     answer,
     check_id,
     moment,
-    posted,
+    posted_or_empty,
 )
 from chatd.chat.chat import Chat
 from chatd.chat.users import User
@@ -45,7 +45,7 @@ def blueprint(chat: Chat) -> Blueprint:
 
         The user's tokens stay valid. To void them, use `revoke`.
         """
-        body = await posted(Disconnection) if (await request.get_data()) else Disconnection()
+        body = await posted_or_empty(Disconnection)
         closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=bool(body.reconnect))
         return answer(Disconnected(closed=closed))
 
@@ -57,7 +57,7 @@ def blueprint(chat: Chat) -> Blueprint:
 
         chatd closes the connections that were made with them.
         """
-        body = await posted(Revocation) if (await request.get_data()) else Revocation()
+        body = await posted_or_empty(Revocation)
         await chat.users.revoke(check_id("user_id", user_id), _seconds(body.before))
         return answer(Done())
 
@@ -69,7 +69,7 @@ def blueprint(chat: Chat) -> Blueprint:
 
         chatd closes the user's connections.
         """
-        body = await posted(Ban) if (await request.get_data()) else Ban()
+        body = await posted_or_empty(Ban)
         until = FOR_EVER if body.until is None else moment("until", body.until)
         await chat.users.ban(check_id("user_id", user_id), until)
         return answer(Done())

@@ -24,7 +24,7 @@ from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection
 from wsproto.utilities import ProtocolError
 
-from chatd.core.errors import Close, Final
+from chatd.core.errors import Close, Final, innermost
 from chatd.core.limits import TokenBucket
 from chatd.core.protocol import PING_FRAME, text_frame
 from chatd.hub.admission.registry import Admission, Refused
@@ -85,11 +85,11 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
                 await _talk(services, stay, connected, send_queue, nursery, admitted)
         except* _EXPECTED as group:
             metrics.FAILED.inc()
-            log.debug("connection_failed", error=_innermost(group))
+            log.debug("connection_failed", error=_named(group))
         except* Exception as group:
             # A mistake of ours, or of a library: still one connection's matter.
             metrics.FAILED.inc()
-            _broken.warn(error=_innermost(group), exc_info=group)
+            _broken.warn(error=_named(group), exc_info=group)
         if send_queue is not None:
             await send_queue.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
     finally:
@@ -350,7 +350,6 @@ class Connection:
         self._ping = Ping(self._send_queue, now)
 
 
-def _innermost(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+def _named(group: BaseException) -> str:
+    error = innermost(group)
     return f"{type(error).__name__}: {error}"
