@@ -16,6 +16,7 @@ set -euo pipefail
 work=$(mktemp -d) made='' pids=()
 finish() { kill "${pids[@]}"; wait; rm -rf "$work" $made; }
 trap 'set +e; finish 2>/dev/null' EXIT
+export TMPDIR=$work
 
 debian() { # Installs packages; policy-rc.d keeps their services from starting.
     [ -e /usr/sbin/policy-rc.d ] || { made=/usr/sbin/policy-rc.d; printf '#!/bin/sh\nexit 101\n' >$made; chmod +x $made; }
