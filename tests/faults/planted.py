@@ -114,7 +114,7 @@ def deliver_twice() -> None:
         def patched(self: Any, chunk: Chunk) -> bool:
             delivered: bool = original(self, chunk)
             if delivered and random.randrange(ONE_IN) == 0:
-                self._push(chunk.joined)
+                self._try_push(chunk.joined)
             return delivered
 
         return patched
@@ -163,7 +163,7 @@ def no_revocation() -> None:
 
     def tell_members(original: Any) -> Any:
         async def patched(self: Any, change: MemberChange) -> None:
-            room = self.rooms.get(change.conversation_id)
+            room = self._rooms.get(change.conversation_id)
             if room is not None and room.members_version is not None:
                 room.members_version = max(room.members_version, change.version)
 
