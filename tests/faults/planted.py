@@ -242,7 +242,7 @@ def nobody_is_seen_to_go() -> None:
 
         return patched
 
-    replace(Audiences, "_changed", changed)
+    replace(Audiences, "changed", changed)
 
 
 BUGS = {
