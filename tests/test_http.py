@@ -24,6 +24,7 @@ import trio.testing
 from chatd.api import connection
 from chatd.api.connection import Connection, HypercornConfig
 from chatd.api.leave import Leave
+from chatd.api.strangers import BURST, RATE, Strangers
 from chatd.net.lobby import Lobby
 from tests.conftest import Daemons
 from tests.daemon import TOKEN, Daemon
@@ -218,11 +219,14 @@ async def _hello(scope: Any, receive: Any, send: Any, *_: Any) -> None:
 
 
 @asynccontextmanager
-async def served(app: Any = _hello) -> AsyncIterator[tuple[socket.socket, Leave, trio.Event]]:
+async def served(
+    app: Any = _hello, lobby: Lobby | None = None, is_token: Callable[[Any], bool] = lambda _: False
+) -> AsyncIterator[tuple[socket.socket, Leave, trio.Event]]:
     """A client's socket, and what ends the connection behind it."""
     leaving = trio.Event()
     settings = HypercornConfig()
-    settings.leave, settings.lobby = Leave(leaving), Lobby(100)
+    settings.leave, settings.lobby = Leave(leaving), Lobby("api", 100) if lobby is None else lobby
+    settings.strangers, settings.is_token = Strangers(), is_token
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
         serve = partial(trio.serve_listeners, partial(Connection, app, settings, None, None), [listener])
@@ -264,7 +268,7 @@ async def test_a_request_in_the_moment_in_which_the_keep_alive_time_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connection, "KEEP_ALIVE", 0.2)
-    async with served() as (peer, _, _):
+    async with served(is_token=lambda _: True) as (peer, _, _):
         peer.sendall(GET)
         assert statuses(await trio.to_thread.run_sync(peer.recv, 4096)) == [200]
         await settled()
@@ -304,6 +308,50 @@ async def test_a_slow_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async with served() as (peer, _, _):
         peer.sendall(GET[:10])
         assert statuses(await everything(peer)) == [408]
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_who_has_not_shown_the_token_counts_as_unknown_until_it_has_gone(known: bool) -> None:
+    """Also while it is answered, when nobody else ends it."""
+    lobby, working, go_on = Lobby("api", 100), trio.Event(), trio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any, *rest: Any) -> None:
+        working.set()
+        await go_on.wait()
+        await _hello(scope, receive, send)
+
+    async with served(slow, lobby, lambda tokens: known and tokens == [b"t"]) as (peer, _, _):
+        peer.sendall(GET.replace(b"Host", b"X-Internal-Token: t\r\nHost"))
+        await working.wait()
+        assert len(lobby) == (not known)
+        assert not lobby.make_room(hurry=True)
+        go_on.set()
+        assert statuses(await trio.to_thread.run_sync(peer.recv, 4096)) == [200]
+        await settled()
+        assert len(lobby) == (not known)
+        peer.close()
+        await settled()
+        assert len(lobby) == 0
+
+
+async def test_strangers_are_answered_in_their_order_and_so_many_a_second(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    strangers = Strangers()
+    answered: list[tuple[int, float]] = []
+
+    async def ask(number: int) -> None:
+        await strangers.turn()
+        answered.append((number, trio.current_time()))
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for number in range(int(BURST + 2 * RATE)):
+            nursery.start_soon(ask, number)
+            await trio.testing.wait_all_tasks_blocked()
+    assert [number for number, _ in answered] == list(range(int(BURST + 2 * RATE)))
+    assert answered[int(BURST) - 1][1] == began, "at once as long as there are few"
+    assert answered[-1][1] - began == pytest.approx(2, abs=0.1)
 
 
 async def test_pipelined_requests_at_the_stop() -> None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import pytest
 import trio
 
+from chatd.api.connection import HEAD_SECONDS, LINGER
 from chatd.hub.admission.handshake_rate import SHARE, HandshakeRate
 from chatd.net import lobby
 from chatd.net.lobby import Lobby, Stay
 from tests.backend import Asked, serving
 from tests.client import connect, login
 from tests.conftest import Daemons
-from tests.daemon import Daemon
+from tests.daemon import TOKEN, Daemon
 
 UPGRADE = (
     b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -66,14 +68,13 @@ async def test_who_logs_in_gets_in_beside_those_who_never_do(
 async def test_a_backend_that_takes_its_time_sends_nobody_away(daemons: Daemons, held: ExitStack) -> None:
     def slow(asked: Asked) -> tuple[int, Any]:
         if asked.json["token"] == "slow":
-            time.sleep(2.5)
+            time.sleep(2)
         return 200, {"user_id": 7, "expires_in": 60}
 
     with serving() as backend:
         backend.answer = slow
-        daemon = daemons(
-            open_files=120, hub__handshake_timeout=60, hub__auth_timeout=60, auth__backend_url=backend.url
-        )
+        patience = {"hub__handshake_timeout": 60, "hub__auth_timeout": 60, "auth__backend_timeout": 20}
+        daemon = daemons(open_files=120, auth__backend_url=backend.url, **patience)
         async with connect(daemon.ws_url) as client:
             await client.expect("hello")
             await client.send("auth", ref=1, token="slow")
@@ -115,6 +116,89 @@ async def test_the_api_answers_beside_those_who_ask_for_nothing(few: Daemon, hel
             assert (await trio.to_thread.run_sync(few.post, 1, 7, "x"))["seq"] == 2
 
 
+# What a peer of the API says first, and then again and again.
+HALF_OPEN = {
+    "silent": (b"", b""),
+    "half a head": (b"GET /healthz HTTP/1.1\r\nX-A: ", b""),
+    "dripping head": (b"GET /healthz HTTP/1.1\r\nX-A: ", b"x"),
+    "dripping body": (b"POST /api/ws/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b" "),
+    "of a backend": (
+        b"POST /api/ws/messages HTTP/1.1\r\nHost: a\r\nX-Internal-Token: %s\r\nContent-Length: 9999\r\n\r\n"
+        % TOKEN.encode(),
+        b" ",
+    ),
+    "pipelined": (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 5, b""),
+}
+CROWD = 100
+
+
+class Flood:
+    """So many connections to the API, from a thread: it opens another for each that ends, while it `renews`."""
+
+    def __init__(self, port: int, first: bytes, then: bytes) -> None:
+        self._port, self._first, self._then = port, first, then
+        self.renews = True
+        self._peers: dict[socket.socket, bool] = {}  # and whether they have said the first
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Flood:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for peer in self._peers:
+            peer.close()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.1):
+            while self.renews and len(self._peers) < CROWD:
+                peer = socket.socket()
+                peer.setblocking(False)
+                with suppress(BlockingIOError):
+                    peer.connect(("127.0.0.1", self._port))
+                self._peers[peer] = False
+            for peer in list(self._peers):
+                if not self._talk(peer):
+                    peer.close()
+                    del self._peers[peer]
+
+    def _talk(self, peer: socket.socket) -> bool:
+        """False where the connection has ended."""
+        try:
+            peer.send(self._then if self._peers[peer] else self._first)
+            self._peers[peer] = True
+            return peer.recv(65536) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+
+@pytest.mark.parametrize("kind", HALF_OPEN)
+async def test_the_api_serves_its_backend_beside_half_open_requests(few: Daemon, kind: str) -> None:
+    before = descriptors(few)
+    with Flood(few.api_port, *HALF_OPEN[kind]) as flood:
+        await trio.sleep(1)
+        if kind != "of a backend":  # whoever knows the token is trusted: its time is bounded, not its number
+            for seq in range(1, 11):
+                assert (await trio.to_thread.run_sync(few.post, 1, 7, "x"))["seq"] == seq
+                assert descriptors(few) < before + 40
+            async with login(few, 7):
+                pass
+        flood.renews = False
+        with trio.fail_after(HEAD_SECONDS + LINGER + 10):
+            while descriptors(few) > before + 3:
+                await trio.sleep(0.1)
+        assert (await trio.to_thread.run_sync(few.post, 2, 7, "x"))["seq"] == 1
+    if kind != "of a backend":
+        ended = few.get("/metrics").body.decode()
+        assert 'chatd_unknown_connections_ended_total{port="api"}' in ended
+        assert '"unknown_connections_ended"' in few.log
+
+
 class Peer:
     """A stream and what it has sent, as far as a lobby looks at it."""
 
@@ -127,7 +211,7 @@ class Peer:
 
 @pytest.fixture
 def hall() -> Lobby:
-    return Lobby(8)
+    return Lobby("hub", 8)
 
 
 async def test_the_oldest_silent_one_of_a_crowd_goes_first(hall: Lobby, held: ExitStack) -> None:
@@ -155,6 +239,17 @@ async def test_who_shares_an_address_with_all_has_a_moment(hall: Lobby, held: Ex
     assert ended == [1]
     stays[1].leave()  # again: it has gone
     assert len(hall) == 6
+
+
+async def test_in_a_hurry_the_oldest_goes_whom_we_do_not_work_on(hall: Lobby, held: ExitStack) -> None:
+    ended: list[int] = []
+    stays = [Stay(hall, Peer(held), "", partial(ended.append, n)) for n in range(3)]  # type: ignore[arg-type]
+    assert not hall.make_room()
+    with stays[0].our_turn():
+        assert hall.make_room(hurry=True)
+        assert hall.make_room(hurry=True)
+        assert not hall.make_room(hurry=True)
+    assert ended == [1, 2]
 
 
 async def test_whom_we_keep_waiting_is_not_silent(hall: Lobby, held: ExitStack) -> None:

@@ -20,11 +20,16 @@ def check_access(api: Api, tokens: Sequence[bytes], *, origin: bool) -> None:
     """`tokens`: all headers of that name; `origin`: there is an Origin. Raises Forbidden, Unauthorized."""
     if origin:  # a browser's script: whoever posts for all users is none
         raise Forbidden("this API is for backends, not for browsers")
+    if not is_token(api, tokens):
+        raise Unauthorized()
+
+
+def is_token(api: Api, tokens: Sequence[bytes]) -> bool:
+    """Whether these headers show that it is a backend."""
     # With several a proxy may have judged another one than we would.
     token = tokens[0] if len(tokens) == 1 else b""
     # All are compared, whichever fits: the time tells nothing.
     fits = [
         hmac.compare_digest(token, one.encode()) for one in (api.internal_token, api.previous_internal_token)
     ]
-    if not (fits[0] or (fits[1] and api.previous_internal_token)):
-        raise Unauthorized()
+    return fits[0] or (fits[1] and bool(api.previous_internal_token))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 from urllib.parse import unquote
@@ -25,13 +26,13 @@ from hypercorn.config import Config, Sockets
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.leave import Leave
 from chatd.api.schemas import RESPONSE_SECONDS
+from chatd.api.strangers import Strangers
 from chatd.core.errors import ChatError, Unavailable, innermost
 from chatd.net.lobby import Lobby, Stay, key_of
 from chatd.observe import metrics
 
 KEEP_ALIVE = 75.0  # seconds without a request; longer than a pool of a backend holds idle connections
-FIRST_SECONDS = 10.0  # for the first byte of the first request
-AT_ONCE = 0.05  # for it, where no place is left for who says nothing
+IDLE = 10.0  # the same before the first request, and of those who have not shown the token
 HEAD_SECONDS = 10.0  # for a request's head, from its first byte
 HEAD_BYTES = 16 * 1024
 RECEIVE_BYTES = 64 * 1024
@@ -42,7 +43,6 @@ LAST_REQUEST = 3.0  # seconds at a stop for the rest of a request that has begun
 FIRST_BYTE = 0.5  # seconds at a stop for the first request of a new connection to begin
 
 _LINE_BREAKS = b"\r\n"
-_REFUSED = frozenset({401, 403})
 _NO_BODY = frozenset({204, 304})
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
@@ -54,6 +54,8 @@ class HypercornConfig(Config):
 
     leave: Leave
     lobby: Lobby
+    strangers: Strangers
+    is_token: Callable[[Sequence[bytes]], bool]  # of the headers that should show it
     listening: socket.socket
 
     def create_sockets(self) -> Sockets:
@@ -82,7 +84,6 @@ class Connection:
         self._served = 0
         self._known = False  # has shown the token of the API
         # Of the request in hand.
-        self._brought_token = False
         self._read_all = False
         self._head: h11.Response | None = None
         self._unsent = b""
@@ -94,7 +95,8 @@ class Connection:
     async def _run(self) -> None:
         """The barrier: whatever a client sends, its error ends here. The caller closes the stream."""
         lobby = self._config.lobby
-        if lobby.full and not lobby.make_room() and (lobby.overfull or not await self._speaks_at_once()):
+        if lobby.full and not lobby.make_room(hurry=lobby.overfull) and lobby.overfull:
+            lobby.count_ended()
             return
         try:
             with trio.CancelScope() as waiting:
@@ -111,19 +113,17 @@ class Connection:
         finally:
             self._leave.done += 1
 
-    async def _speaks_at_once(self) -> bool:
-        with trio.move_on_after(AT_ONCE) as waiting:
-            await trio.lowlevel.wait_readable(self._stream.socket)
-        return not waiting.cancelled_caught
-
     async def _serve(self, stay: Stay) -> None:
-        """While it waits for a request it has its `stay`, unless it is known."""
+        """With its `stay`, until it is known."""
         try:
             while (request := await self._next_request()) is not None:
-                stay.leave()
-                await self._exchange(request)
-                if not self._known:
-                    stay.enter(stay.key)
+                if self._is_known(request):
+                    stay.leave()
+                    await self._exchange(request)
+                else:
+                    await self._config.strangers.turn()
+                    with stay.our_turn():
+                        await self._exchange(request)
                 self._served += 1
                 self._leave.done += 1
                 if not self._begin_anew():
@@ -133,6 +133,13 @@ class Connection:
         except Refusal as refusal:
             await self._refuse(refusal)
         await self._let_read()
+
+    def _is_known(self, request: h11.Request) -> bool:
+        """Whether it has shown the token, now or before."""
+        if not self._known:
+            given = [value for name, value in request.headers if name == b"x-internal-token"]
+            self._known = self._config.is_token(given)
+        return self._known
 
     # What the client says.
 
@@ -149,7 +156,7 @@ class Connection:
     async def _first_bytes(self) -> bool:
         """Whether a request begins. One that has arrived when the time is over is still taken."""
         data = b""
-        seconds = KEEP_ALIVE if self._served else FIRST_SECONDS
+        seconds = KEEP_ALIVE if self._known else IDLE
         with self._leave.patience(seconds, 0.0 if self._served else FIRST_BYTE):
             while not data:
                 data = bytes(await self._stream.receive_some(RECEIVE_BYTES))
@@ -189,7 +196,6 @@ class Connection:
         self._read_all, self._head, self._unsent = False, None, b""
         self._has_body = request.method != b"HEAD"
         scope = self._scope(request)
-        self._brought_token = any(name == b"x-internal-token" for name, _ in request.headers)
         try:
             await self._app(scope, self._receive, self._send, trio.to_thread.run_sync, trio.from_thread.run)
         except _GONE:
@@ -262,7 +268,6 @@ class Connection:
 
     def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         self._has_body = self._has_body and status not in _NO_BODY
-        self._known = self._known or (self._brought_token and status not in _REFUSED)
         if self._refused or self._leave.soon or not self._body_has_come():
             headers.append((b"connection", b"close"))
         headers += self._config.response_headers("h11")

@@ -11,9 +11,11 @@ import hypercorn.trio.run
 import trio
 
 from chatd.api import connection
+from chatd.api.access import is_token
 from chatd.api.app import create_app
 from chatd.api.health import Health
 from chatd.api.leave import Leave
+from chatd.api.strangers import Strangers
 from chatd.chat.chat import Chat
 from chatd.config.settings import Settings
 from chatd.net.descriptors import raise_descriptor_limit, unknown_slots
@@ -69,7 +71,7 @@ async def serve(
     try:
         async with trio.open_nursery() as beside:
             async with trio.open_nursery() as nursery:
-                run = partial(hypercorn.trio.serve, app, _settings(listening, leave))
+                run = partial(hypercorn.trio.serve, app, _settings(settings, listening, leave))
                 await nursery.start(partial(run, shutdown_trigger=all_are_in))
                 beside.start_soon(end)
                 beside.start_soon(close)
@@ -80,10 +82,12 @@ async def serve(
         finished.set()
 
 
-def _settings(listening: socket.socket, leave: Leave) -> connection.HypercornConfig:
+def _settings(ours: Settings, listening: socket.socket, leave: Leave) -> connection.HypercornConfig:
     settings = connection.HypercornConfig()
     settings.leave = leave
-    settings.lobby = Lobby(unknown_slots(raise_descriptor_limit()))
+    settings.lobby = Lobby("api", unknown_slots(raise_descriptor_limit()))
+    settings.strangers = Strangers()
+    settings.is_token = lambda tokens: is_token(ours.now.api, tokens)
     settings.listening = listening
     settings.backlog = BACKLOG  # Hypercorn calls listen() again, with 100 unless told otherwise
     settings.graceful_timeout = UNLIMITED

@@ -109,4 +109,4 @@ def _services(settings: Settings, store: Store, chat: Chat, *, counts_rooms: boo
         members_seen=audiences.members_seen,
         check_logins=partial(check_standings, registry, chat.logins),
     )
-    return Services(settings, chat, rooms, fanout, queue, sweep, registry, audiences, Lobby())
+    return Services(settings, chat, rooms, fanout, queue, sweep, registry, audiences, Lobby("hub"))

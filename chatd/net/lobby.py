@@ -17,6 +17,8 @@ import trio
 
 from chatd.config import is_loopback
 from chatd.core.addresses import counted_as
+from chatd.observe import metrics
+from chatd.observe.logs import Recurring
 
 SHARE = 2  # one in so many places is for those whom nobody knows yet
 ADDRESS_SHARE = 4  # one in so many of these may be one address's, when they are all taken
@@ -67,10 +69,11 @@ class Stay:
 
 
 class Lobby:
-    """`most` places."""
+    """`most` places. `port` is for the operator: `hub` or `api`."""
 
-    def __init__(self, most: int = 1) -> None:
-        self.most = most
+    def __init__(self, port: str, most: int = 1) -> None:
+        self.most, self._port = most, port
+        self._told = Recurring("unknown_connections_ended")
         self._all: OrderedDict[Stay, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Stay, None]] = {}
 
@@ -102,14 +105,20 @@ class Lobby:
         if not mine:
             del self._by_address[stay.key]
 
-    def make_room(self) -> bool:
-        """End one; False where everybody still has time."""
-        stay = self._of_a_crowd() or self._overdue()
+    def make_room(self, *, hurry: bool = False) -> bool:
+        """End one; False where everybody still has time. In a `hurry` only those have whom we work on."""
+        stay = self._of_a_crowd() or self._overdue() or (self._oldest_idle() if hurry else None)
         if stay is None:
             return False
         self.forget(stay)
         stay.end()
+        self.count_ended()
         return True
+
+    def count_ended(self) -> None:
+        """Somebody had to go, or did not come in."""
+        metrics.UNKNOWN_ENDED.labels(self._port).inc()
+        self._told.warn(port=self._port, places=self.most)
 
     def _of_a_crowd(self) -> Stay | None:
         """One of the address that holds too many."""
@@ -125,6 +134,9 @@ class Lobby:
     def _overdue(self) -> Stay | None:
         late = trio.current_time() - GRACE
         return next((one for one in islice(self._all, LOOKED_AT) if one.since < late and one.silent), None)
+
+    def _oldest_idle(self) -> Stay | None:
+        return next((stay for stay in self._all if not stay.ours), None)
 
 
 def key_of(peer: trio.SocketStream) -> str:

@@ -77,6 +77,11 @@ RATE_LIMITED = Counter(
     "chatd_rate_limited_total", "Requests that chatd refused because they came too often", ["kind"]
 )
 PING_RTT = Histogram("chatd_ping_rtt_seconds", "Time in which a client answered a ping", buckets=FINE)
+UNKNOWN_ENDED = Counter(
+    "chatd_unknown_connections_ended_total",
+    "Connections that had shown no login or token yet, and that chatd ended to make room for others",
+    ["port"],
+)
 HTTP_FAILED = Counter("chatd_http_connections_failed_total", "HTTP connections that ended in an error")
 
 # Messages in.
