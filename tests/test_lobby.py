@@ -116,9 +116,12 @@ async def test_the_api_answers_beside_those_who_ask_for_nothing(few: Daemon, hel
             assert (await trio.to_thread.run_sync(few.post, 1, 7, "x"))["seq"] == 2
 
 
+CROWD = 100
+READS_NOT = b"-"
 # What a peer of the API says first, and then again and again.
 HALF_OPEN = {
     "silent": (b"", b""),
+    "reads nothing": (b"GET /docs HTTP/1.1\r\nHost: a\r\n\r\n" * 200, READS_NOT),
     "half a head": (b"GET /healthz HTTP/1.1\r\nX-A: ", b""),
     "dripping head": (b"GET /healthz HTTP/1.1\r\nX-A: ", b"x"),
     "dripping body": (b"POST /api/ws/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b" "),
@@ -129,7 +132,6 @@ HALF_OPEN = {
     ),
     "pipelined": (b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 5, b""),
 }
-CROWD = 100
 
 
 class Flood:
@@ -168,8 +170,12 @@ class Flood:
     def _talk(self, peer: socket.socket) -> bool:
         """False where the connection has ended."""
         try:
-            peer.send(self._then if self._peers[peer] else self._first)
-            self._peers[peer] = True
+            if not self._peers[peer]:
+                peer.send(self._first)
+                self._peers[peer] = True
+            if self._then == READS_NOT:
+                return True
+            peer.send(self._then)
             return peer.recv(65536) != b""
         except BlockingIOError:
             return True

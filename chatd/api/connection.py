@@ -73,6 +73,8 @@ class Refusal(Exception):
 class Connection:
     """In the place of Hypercorn's `TCPServer`: made with these arguments, and awaited."""
 
+    _stay: Stay
+
     def __init__(
         self, app: Any, config: HypercornConfig, context: Any, state: Any, stream: trio.SocketStream
     ) -> None:
@@ -100,11 +102,11 @@ class Connection:
             return
         try:
             with trio.CancelScope() as waiting:
-                stay = Stay(lobby, self._stream, key_of(self._stream), waiting.cancel)
+                self._stay = Stay(lobby, self._stream, key_of(self._stream), waiting.cancel)
                 try:
-                    await self._serve(stay)
+                    await self._serve()
                 finally:
-                    stay.leave()
+                    self._stay.leave()
         except* _GONE:
             pass
         except* Exception as group:
@@ -113,16 +115,16 @@ class Connection:
         finally:
             self._leave.done += 1
 
-    async def _serve(self, stay: Stay) -> None:
-        """With its `stay`, until it is known."""
+    async def _serve(self) -> None:
+        """With a stay, until it is known."""
         try:
             while (request := await self._next_request()) is not None:
                 if self._is_known(request):
-                    stay.leave()
+                    self._stay.leave()
                     await self._exchange(request)
                 else:
                     await self._config.strangers.turn()
-                    with stay.our_turn():
+                    with self._stay.our_turn():
                         await self._exchange(request)
                 self._served += 1
                 self._leave.done += 1
@@ -233,7 +235,8 @@ class Connection:
         """
         if self._read_all:
             await trio.sleep_forever()
-        with self._leave.patience(inf, LAST_REQUEST):  # the application has a time for it, too
+        # The application has a time for it, too.
+        with self._leave.patience(inf, LAST_REQUEST), self._stay.their_turn():
             return await self._read_body()
         raise Unavailable("the daemon is stopping")
 
@@ -264,7 +267,8 @@ class Connection:
         elif len(self._unsent) < JOIN_BYTES:
             return
         unsent, self._unsent = self._unsent, b""
-        await self._stream.send_all(unsent)
+        with self._stay.their_turn():
+            await self._stream.send_all(unsent)
 
     def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         self._has_body = self._has_body and status not in _NO_BODY

@@ -58,6 +58,15 @@ class Stay:
             if self in self._lobby:
                 self.enter(self.key)  # from here on it has its own time
 
+    @contextmanager
+    def their_turn(self) -> Iterator[None]:
+        """A block within the other that waits for the peer, which has to say more or to read what we say."""
+        before, self.ours = self.ours, False
+        try:
+            yield
+        finally:
+            self.ours = before
+
     @property
     def silent(self) -> bool:
         """Whether it is the peer's turn: nothing of it waits to be read by us, and we work on nothing."""
