@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import trio
 from chatd.api.connection import HEAD_SECONDS, LINGER
 from chatd.hub.admission.handshake_rate import SHARE, HandshakeRate
 from chatd.net import lobby
+from chatd.net.gate import Gate
 from chatd.net.lobby import Lobby, Stay
 from tests.backend import Asked, serving
 from tests.client import connect, login
@@ -218,6 +219,65 @@ class Peer:
 @pytest.fixture
 def hall() -> Lobby:
     return Lobby("hub", 8)
+
+
+@pytest.fixture
+async def gate(hall: Lobby, held: ExitStack, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
+    """At which the addresses of this machine are as good as those of others."""
+    monkeypatch.setattr(lobby, "is_loopback", lambda _: False)
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1000)
+    async with Gate(listener, trio.Semaphore(1000), lobby=hall) as gate:
+        yield gate
+
+
+def come(gate: Gate, address: str = "127.0.0.1") -> socket.socket:
+    """Somebody who connects from there, and says nothing."""
+    return socket.create_connection(gate._listener.socket.getsockname(), 5, source_address=(address, 0))
+
+
+async def test_nobody_waits_behind_a_crowd_of_another_address(gate: Gate, hall: Lobby, held: ExitStack) -> None:
+    stays = [Stay(hall, Peer(held), "127.0.0.2", int) for _ in range(hall.most)]  # type: ignore[arg-type]
+    for stay in stays:
+        stay.since -= lobby.GRACE
+    for n in range(400):
+        comes = held.enter_context(come(gate, "127.0.0.2"))
+        if n % 2:
+            comes.sendall(UPGRADE)
+    held.enter_context(come(gate, "127.0.0.3"))
+    began, let_in = trio.current_time(), 0
+    with ExitStack() as served:
+        while lobby.key_of(peer := await gate.accept()) == "127.0.0.2":
+            served.callback(peer.socket.close)
+            assert not lobby.is_silent(peer)
+            Stay(hall, peer, "127.0.0.2", int)
+            let_in += 1
+        peer.socket.close()
+    assert 0 < let_in < 2 + 10 * (trio.current_time() - began), "some of the crowd come in, too"
+
+
+async def test_many_of_an_address_who_have_just_come_are_let_in(
+    gate: Gate, hall: Lobby, held: ExitStack
+) -> None:
+    """They may have lost their connections all at once."""
+    for _ in range(20):
+        held.enter_context(come(gate, "127.0.0.2"))
+    with ExitStack() as served, trio.fail_after(5):
+        for _ in range(20):
+            served.callback((peer := await gate.accept()).socket.close)
+            Stay(hall, peer, "127.0.0.2", int)
+
+
+@pytest.mark.parametrize("last", ["nothing", "half a request", "a reset"])
+async def test_who_has_hung_up_already_is_not_served(gate: Gate, held: ExitStack, last: str) -> None:
+    for _ in range(20):
+        with come(gate) as peer:
+            if last == "half a request":
+                peer.sendall(b"GET /ws HTTP/1.1\r\n")
+            elif last == "a reset":
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    held.enter_context(here := come(gate))
+    async with await gate.accept() as peer:
+        assert peer.socket.getpeername() == here.getsockname()
 
 
 async def test_the_oldest_silent_one_of_a_crowd_goes_first(hall: Lobby, held: ExitStack) -> None:

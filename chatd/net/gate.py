@@ -11,6 +11,7 @@ from collections.abc import Callable
 import trio
 
 from chatd.net.lobby import Lobby
+from chatd.observe import metrics
 
 BACKLOG = 4096  # connections the kernel holds while a burst is accepted
 
@@ -46,12 +47,25 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
             await self._make_room(self._lobby)
         await self._slots.acquire()
         try:
-            if SHARED:
-                await self._wait_for_turn()
-            return await self._listener.accept()
+            while True:
+                if SHARED:
+                    await self._wait_for_turn()
+                peer = await self._listener.accept()
+                if not self._turns_away(peer):
+                    return peer
+                peer.socket.close()
         except BaseException:
             self._slots.release()
             raise
+
+    def _turns_away(self, peer: trio.SocketStream) -> bool:
+        if hung_up(peer):
+            metrics.FAILED.inc()
+            return True
+        if self._lobby is not None and self._lobby.turns_away(peer):
+            self._lobby.count_ended()
+            return True
+        return False
 
     async def _make_room(self, lobby: Lobby) -> None:
         """Where there is none for who comes next, one of those who say nothing goes."""
@@ -77,4 +91,11 @@ def somebody_waits(listening: trio.socket.SocketType | socket.socket) -> bool:
     """Whether a connection is there to be accepted."""
     look = select.poll()
     look.register(listening.fileno(), select.POLLIN)
+    return bool(look.poll(0))
+
+
+def hung_up(peer: trio.SocketStream) -> bool:
+    """Whether it has gone, or says nothing more, before anybody has answered it."""
+    look = select.poll()
+    look.register(peer.socket.fileno(), select.POLLRDHUP)
     return bool(look.poll(0))

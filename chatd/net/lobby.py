@@ -3,13 +3,16 @@
 Who is silent longest goes first, at once if one address holds many of the places, and after a moment's grace if
 not. So whoever comes and says who it is gets in, however many hold connections open and say nothing. Nobody is
 silent while it waits for us.
+
+While an address holds many that say nothing, only some of its newcomers are let in, of those who speak at once,
+and the others are closed. A handshake takes time, and who comes from elsewhere would wait for all of theirs.
 """
 
 from __future__ import annotations
 
 import select
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
 
@@ -24,6 +27,8 @@ SHARE = 2  # one in so many places is for those whom nobody knows yet
 ADDRESS_SHARE = 4  # one in so many of these may be one address's, when they are all taken
 GRACE = 0.5  # seconds in which a peer says something, on a slow link too
 LOOKED_AT = 50  # of those who may have to go
+NEARLY = 7 / 8  # of the places: from here on newcomers of a crowd are turned away
+NEWCOMER = 0.01  # seconds from one that is let in all the same to the next, for there may be honest ones
 
 
 class Stay:
@@ -70,11 +75,7 @@ class Stay:
     @property
     def silent(self) -> bool:
         """Whether it is the peer's turn: nothing of it waits to be read by us, and we work on nothing."""
-        if self.ours:
-            return False
-        look = select.poll()
-        look.register(self.stream.socket.fileno(), select.POLLIN)
-        return not look.poll(0)
+        return not self.ours and is_silent(self.stream)
 
 
 class Lobby:
@@ -85,6 +86,7 @@ class Lobby:
         self._told = Recurring("unknown_connections_ended")
         self._all: OrderedDict[Stay, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Stay, None]] = {}
+        self._next_newcomer = 0.0  # when one more of a crowd may come in
 
     def __len__(self) -> int:
         return len(self._all)
@@ -114,6 +116,21 @@ class Lobby:
         if not mine:
             del self._by_address[stay.key]
 
+    def turns_away(self, peer: trio.SocketStream) -> bool:
+        """Whether a newcomer is one too many of its address."""
+        key = key_of(peer)
+        mine = self._by_address.get(key)
+        if not key or mine is None or len(self._all) < NEARLY * self.most or not self._is_crowd(mine):
+            return False
+        now, oldest = trio.current_time(), next(iter(mine))
+        if oldest.since > now - GRACE or not oldest.silent:
+            return False  # they are many, but they may all be honest
+        if now < self._next_newcomer or is_silent(peer):
+            return True
+        # So seldom that each of them has its moment before it is the oldest.
+        self._next_newcomer = now + max(NEWCOMER, 2 * GRACE / len(mine))
+        return False
+
     def make_room(self, *, hurry: bool = False) -> bool:
         """End one; False where everybody still has time. In a `hurry` only those have whom we work on."""
         stay = self._of_a_crowd() or self._overdue() or (self._oldest_idle() if hurry else None)
@@ -133,12 +150,15 @@ class Lobby:
         """One of the address that holds too many."""
         crowds = (mine for key, mine in self._by_address.items() if key)
         mine = max(crowds, key=len, default=None)
-        if mine is None or len(mine) * ADDRESS_SHARE < self.most:
+        if mine is None or not self._is_crowd(mine):
             return None
         looked_at = list(islice(mine, LOOKED_AT))
         idle = next((stay for stay in looked_at if stay.silent), None)
         slow = next((stay for stay in looked_at if not stay.ours), None)
         return idle or slow or next(reversed(mine))  # we work on all: those before the last get done
+
+    def _is_crowd(self, mine: Sized) -> bool:
+        return len(mine) * ADDRESS_SHARE >= self.most
 
     def _overdue(self) -> Stay | None:
         late = trio.current_time() - GRACE
@@ -146,6 +166,13 @@ class Lobby:
 
     def _oldest_idle(self) -> Stay | None:
         return next((stay for stay in self._all if not stay.ours), None)
+
+
+def is_silent(peer: trio.SocketStream) -> bool:
+    """Whether nothing of it is there to be read."""
+    look = select.poll()
+    look.register(peer.socket.fileno(), select.POLLIN)
+    return not look.poll(0)
 
 
 def key_of(peer: trio.SocketStream) -> str:
