@@ -213,6 +213,14 @@ def test_help_fits_on_a_screen(tmp_path: Path) -> None:
     assert len(shown.stdout.splitlines()) < 24
 
 
+@pytest.mark.parametrize("text", ["whsec_" + "é" * 40, "whsec_" + "ab-_" * 10, "whsec_" + 31 * "a"])
+def test_a_secret_of_standard_webhooks_holds_a_key(tmp_path: Path, text: str) -> None:
+    (found,) = mistakes(f'[api]\ninternal_token = "t"\n[webhooks]\nsecret = "{text}"', tmp_path)
+    assert found.startswith("webhooks.secret: after whsec_ there must be 24 bytes or more")
+    for right in ("a" * 32, "whsec_" + "ab+/" * 8):
+        config.load(None, {"CHATD_API__INTERNAL_TOKEN": "t", "CHATD_WEBHOOKS__SECRET": right})
+
+
 def test_what_is_in_effect_is_shown_without_secrets(tmp_path: Path) -> None:
     (tmp_path / "credentials").mkdir()
     (tmp_path / "credentials" / "redis.url").write_text("redis://:verysecret@127.0.0.1:6379/0")

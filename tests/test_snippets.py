@@ -6,8 +6,8 @@ HTTP reference in test_docs.
 
 from __future__ import annotations
 
+import base64
 import configparser
-import hashlib
 import hmac
 import json
 import re
@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import time
 import tomllib
+from base64 import b64encode
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import click
 import psycopg
@@ -28,8 +30,9 @@ import pytest
 
 from chatd import config
 from chatd.cli import main
+from chatd.core import callbacks
 from tests.conftest import Daemons
-from tests.node import NODE
+from tests.node import NODE, run_script
 from tests.services import PostgresServer
 from tools.reference import ROOT
 
@@ -194,55 +197,82 @@ def test_php_is_php(snippet: Snippet, tmp_path: Path) -> None:
 
 
 PHP = shutil.which("php")
-SECRET = LONG
-BODY = b'{"event": "user.online"}'
+STANDARD = f"whsec_{b64encode(bytes(range(200, 232))).decode()}"
+BODY = '{"event": "user.online", "name": "grüß dich"}'.encode()
 
 
-def signed(at: int, secret: str = SECRET) -> str:
-    """A header as chatd sends it; test_webhooks holds chatd to it."""
-    return f"t={at},v1={hmac.new(secret.encode(), b'%d.%s' % (at, BODY), hashlib.sha256).hexdigest()}"
+def changed(headers: dict[str, str], **values: str) -> dict[str, str]:
+    return headers | {f"webhook-{name}": value for name, value in values.items()}
 
 
-def headers() -> dict[str, tuple[str, bool]]:
+def deliveries(secret: str) -> dict[str, tuple[dict[str, str], bytes, bool]]:
+    """Headers and a body, and whether chatd has sent them."""
     now = int(time.time())
+    sent = callbacks.headers(secret, "user.online", "7-ab", BODY)
+    with mock.patch.object(callbacks.time, "time", return_value=now - 3600):
+        old = callbacks.headers(secret, "user.online", "7-ab", BODY)
     return {
-        "right": (signed(now), True),
-        "of another secret": (signed(now, "x" * 32), False),
-        "old": (signed(now - 3600), False),
+        "right": (sent, BODY, True),
+        "among others": (changed(sent, signature=f"v1,x v1a,y {sent['webhook-signature']}"), BODY, True),
+        "of another secret": (callbacks.headers("x" * 32, "user.online", "7-ab", BODY), BODY, False),
+        "old": (old, BODY, False),
+        "with another time": (changed(sent, timestamp=str(now + 1)), BODY, False),
+        "with another id": (changed(sent, id="8-ab"), BODY, False),
+        "with another body": (sent, BODY + b" ", False),
+        "with no headers": ({}, BODY, False),
+        "with a strange signature": (changed(sent, signature="v1,é v1, v1 é"), BODY, False),
     }
 
 
-@pytest.mark.parametrize("name", list(headers()))
-def test_a_signature_is_checked_in_python(name: str) -> None:
-    (text,) = [one.text for one in ALL if one.language == "python" and one.place.startswith("webhooks.md")]
-    header, right = headers()[name]
-    request = SimpleNamespace(headers={"X-Chatd-Signature": header}, body=BODY)
-    names = {"request": request, "SECRET": SECRET, "PermissionDenied": PermissionError}
-    names |= {"hmac": hmac, "hashlib": hashlib, "time": time}
+CASES = pytest.mark.parametrize(
+    ("secret", "name"), [(secret, name) for secret in (LONG, STANDARD) for name in deliveries(secret)]
+)
+
+
+def the(language: str) -> str:
+    (text,) = [one.text for one in ALL if one.language == language and one.place.startswith("webhooks.md")]
+    return text
+
+
+@CASES
+def test_a_signature_is_checked_in_python(secret: str, name: str) -> None:
+    headers, body, right = deliveries(secret)[name]
+    names = {"request": SimpleNamespace(headers=headers, body=body), "SECRET": secret}
+    names |= {"PermissionDenied": PermissionError, "base64": base64, "hmac": hmac, "time": time}
     if right:
-        exec(text, names)
+        exec(the("python"), names)
     else:
         with pytest.raises(PermissionError):
-            exec(text, names)
+            exec(the("python"), names)
 
 
-@pytest.mark.parametrize("name", list(headers()))
-def test_a_signature_is_checked_in_php(name: str) -> None:
-    (text,) = [one.text for one in ALL if one.language == "php" and one.place.startswith("webhooks.md")]
-    header, right = headers()[name]
+@CASES
+def test_a_signature_is_checked_in_php(secret: str, name: str) -> None:
+    headers, body, right = deliveries(secret)[name]
+    given = b64encode(json.dumps([headers, secret, body.decode()]).encode()).decode()
     program = f"""
-    $request = new class {{
-        function header($name) {{ return {json.dumps(header)}; }}
-        function getContent() {{ return {json.dumps(BODY.decode())}; }}
+    [$headers, $secret, $body] = json_decode(base64_decode('{given}'), true);
+    $request = new class($headers, $body) {{
+        function __construct(private $headers, private $body) {{}}
+        function header($name, $default = null) {{ return $this->headers[$name] ?? $default; }}
+        function getContent() {{ return $this->body; }}
     }};
-    function config($key) {{ return {json.dumps(SECRET)}; }}
+    function config($key) {{ return $GLOBALS['secret']; }}
     function abort_unless($condition, $status) {{ if (!$condition) {{ echo $status; exit; }} }}
-    {text}
+    {the("php")}
     echo 'fine';
     """
     assert PHP is not None, "apt-get install php-cli"
     ended = subprocess.run([PHP, "-r", program], capture_output=True, text=True, timeout=30)
     assert ended.stdout == ("fine" if right else "403"), ended
+
+
+@CASES
+def test_a_signature_is_checked_in_javascript(secret: str, name: str) -> None:
+    headers, body, right = deliveries(secret)[name]
+    given = f"{json.dumps(secret)}, {json.dumps(headers)}, Buffer.from({list(body)})"
+    said = run_script(f"{the('js')}\nconsole.log(isFromChatd({given}));", 30)
+    assert said.strip() == str(right).lower()
 
 
 @of("sql")

@@ -8,6 +8,7 @@ import itertools
 import json
 import signal
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from chatd.backend.fetch import Answer, Fetcher
 from chatd.backend.webhooks import AT_ONCE, CLAIM, COUNT, FAILURES, LOOK, REST_MOST, RETRY_MOST, WebhookDelivery
 from chatd.chat.presence_webhooks import DEBOUNCE
 from chatd.config import Database, Webhooks
+from chatd.core import callbacks
 from chatd.core.errors import CallFailed, Forbidden, Unavailable
 from chatd.store import schema
 from chatd.store.database import migrate, open_store
@@ -89,6 +91,54 @@ async def test_what_a_client_sends_is_told_signed_and_once(daemons: Daemons, bac
     assert body["data"]["id"] == ok["id"]
     assert second.json["data"]["content"] == "bye"
     assert first.headers["x-chatd-delivery"] != second.headers["x-chatd-delivery"]
+
+
+STANDARD = "whsec_" + b64encode(bytes(range(200, 232))).decode()
+
+
+@pytest.mark.parametrize("secret", [SECRET, STANDARD, STANDARD.rstrip("=")], ids=["plain", "whsec", "unpadded"])
+async def test_standard_webhooks_verify_what_is_sent(daemons: Daemons, backend: Backend, secret: str) -> None:
+    standard = pytest.importorskip("standardwebhooks.webhooks")
+    backend.answer = lambda asked: (200, {"action": "accept"})
+    daemon = daemons(
+        webhooks__url=f"{backend.url}/events",
+        webhooks__before_message_url=f"{backend.url}/before",
+        webhooks__secret=secret,
+    )
+    async with login(daemon, 7, {"1": None}) as client:
+        await send(client, "grüß dich 👋")
+        await until(lambda: {one.path for one in backend.asked} >= {"/events", "/before"})
+    library = standard.Webhook(secret if secret.startswith("whsec_") else secret.encode())
+    for one in backend.asked:
+        assert library.verify(one.body, one.headers) == one.json
+        moment, _, signature = one.headers["x-chatd-signature"].partition(",v1=")
+        content = moment.removeprefix("t=").encode() + b"." + one.body
+        assert hmac.digest(secret.encode(), content, "sha256").hex() == signature, "as it is written"
+        for headers in (one.headers | {"webhook-id": "1"}, one.headers | {"webhook-timestamp": "1"}):
+            with pytest.raises(standard.WebhookVerificationError):
+                library.verify(one.body, headers)
+        with pytest.raises(standard.WebhookVerificationError):
+            library.verify(one.body.replace(b"7", b"8"), one.headers)
+
+
+async def test_an_event_has_the_same_id_each_time_it_is_tried(daemons: Daemons, backend: Backend) -> None:
+    backend.answer = lambda asked: (500 if len(backend.asked) < 3 else 200, {})
+    daemon = daemons(webhooks__url=backend.url, **ALL)
+    async with login(daemon, 7, {"1": None}) as client:
+        await send(client, "hello")
+        await until(lambda: len(backend.asked) == 3)
+        await send(client, "again")
+        await until(lambda: len(backend.asked) == 4)
+    ids = [one.headers["webhook-id"] for one in backend.asked]
+    assert len(set(ids[:3])) == 1
+    assert ids[3] != ids[0]
+    assert not any("." in id for id in ids)
+
+
+def test_a_database_that_goes_back_gives_no_id_twice() -> None:
+    """It gives the numbers again, and to other events."""
+    before, after = (callbacks.body("message.created", {"id": 1, "content": text}) for text in "ab")
+    assert callbacks.id_of(1, before) == callbacks.id_of(1, before) != callbacks.id_of(1, after)
 
 
 async def test_it_is_retried_until_the_backend_takes_it(daemons: Daemons, backend: Backend) -> None:

@@ -88,7 +88,7 @@ class BeforeMessage:
                         "POST",
                         self._settings.before_message_url,
                         within=self._settings.before_message_timeout * 0.95,  # ours, so that it is seen to fail
-                        headers=callbacks.headers(self._settings.secret, EVENT, content),
+                        headers=callbacks.headers(self._settings.secret, EVENT, secrets.token_hex(8), content),
                         content=content,
                     )
                 finally:

@@ -102,9 +102,8 @@ class WebhookDelivery:
         self.finished.set()
 
     async def deliver(self, one: Waiting) -> Problem | None:
-        given = callbacks.headers(
-            self._settings.secret, one.event, one.body, **{"X-Chatd-Delivery": str(one.id)}
-        )
+        id, delivery = callbacks.id_of(one.id, one.body), {"X-Chatd-Delivery": str(one.id)}
+        given = callbacks.headers(self._settings.secret, one.event, id, one.body, **delivery)
         url, within = self._settings.url, self._settings.timeout
         try:
             answer = await self._fetch("POST", url, within=within, headers=given, content=one.body, whole=False)

@@ -191,7 +191,9 @@ class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
     """Where chatd POSTs events. If it is empty, chatd reports nothing."""
     secret: str = ""
-    """Signs what chatd sends; at least 32 characters."""
+    """Signs what chatd sends; at least 32 characters. Behind `whsec_` it is base64, as Standard Webhooks writes
+    a secret; any other is used as it is.
+    """
     events: list[Unasked | Asked] = field(default_factory=lambda: list(get_args(Unasked)))
     """Events that you want. There are also `message.updated`, `message.deleted`, `message.reacted`,
     `member.added` and `member.removed`.

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from chatd.config import origins
 from chatd.config.options import Auth, Config, Webhooks
+from chatd.core import callbacks
 
 # What chatd reads must be what it has just written, so it talks to the one server that takes writes.
 TARGETS = ("read-write", "primary")
@@ -97,6 +98,19 @@ def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
             "webhooks.secret: your backend knows by it that a call is ours; set it to at least 32 characters"
             " (openssl rand -hex 32)."
         )
+    if not _is_key(webhooks.secret):
+        yield (
+            f"webhooks.secret: after {callbacks.PREFIX} there must be {callbacks.KEY_BYTES} bytes or more in"
+            f' base64 (echo "{callbacks.PREFIX}$(openssl rand -base64 32)").'
+        )
+
+
+def _is_key(secret: str) -> bool:
+    """A secret without the prefix is a key as it is."""
+    try:
+        return not secret.startswith(callbacks.PREFIX) or len(callbacks.key_of(secret)) >= callbacks.KEY_BYTES
+    except ValueError:
+        return False
 
 
 def _may_be_called(url: str) -> bool:
