@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import trio
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from chatd.observe import metrics
 from chatd.observe.sampler import percentile
 from tests.client import login
 from tests.conftest import Daemons
@@ -52,6 +54,45 @@ async def test_a_prometheus_reads_exactly_what_is_documented(daemons: Daemons) -
     for name, one in found.items():
         for sample in one.samples:
             assert set(sample.labels) - {"le"} <= labels.get(name, set(sample.labels)), sample
+
+
+PROMETHEUS = (  # as version 3 asks
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind", "version"),
+    [
+        (None, "text/plain", "0.0.4"),
+        ("*/*", "text/plain", "0.0.4"),
+        ("text/plain;version=0.0.4", "text/plain", "0.0.4"),
+        ("text/plain;version=1.0.0", "text/plain", "1.0.0"),
+        (PROMETHEUS, "application/openmetrics-text", "1.0.0"),
+        ("\xff", "text/plain", "0.0.4"),
+    ],
+)
+def test_the_format_is_the_one_that_is_asked_for(
+    daemon: Daemon, accept: str | None, kind: str, version: str
+) -> None:
+    answer = daemon.request("GET", "/metrics", headers={"Accept": accept} if accept else {})
+    assert answer.status == 200
+    told, *parameters = answer.headers["Content-Type"].split("; ")
+    assert (told, f"version={version}" in parameters) == (kind, True), parameters
+    parse = openmetrics if kind != "text/plain" else text_string_to_metric_families
+    assert {"chatd_users", "chatd_rooms"} <= {one.name for one in parse(answer.body.decode())}
+
+
+def test_a_header_that_cannot_be_read_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = metrics.choose_encoder
+
+    def fail(accept: str) -> Any:
+        if accept:
+            raise TypeError
+        return choose(accept)
+
+    monkeypatch.setattr(metrics, "choose_encoder", fail)
+    assert metrics.exposition("text/plain")[1] == choose("")[1]
 
 
 def test_dashboard_and_alerts_use_what_there_is() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import trio
 from msgspec import Struct
-from prometheus_client import CONTENT_TYPE_LATEST
-from quart import Blueprint, Response
+from quart import Blueprint, Response, request
 from quart_schema import document_response, hide
 
 from chatd.api.schemas import answer
@@ -99,6 +98,7 @@ def blueprint(health: Health) -> Blueprint:
     @routes.get("/metrics")
     @hide
     async def numbers() -> Response:
-        return Response(metrics.exposition(), content_type=CONTENT_TYPE_LATEST)
+        text, content_type = metrics.exposition(", ".join(request.headers.getlist("Accept")))
+        return Response(text, content_type=content_type)
 
     return routes

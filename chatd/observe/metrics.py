@@ -17,9 +17,9 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
-    generate_latest,
     values,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from chatd.core.errors import ChatError
@@ -179,9 +179,13 @@ BACKEND_ANSWERS = Gauge(
 )
 
 
-def exposition() -> bytes:
-    """What /metrics answers: the numbers of this process, or of all workers."""
-    return generate_latest(_registry())
+def exposition(accept: str = "") -> tuple[bytes, str]:
+    """The numbers of this process, or of all workers, and their content type, as an Accept header asks."""
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a header that the library cannot read asks for nothing
+        encode, content_type = choose_encoder("")
+    return encode(_registry()), content_type
 
 
 def _registry() -> CollectorRegistry:
