@@ -25,12 +25,14 @@ from chatd.ops import checks
 from chatd.ops.checks import data, machine
 from chatd.ops.finding import Case, Finding, Level, examine, ok
 from chatd.store import engine
+from chatd.store.upkeep import probe
 from tests.backend import serving
 from tests.client import login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.nginx import Nginx
 from tests.services import RedisServer, free_port
+from tests.test_history import damage
 
 LONG_TOKEN = "a-token-for-tests-that-nobody-would-ever-guess"
 
@@ -189,6 +191,30 @@ def test_a_missing_database_is_not_made(well: Daemon, tmp_path: Path) -> None:
     found = inspected(well, CHATD_DATABASE__URL=f"sqlite:///{tmp_path}/none.db")
     assert wrong(found)["database"] == f"problem: there is no {tmp_path}/none.db yet"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("table", ["chat_messages", "sqlite_schema"])
+def test_a_damaged_file(well: Daemon, tmp_path: Path, table: str) -> None:
+    """Where nobody has read what is damaged, and where nobody can read anything."""
+    file = tmp_path / "chatd.db"
+    assert well.command("backup", str(file)).returncode == 0
+    database = {"CHATD_DATABASE__URL": f"sqlite:///{file}"}
+    found = inspected(well, **database)
+    assert any(one["found"] == "the file is whole" for one in found)
+    damage(file, table)
+    found = inspected(well, **database)
+    assert wrong(found)["database"].startswith("problem: the file is damaged: ")
+    assert any("chatd restore" in one["advice"] for one in found)
+
+
+def test_a_file_that_is_too_large_to_be_read_whole(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "large.db")) as large:
+        numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT i FROM n"
+        large.execute(f"CREATE TABLE t AS {numbers}")
+    begun = time.monotonic()
+    assert probe.damage_of(tmp_path / "large.db", 0.0) is None
+    assert time.monotonic() - begun < 1
+    assert probe.damage_of(tmp_path / "large.db", 60.0) == ""
 
 
 def test_a_locked_database_takes_no_rows(well: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Here with SQLite files that are put back, and with a database that is rewound un
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -20,11 +21,12 @@ import trio
 from sqlalchemy import create_engine, text
 
 from chatd.config import Database
-from chatd.store.database import migrate
+from chatd.store.database import migrate, open_store
 from tests.client import Client, Event, login
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
+NOTICED = 15.0  # seconds; a file that is another one is noticed within two, and two are for goodbyes
 SWEEP = 10.0  # seconds; what nobody tells is found within one
 KEPT, SEEN = 5, 10  # the conversation goes back to the first; a client had seen the second
 REWIND = (
@@ -293,10 +295,15 @@ def replace(files: Files) -> None:
     os.replace(files.copy, files.file)
 
 
+def overwrite(files: Files) -> None:
+    shutil.copyfile(files.copy, files.file)
+
+
 GONE = {
     take_away: "has been deleted or moved away while chatd was serving from it",
     move_away: "has been deleted or moved away while chatd was serving from it",
     replace: "was replaced by another file while chatd was serving from it",
+    overwrite: "was overwritten with another database (by cp, for example) while chatd was serving from it",
 }
 
 
@@ -319,7 +326,7 @@ async def test_what_goes_into_a_file_that_has_gone_is_not_acknowledged(files: Fi
     assert GONE[change] in files.daemon.log
     if change is move_away:
         assert last_seq(files.moved) >= SEEN, "what was acknowledged before is where the file is"
-    kept = KEPT if change is replace else 0
+    kept = KEPT if change in (replace, overwrite) else 0
     await files.start()
     place = await place_of(files.daemon, since(heard[-1]))
     assert (place["recovered"], place["seq"]) == (False, kept)
@@ -335,4 +342,104 @@ async def test_a_file_that_has_gone_is_noticed_though_nobody_writes(files: Files
         assert await trio.to_thread.run_sync(files.daemon.wait) == 1
     assert GONE[change] in files.daemon.log
     assert "Traceback" not in files.daemon.log
-    assert files.file.exists() is (change is replace), "nobody has made another one"
+    assert files.file.exists() is (change in (replace, overwrite)), "nobody has made another one"
+
+
+def whole(file: Path) -> bool:
+    with closing(sqlite3.connect(file)) as database:
+        return list(database.execute("PRAGMA integrity_check")) == [("ok",)]
+
+
+MANY = [{"conversation_id": 1, "sender_id": 9, "content": "x" * 500}] * 1000
+
+
+async def post_many(daemon: Daemon, batches: int) -> None:
+    for _ in range(batches):
+        path = "/api/ws/messages/batch"
+        answer = await trio.to_thread.run_sync(daemon.request, "POST", path, {"messages": MANY})
+        assert answer.status == 200
+
+
+async def test_an_overwritten_file_is_not_mixed_with_the_old_one(files: Files) -> None:
+    """The log of the old database has pages that are to come into the file: they come nowhere."""
+    await post_many(files.daemon, 3)
+    await files.set_aside()
+    await post_many(files.daemon, 2)  # some of them are in the file by now, some are in the log
+    overwrite(files)
+    with trio.fail_after(NOTICED):
+        assert await trio.to_thread.run_sync(files.daemon.wait) == 1
+    assert files.file.read_bytes() == files.copy.read_bytes()
+    assert files.file.with_name("chatd.db-wal.left").stat().st_mode & 0o777 == 0o600
+    await files.start()
+    await post(files.daemon, 1, "found")
+    assert last_seq(files.file) == 3001
+    await files.stop()
+    assert whole(files.file)
+
+
+async def test_the_database_of_another_chatd_is_noticed_too(files: Files, tmp_path: Path) -> None:
+    """Also one that was started more often."""
+    other = tmp_path / "other.db"
+    for _ in range(5):
+        open_store(Database(url=f"sqlite:///{other}")).close()
+    await post(files.daemon, KEPT, "kept")
+    shutil.copyfile(other, files.file)
+    with trio.fail_after(NOTICED):
+        assert await trio.to_thread.run_sync(files.daemon.wait) == 1
+    assert GONE[overwrite] in files.daemon.log
+
+
+async def test_a_copy_of_chatd_backup_is_noticed_too(files: Files, tmp_path: Path) -> None:
+    """Made in the same life of the daemon."""
+    await post(files.daemon, KEPT, "kept")
+    made = await trio.to_thread.run_sync(files.daemon.command, "backup", str(files.copy))
+    assert made.returncode == 0, made.stderr
+    overwrite(files)
+    with trio.fail_after(NOTICED):
+        assert await trio.to_thread.run_sync(files.daemon.wait) == 1
+    assert GONE[overwrite] in files.daemon.log
+
+
+async def test_what_others_do_with_sqlite_is_no_other_database(files: Files) -> None:
+    """A shell may write, move the log into the file, and compact it."""
+    await post_many(files.daemon, 1)
+    with closing(sqlite3.connect(files.file, isolation_level=None)) as shell:
+        shell.execute("UPDATE chat_messages SET content = 'by hand' WHERE id = 1")
+        for statement in ("PRAGMA wal_checkpoint(FULL)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+            shell.execute(statement)
+            await trio.sleep(1.2)  # longer than between two looks
+    open_store(Database(url=f"sqlite:///{files.file}")).close()  # another process that serves from it
+    await trio.sleep(1.2)
+    await post_many(files.daemon, 3)
+    assert files.daemon.exit_code is None
+
+
+def damage(file: Path, table: str) -> None:
+    """A disk that has lost the page on which a table begins; of `sqlite_schema` it is that of the header."""
+    with closing(sqlite3.connect(file)) as database:
+        root, size = database.execute(
+            "SELECT coalesce((SELECT rootpage FROM sqlite_schema WHERE name = ?), 1), page_size"
+            " FROM pragma_page_size",
+            (table,),
+        ).fetchone()
+    with file.open("r+b") as pages:
+        pages.seek((root - 1) * size)
+        pages.write(b"\xff" * size)
+
+
+async def test_a_damaged_file_is_told_with_what_to_do(files: Files) -> None:
+    await post(files.daemon, KEPT, "secret")
+    await files.stop()
+    damage(files.file, "chat_messages")
+    await files.start()
+    body = {"conversation_id": 1, "sender_id": 9, "content": "another secret"}
+    answer = await trio.to_thread.run_sync(files.daemon.request, "POST", "/api/ws/messages", body)
+    assert answer.status == 500
+    written = next(line for line in files.daemon.log.splitlines() if "write_failed" in line)
+    assert json.loads(written)["error"] == "database disk image is malformed"
+    told = json.loads(next(line for line in files.daemon.log.splitlines() if "database_damaged" in line))
+    assert (told["level"], told["error"]) == ("warning", "database disk image is malformed")
+    assert "chatd restore" in told["advice"]
+    ready = await trio.to_thread.run_sync(files.daemon.get, "/readyz")
+    assert (ready.status, ready.json["checks"]["database"]) == (503, "damaged")
+    assert "secret" not in files.daemon.log

@@ -63,9 +63,14 @@ class Health:
         return 200, {"status": "ok" if self._bus.up else "degraded", "checks": checks}
 
     def _state_of_database(self, revision: str | None) -> str:
-        """`read_only`: the last write found it locked, full or gone; the writer goes on trying."""
+        """`read_only`: the last write found it locked, full or gone; the writer goes on trying.
+
+        `damaged`: since the start somebody has read from the file what SQLite has not written there.
+        """
         if revision is None:
             return "down"
+        if self._writer.damaged:
+            return "damaged"
         return "read_only" if self._writer.failing else "ok"
 
     async def _find_revision(self) -> str | None:

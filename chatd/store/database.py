@@ -53,6 +53,7 @@ class Store:
         self.retention = Pruning(self._writing)
         self.wal = Wal(self._writing) if is_sqlite(self._writing) else None
         self.token_secret = _make_facts(self._writing)
+        self._file.stamp(self._writing)
 
     def writer(
         self, *, node: str | None, on_commit: Callable[[Group], None], told: frozenset[str] = frozenset()

@@ -2,26 +2,47 @@
 
 SQLite itself goes on with a file that was deleted, or moved away for another, for as long as it has it open.
 It finds the log beside it (`-wal`) by its name alone: whoever opens the new file plays the old log into it.
+
+`cp` puts another database into the very same file, and SQLite would write pages of the old one between those of
+the new. So the header says which file this is: `application_id` is random for each database and each copy that
+chatd makes, and `user_version` grows with each start. An older one came from somewhere else.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import sqlite3
+import struct
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import Engine, event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Engine, ExceptionContext, event
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from chatd.core.errors import DatabaseGone
+from chatd.observe.logs import Recurring
 from chatd.store import urls
 from chatd.store.engine import is_sqlite
+from chatd.store.failures import is_damage, primary
+from chatd.store.private import PRIVATE
 
 Identity = tuple[int, int]
+# Of the file's first page (https://www.sqlite.org/fileformat2.html): magic, user_version, application_id.
+_HEADER = struct.Struct(">16s44xI4xI")
+_MAGIC = b"SQLite format 3\0"
+ADVICE = "stop chatd, look at the file with `chatd doctor`, and put a backup in its place: `chatd restore`"
+
 log = structlog.get_logger()
+_damaged = Recurring("database_damaged")
+
+
+class Stamp(NamedTuple):
+    generation: int
+    lineage: int
 
 
 class DatabaseFile:
@@ -33,26 +54,69 @@ class DatabaseFile:
         self._path = Path(named).absolute() if named else None
         self._identity = _identity(self._path) if self._path is not None else None
         self._log: Identity | None = None
+        self._stamp: Stamp | None = None
+        self._written: tuple[int, int] | None = None  # when the file was written last, and its size
+        self.damaged = False  # SQLite has said so since the start
+
+    def stamp(self, engine: Engine) -> None:
+        """Begin to serve from it: a copy that was made before has an older stamp from now on."""
+        if self._path is None:
+            return
+        with engine.begin() as connection:
+            generation = connection.exec_driver_sql("PRAGMA user_version").scalar_one() + 1
+            lineage = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+            lineage = lineage or secrets.randbelow(2**31 - 1) + 1
+            connection.exec_driver_sql(f"PRAGMA user_version = {generation}")
+            connection.exec_driver_sql(f"PRAGMA application_id = {lineage}")
+        with closing(engine.raw_connection()) as pooled:
+            pooled.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")  # into the file itself
+        self._stamp = _stamp_of(self._path)
 
     def check(self) -> None:
         """Raises DatabaseGone. Takes microseconds, or as long as the file system does."""
         if self._path is None or self._identity is None:
             return
-        found = _identity(self._path)
-        if found == self._identity:
-            self._log = _identity(_beside(self._path, "-wal"))
-            return
-        what = "has been deleted or moved away" if found is None else "was replaced by another file"
-        raise DatabaseGone(
+        found = _stat(self._path)
+        if found is None:
+            raise self._gone("has been deleted or moved away")
+        if (found.st_dev, found.st_ino) != self._identity:
+            raise self._gone("was replaced by another file")
+        if self._is_overwritten(self._path, found):
+            raise self._gone("was overwritten with another database (by cp, for example)")
+        self._log = _identity(_beside(self._path, "-wal"))
+
+    def _gone(self, what: str) -> DatabaseGone:
+        return DatabaseGone(
             f"The database {self._path} {what} while chatd was serving from it. Nothing more is acknowledged;"
             " the next start serves from the file that is there then."
         )
 
+    def _is_overwritten(self, path: Path, found: os.stat_result) -> bool:
+        """In WAL mode nobody writes to the file itself but now and then, so it is seldom read here."""
+        written = found.st_mtime_ns, found.st_size
+        if self._stamp is None or written == self._written:
+            return False
+        try:
+            stamp = _stamp_of(path)
+        except OSError:  # there is no descriptor left, say: it is looked at again
+            return False
+        if stamp is None or stamp.lineage != self._stamp.lineage or stamp < self._stamp:
+            return True
+        self._written = written
+        return False
+
     def guard(self, engine: Engine) -> None:
-        """Let no connection of an engine's open another file, or make one."""
+        """Let no connection of an engine's open another file, make one, or write into what has come for it."""
         if is_sqlite(engine):
             event.listen(engine, "do_connect", self._refuse)
             event.listen(engine, "connect", self._refuse)
+            event.listen(engine, "commit", self._refuse_commit)
+            event.listen(engine, "handle_error", self._listen_for_damage)
+
+    def _listen_for_damage(self, context: ExceptionContext) -> None:
+        if is_damage(context.original_exception):
+            self.damaged = True
+            _damaged.warn(file=str(self._path), error=primary(context.original_exception), advice=ADVICE)
 
     def _refuse(self, *_: Any) -> None:
         try:
@@ -60,21 +124,32 @@ class DatabaseFile:
         except DatabaseGone as error:
             raise sqlite3.OperationalError(str(error)) from error
 
+    def _refuse_commit(self, _: Any) -> None:
+        try:
+            self._refuse()
+        except sqlite3.OperationalError as error:
+            raise OperationalError("COMMIT", None, error) from error
+
     def leave(self, engine: Engine) -> None:
         """Bring what is in the log into the file that has gone, for somebody may have moved it away and need
         it, and move the log out of the way of the file that came for it."""
         if self._path is None:
             return
-        wal = _beside(self._path, "-wal")
+        wal, left = _beside(self._path, "-wal"), _beside(self._path, "-wal.left")
         if self._log is None or _identity(wal) != self._log:
             return  # it is another file's already
-        whole = _empty_log(engine)
         with suppress(OSError):
-            if whole:
+            if _identity(self._path) == self._identity:  # overwritten: it must not come into what is there now
+                left.touch(PRIVATE)
+                shutil.copyfile(wal, left)
+                os.truncate(wal, 0)  # connections that are still open would bring it there
+                wal.unlink()
+                log.error("log_left", file=str(left), reason="the database that it belongs to was overwritten")
+            elif _empty_log(engine):
                 wal.unlink()
             else:
-                wal.replace(_beside(self._path, "-wal.left"))
-                log.error("log_left", file=f"{wal}.left", reason="it could not be written into the database")
+                wal.replace(left)
+                log.error("log_left", file=str(left), reason="it could not be written into the database")
             _beside(self._path, "-shm").unlink()
 
 
@@ -92,10 +167,24 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
+def _stamp_of(path: Path) -> Stamp | None:
+    """None for what is no SQLite database."""
+    with path.open("rb") as file:
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size:
+        return None
+    magic, *stamp = _HEADER.unpack(start)
+    return Stamp(*stamp) if magic == _MAGIC else None
+
+
 def _identity(path: Path) -> Identity | None:
+    found = _stat(path)
+    return None if found is None else (found.st_dev, found.st_ino)
+
+
+def _stat(path: Path) -> os.stat_result | None:
     """None where there is no such file. Other errors of a file system say nothing about the file."""
     try:
-        found = os.stat(path)
+        return os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino

@@ -22,6 +22,7 @@ WAL_BYTES = 256 * 1024 * 1024  # SQLite keeps it at 4 MiB unless somebody reads 
 FREE_BYTES, LITTLE_BYTES = 100 * 1024 * 1024, 1024 * 1024 * 1024
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"}
 FULL = 0.8  # of Redis's maxmemory
+RESTORE = "Stop chatd, and put a backup in its place: `chatd restore`. What goes on may damage more."
 DATABASE, DIRECTORY, REDIS = "database", "directory", "Redis"
 
 
@@ -29,6 +30,9 @@ def database(case: Case) -> Iterator[Finding]:
     """Reachable, of the right version and schema, writable, fast."""
     try:
         found = store_probe.look(case.config.database)
+    except store_probe.Damaged as error:
+        yield problem(DATABASE, f"the file is damaged: {error}", RESTORE)
+        return
     except OperatorError as error:
         yield problem(
             DATABASE,
@@ -43,6 +47,8 @@ def database(case: Case) -> Iterator[Finding]:
             f"takes no rows: {found.refuses_writes}",
             "See the rights of its user, its free space, and whether another process holds it.",
         )
+    if found.settings is None:
+        yield _damage(found.damage)
     if found.commit is not None:
         yield _commit(found.commit)
     yield from _settings(case, found.settings or {})
@@ -65,6 +71,18 @@ def _schema(found: store_probe.Found) -> Finding:
         return warning(DATABASE, f"{found.version} is old", f"Take PostgreSQL {OLDEST_POSTGRES} or newer.")
     takes = "" if found.refuses_writes else ", takes rows"
     return ok(DATABASE, f"{found.version}, schema at version {found.revision}{takes}")
+
+
+def _damage(damage: str | None) -> Finding:
+    """Of SQLite's file."""
+    if damage:
+        return problem(DATABASE, f"the file is damaged: {damage}", RESTORE)
+    if damage is None:
+        advice = "`sqlite3 FILE 'PRAGMA quick_check'` reads all of it, beside a chatd that serves."
+        return ok(
+            DATABASE, f"no damage found in {store_probe.CHECK_SECONDS:.0f} s, which were not enough", advice
+        )
+    return ok(DATABASE, "the file is whole")
 
 
 def _commit(seconds: float) -> Finding:

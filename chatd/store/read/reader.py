@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from chatd.core.errors import Unavailable
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
+from chatd.store.failures import primary
 from chatd.store.sessions import Strayed, strayed
 
 DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
@@ -65,5 +66,6 @@ class Reader:
             ended = isinstance(error, Strayed) or getattr(error, "connection_invalidated", False)
             if again and ended:
                 return self._run(read, arguments, again=False)
-            _unavailable.warn(read=read.__name__, error=type(getattr(error, "orig", error)).__name__)
+            told = primary(error) or type(getattr(error, "orig", error)).__name__
+            _unavailable.warn(read=read.__name__, error=told)
             raise Unavailable() from error

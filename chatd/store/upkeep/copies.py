@@ -16,6 +16,8 @@ from chatd.store.private import COMPANIONS, PRIVATE, keep_private
 
 BUSY_SECONDS = 5.0  # that a look at a database waits for whoever writes it
 STEPS = 100_000  # of SQLite's machine, between two moments at which Ctrl-C is heard
+# What the header says of a file that a daemon serves from: a copy is none of these.
+_NO_STAMP = ("PRAGMA user_version = 0", "PRAGMA application_id = 0")
 _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
 
 
@@ -67,6 +69,9 @@ def _vacuum_into(source: Path, target: Path) -> None:
     with closing(_open(source)) as connection:
         connection.set_progress_handler(lambda: 0, STEPS)
         connection.execute("VACUUM INTO ?", (str(target),))
+    with closing(_open(target)) as connection:
+        for statement in _NO_STAMP:
+            connection.execute(statement)
 
 
 def check(path: Path) -> str:

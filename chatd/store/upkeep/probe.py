@@ -23,16 +23,21 @@ from chatd.config import Database
 from chatd.core.errors import OperatorError
 from chatd.store import migrations, schema, urls
 from chatd.store.engine import looking_engine, require_sessions, writing_engine
+from chatd.store.failures import is_damage
 
 SYNCHRONOUS = "synchronous_standby_names"
 COMMITS = 20  # of which the middle one counts
 BLOCK = 4096  # bytes, as a commit of SQLite writes at least
+CHECK_SECONDS = 5.0  # for a look at all of SQLite's file, some 2 GB
+CHECK_STEPS = 10_000  # of SQLite's machine, between looks at the clock
 
 
 @dataclass(frozen=True)
 class Found:
     """`commit` is in seconds, `ahead` how far its clock is ahead of ours. `settings` are PostgreSQL's, and
-    `standbys` the number of servers that follow it just now."""
+    `standbys` the number of servers that follow it just now. `damage` is what SQLite says of its file, empty
+    where that is whole; None where there was no time to read all of it.
+    """
 
     version: str
     revision: str | None
@@ -42,6 +47,11 @@ class Found:
     ahead: float | None = None
     settings: dict[str, str] | None = None
     standbys: int = 0
+    damage: str | None = None
+
+
+class Damaged(OperatorError):
+    """SQLite cannot even begin to read its file."""
 
 
 def sqlite_file(config: Database) -> Path | None:
@@ -62,7 +72,8 @@ def look(config: Database) -> Found:
         finally:
             reading.dispose()
     except (SQLAlchemyError, psycopg.Error, TypeError, ValueError) as error:
-        raise OperatorError(_first_line(error)) from error
+        kind = Damaged if is_damage(getattr(error, "orig", None)) else OperatorError
+        raise kind(_first_line(error)) from error
 
 
 def _look_at_file(reading: Engine, file: Path) -> Found:
@@ -71,7 +82,26 @@ def _look_at_file(reading: Engine, file: Path) -> Found:
         revision = migrations.current(connection)
     newest = migrations.head()
     refused = _refusal_of_file(file) if revision == newest else ""
-    return Found(f"SQLite {sqlite3.sqlite_version}", revision, newest, refused, fsync_time(file.parent))
+    return Found(
+        f"SQLite {sqlite3.sqlite_version}",
+        revision,
+        newest,
+        refused,
+        fsync_time(file.parent),
+        damage=damage_of(file),
+    )
+
+
+def damage_of(file: Path, seconds: float = CHECK_SECONDS) -> str | None:
+    """What SQLite's quick_check says, empty where all is well; None where it took longer than that."""
+    end = time.monotonic() + seconds
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+        connection.set_progress_handler(lambda: time.monotonic() > end, CHECK_STEPS)
+        try:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.Error as error:
+            return None if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT else str(error)
+    return "" if found == "ok" else str(found)
 
 
 def _refusal_of_file(file: Path) -> str:

@@ -20,6 +20,7 @@ from chatd.core.errors import DatabaseGone, Internal, Unavailable
 from chatd.core.model import Group, now
 from chatd.observe.logs import Recurring
 from chatd.store.database_file import DatabaseFile
+from chatd.store.failures import primary
 from chatd.store.sessions import Strayed, strayed, unreplicated
 from chatd.store.write import statements
 from chatd.store.write.commands import AnyCommand, Delete, Edit, Fence, Notify, SetUser
@@ -116,6 +117,7 @@ class Committer:
                 )
             if strayed(connection):
                 raise Strayed
+            self._file.check()
             try:
                 transaction.commit()
                 if unreplicated(connection):
@@ -127,6 +129,11 @@ class Committer:
                 raise OperationalError("COMMIT", None, error) from error
             self._file.check()
             return written
+
+    @property
+    def damaged(self) -> bool:
+        """Somebody has read from SQLite's file what SQLite has not written there."""
+        return self._file.damaged
 
     def leave(self) -> None:
         """The database has gone: see `DatabaseFile.leave`."""
@@ -141,16 +148,14 @@ class Committer:
 
 
 def _lost(error: Exception) -> Unavailable:
-    _unavailable.warn(error=str(getattr(error, "orig", error)))
+    _unavailable.warn(error=primary(error) or str(getattr(error, "orig", error)))
     return Unavailable()
 
 
 def _bad(error: Exception) -> Internal:
     incident = secrets.token_hex(6)
     if isinstance(error, DBAPIError):
-        # Not all that the driver says: its details show the row, and with it the message.
-        primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
-        log.error("write_failed", incident=incident, error=primary or type(error.orig).__name__)
+        log.error("write_failed", incident=incident, error=primary(error) or type(error.orig).__name__)
     else:
         log.error("write_failed", incident=incident, exc_info=error)
     return Internal(incident=incident)

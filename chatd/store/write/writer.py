@@ -71,6 +71,10 @@ class Writer:
     def failing(self) -> bool:
         return self._committer.failing
 
+    @property
+    def damaged(self) -> bool:
+        return self._committer.damaged
+
     def submit(self, commands: Sequence[AnyCommand], then: Then | None = None) -> Submission:
         """Queue commands, in the order of the calls. Raises Unavailable when too many wait already.
 
