@@ -12,7 +12,7 @@ import redis
 import trio
 from sqlalchemy import create_engine, text
 
-from chatd.bus.redis import fitting_count
+from chatd.bus.readers import fitting_count
 from chatd.bus.signals import WaitingSignals
 from tests.client import Client, login
 from tests.daemon import Daemon

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import redis
+import trio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -35,3 +37,8 @@ def last_id(client: redis.Redis) -> str:
 def order(stream_id: str) -> tuple[int, int]:
     time, _, number = stream_id.partition("-")
     return int(time), int(number)
+
+
+async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what waits for Redis. A limiter of its own: a thread that waits there takes no place from others."""
+    return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))

@@ -1,0 +1,133 @@
+"""What comes from Redis: the changes of other nodes by the stream, signals and foreign payloads by pub/sub.
+
+Each reader has a thread of its own, which gives what it has read to the receiver in trio's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+import trio
+
+from chatd.bus import Receiver, kicks, payloads
+from chatd.bus.client import LOST, MESSAGES, SIGNALS, STREAM, in_thread, last_id, order
+from chatd.bus.trimming import Trimming, trim_what_is_there
+from chatd.config import Redis
+from chatd.core.model import Kick
+
+READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
+READ_BYTES = 2 * 1024 * 1024  # of one, about: Redis counts entries, so the size of the last ones is the guess
+BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
+BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
+
+
+class StreamReader:
+    """Reads the streams of changes and of kicks with XREAD, in batches. It goes on where it was after an
+    outage.
+    """
+
+    def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
+        self._config, self._node, self._receiver = config, node, receiver
+        self._position = ""
+
+    async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
+        """Until Redis fails; calls `up` when it answers."""
+        send, receive = trio.open_memory_channel[list[Any]](BATCHES)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_batches, receive)
+            try:
+                await in_thread(self._read, client, send, up)
+            except LOST as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        raise failure
+
+    def _read(
+        self, client: redis.Redis, send: trio.MemorySendChannel[list[Any]], up: Callable[[], None]
+    ) -> None:
+        last = last_id(client)
+        if not self._position or order(last) < order(self._position):
+            self._position = last  # the first start, or a flush: what was missed is found by the sweep
+        trimming = Trimming(self._config.stream_bytes)
+        trim_what_is_there(client, STREAM, self._config.stream_bytes)
+        trio.from_thread.run_sync(up)
+        count = READ_COUNT // 10  # until something is known of their size
+        kicked = kicks.BEGINNING  # all that are kept: each concerns older connections only
+        while True:
+            trio.from_thread.check_cancelled()
+            wanted: dict[Any, Any] = {STREAM: self._position, kicks.STREAM: kicked}
+            reply: Any = client.xread(wanted, count=count, block=BLOCK)
+            if not reply:
+                last = last_id(client)
+                if order(last) < order(self._position):
+                    self._position, kicked = last, kicks.BEGINNING
+                    trio.from_thread.run_sync(self._receiver.lost)
+                continue
+            for name, entries in reply:
+                if name == kicks.STREAM.encode():
+                    kicked = entries[-1][0].decode()
+                    trio.from_thread.run_sync(self._take_kicks, kicks.heard(client, entries, self._node))
+                else:
+                    count = fitting_count(entries)
+                    self._position = entries[-1][0].decode()
+                    trio.from_thread.run(send.send, entries)
+                    if cut := trimming.add(entries):
+                        client.xtrim(STREAM, minid=cut, approximate=True)
+
+    def _take_kicks(self, heard: list[Kick]) -> None:
+        for kick in heard:
+            self._receiver.signal(kick)
+
+    async def _take_batches(self, receive: trio.MemoryReceiveChannel[list[Any]]) -> None:
+        own = self._node.encode()
+        async for entries in receive:
+            others = (payloads.change_of(fields) for _, fields in entries if fields.get(b"n") != own)
+            self._receiver.changes([change for change in others if change is not None])
+
+
+class PubSubReader:
+    """Listens to signals, and to the payloads of other services where they are accepted."""
+
+    def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
+        self._channels = [SIGNALS, MESSAGES] if config.accept_foreign else [SIGNALS]
+        self._node, self._receiver = node, receiver
+
+    async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
+        """Until Redis fails; calls `up` when it has subscribed."""
+        with client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
+            await in_thread(self._listen, pubsub, up)
+
+    def _listen(self, pubsub: Any, up: Callable[[], None]) -> None:
+        pubsub.subscribe(*self._channels)
+        trio.from_thread.run_sync(up)
+        while True:
+            trio.from_thread.check_cancelled()
+            got = pubsub.get_message(timeout=BLOCK / 1000)
+            batch: list[dict[str, Any]] = []
+            size = 0
+            while got is not None and len(batch) < READ_COUNT and size < READ_BYTES:
+                batch.append(got)
+                size += len(got["data"])
+                got = pubsub.get_message(timeout=0)
+            if batch:
+                trio.from_thread.run_sync(self._take, batch)
+            else:
+                pubsub.check_health()
+
+    def _take(self, batch: list[dict[str, Any]]) -> None:
+        for item in batch:
+            data = item["data"]
+            if item["channel"] == SIGNALS.encode():
+                signal = payloads.signal_of(data)
+                if signal is not None and signal.node != self._node:
+                    self._receiver.signal(signal.signal)
+            elif foreign := payloads.foreign_of(data):
+                self._receiver.foreign(*foreign)
+
+
+def fitting_count(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> int:
+    """How many entries like these make up `READ_BYTES`."""
+    size = sum(len(value) for _, fields in entries for value in fields.values())
+    return max(1, min(READ_COUNT, READ_BYTES * len(entries) // max(size, 1)))
