@@ -16,6 +16,7 @@ from chatd.hub.admission.registry import Handshake
 from chatd.hub.fanout.rooms import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.refusals import LOGIN_ERRORS
+from chatd.hub.session.replies import tell_error
 from chatd.hub.session.session import Session, speaks_ours
 from chatd.store.read.snapshots import Snapshot
 
@@ -43,9 +44,9 @@ class TrivialSession(Session):
     async def _enter(self, query: dict[str, str]) -> tuple[Subscription, Snapshot]:
         conversation_id = _id_from_text(query.get("conversation_id", ""))
         token = query["token"]
-        identity = await self._verify(token)
-        await self._become(identity)  # first: whoever is banned from here on is found among the connected
-        await self._become(await self._chat.logins.checked(token, identity))
+        identity = await self._login.verify(token)
+        await self._login.become(identity)  # first: whoever is banned from here on is found among the connected
+        await self._login.become(await self._chat.logins.checked(token, identity))
         return await self._rooms.prepare(conversation_id)
 
     async def _greet(self, handshake: Handshake) -> None:
@@ -55,16 +56,16 @@ class TrivialSession(Session):
         elif isinstance(prepared, tuple):
             self._rooms.begin(*prepared)
         elif isinstance(prepared, LOGIN_ERRORS):
-            self._refuse_login(prepared, None, first=True)
+            self._login.refuse(prepared, None, first=True)
         else:
-            self._tell_error(prepared)
+            tell_error(self._line, prepared)
             match prepared:
                 case BadRequest():
                     self._line.close_for_good(Final.NO_CONVERSATION)
                 case NotFound():
                     self._line.close_for_good(Final.NOT_LET_IN)
                 case _:
-                    self.close(Close.SERVER_ERROR, str(prepared))
+                    self._line.close_soon(Close.SERVER_ERROR, str(prepared))
 
 
 def _id_from_text(text: str) -> int:
