@@ -57,9 +57,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-async def test_signals_pass_while_the_database_is_away(redis_server: RedisServer, frozen: bool) -> None:
+async def test_signals_pass_while_the_database_is_away(own_redis: RedisServer, frozen: bool) -> None:
     """Redis is there, and who comes and goes needs no database: nobody is taken for gone."""
-    config, outbox = Redis(url=redis_server.url), Outbox(frozen=frozen)
+    config, outbox = Redis(url=own_redis.url), Outbox(frozen=frozen)
     ears = {name: Ear() for name in ("one", "other")}
     buses = [RedisBus(config, node=name, outbox=outbox) for name in ears]
     async with trio.open_nursery() as nursery:

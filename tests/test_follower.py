@@ -30,7 +30,7 @@ def message(seq: int) -> Event:
     return {"event": "message", "conversation_id": 1, "seq": seq, "mark": f"a{seq}"}
 
 
-def place(seq: int, *changes: int) -> Event:
+def state_of(seq: int, *changes: int) -> Event:
     told = [message(one) for one in changes]
     return {"event": "subscribed", "seq": seq, "mark": f"a{seq}", "recovered": True, "changes": told}
 
@@ -38,13 +38,13 @@ def place(seq: int, *changes: int) -> Event:
 async def test_a_hole_is_asked_for_once_and_each_change_is_told_once() -> None:
     told: list[int] = []
     follower = Follower("ws://x", 1, log_in=str, tell=lambda event: told.append(event["seq"]))
-    follower._take_place(place(1))
+    follower._take_state(state_of(1))
     events = (
         message(2),
         message(5),
         message(6),
         message(7),
-        place(7, 2, 3, 4, 5, 6, 7),
+        state_of(7, 2, 3, 4, 5, 6, 7),
         message(7),
         message(9),
     )
