@@ -71,6 +71,7 @@ class Store:
     def close(self) -> None:
         self._writing.dispose()
         self._reading.dispose()
+        self._file.close()
 
 
 def open_store(config: Database) -> Store:

@@ -54,7 +54,8 @@ class DatabaseFile:
         self._path = Path(named).absolute() if named else None
         self._identity = _identity(self._path) if self._path is not None else None
         self._log: Identity | None = None
-        self._stamp: Stamp | None = None
+        self._stamps: tuple[Stamp | None, Stamp] | None = None  # of the file at our start; ours
+        self._descriptor: int | None = None
         self._written: tuple[int, int] | None = None  # when the file was written last, and its size
         self.damaged = False  # SQLite has said so since the start
 
@@ -68,9 +69,19 @@ class DatabaseFile:
             lineage = lineage or secrets.randbelow(2**31 - 1) + 1
             connection.exec_driver_sql(f"PRAGMA user_version = {generation}")
             connection.exec_driver_sql(f"PRAGMA application_id = {lineage}")
-        with closing(engine.raw_connection()) as pooled:
-            pooled.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")  # into the file itself
-        self._stamp = _stamp_of(self._path)
+        with closing(engine.raw_connection()) as pooled:  # into the file itself, if no reader is in the way
+            pooled.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
+        # One descriptor for as long as SQLite has the file open: to close any descriptor of a file ends all
+        # POSIX locks that the process holds on it (https://www.sqlite.org/howtocorrupt.html §2.2). Another
+        # process would then take itself for the last, and delete the log of a database that is in use.
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._stamps = _stamp_of(self._descriptor), Stamp(generation, lineage)
+
+    def close(self) -> None:
+        """Call it when no engine has a connection any more."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def check(self) -> None:
         """Raises DatabaseGone. Takes microseconds, or as long as the file system does."""
@@ -81,7 +92,7 @@ class DatabaseFile:
             raise self._gone("has been deleted or moved away")
         if (found.st_dev, found.st_ino) != self._identity:
             raise self._gone("was replaced by another file")
-        if self._is_overwritten(self._path, found):
+        if self._is_overwritten(found):
             raise self._gone("was overwritten with another database (by cp, for example)")
         self._log = _identity(_beside(self._path, "-wal"))
 
@@ -91,16 +102,14 @@ class DatabaseFile:
             " the next start serves from the file that is there then."
         )
 
-    def _is_overwritten(self, path: Path, found: os.stat_result) -> bool:
-        """In WAL mode nobody writes to the file itself but now and then, so it is seldom read here."""
+    def _is_overwritten(self, found: os.stat_result) -> bool:
+        """In WAL mode SQLite itself seldom writes to the file, so its header is seldom read here."""
         written = found.st_mtime_ns, found.st_size
-        if self._stamp is None or written == self._written:
+        if self._stamps is None or self._descriptor is None or written == self._written:
             return False
-        try:
-            stamp = _stamp_of(path)
-        except OSError:  # there is no descriptor left, say: it is looked at again
-            return False
-        if stamp is None or stamp.lineage != self._stamp.lineage or stamp < self._stamp:
+        at_start, ours = self._stamps
+        stamp = _stamp_of(self._descriptor)
+        if stamp != at_start and (stamp is None or stamp.lineage != ours.lineage or stamp < ours):
             return True
         self._written = written
         return False
@@ -167,10 +176,9 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _stamp_of(path: Path) -> Stamp | None:
-    """None for what is no SQLite database."""
-    with path.open("rb") as file:
-        start = file.read(_HEADER.size)
+def _stamp_of(descriptor: int) -> Stamp | None:
+    """None where the file is no SQLite database."""
+    start = os.pread(descriptor, _HEADER.size, 0)
     if len(start) < _HEADER.size:
         return None
     magic, *stamp = _HEADER.unpack(start)
