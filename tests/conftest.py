@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ structlog.configure(
 # They boot a systemd, which takes root and a minute: `make test-systemd`.
 collect_ignore = [] if "CHATD_TEST_SYSTEMD" in os.environ else ["booted"]
 
-# Fixtures that start a process. A module that starts its own says `pytestmark = pytest.mark.service`.
-SERVICES = {"postgres", "redis_server", "own_redis", "daemons", "daemon", "deployment"}
+# Fixtures that start a process. A test or a module that starts its own is marked with `pytest.mark.service`.
+SERVICES = {
+    *("postgres", "redis_server", "own_redis", "replication", "daemons", "daemon", "deployment"),
+    *("browser", "site"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +42,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and SERVICES & set(item.fixturenames):
             item.add_marker("service")
+
+
+class Unmarked:
+    """Fails a test that starts a process and is not marked: `make test-quick` would take it."""
+
+    def __init__(self) -> None:
+        self.running: str | None = None  # a test that may start none
+
+    def look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and self.running is not None:
+            reason = f"{self.running} starts {arguments[0]}: mark it with pytest.mark.service"
+            pytest.fail(reason, pytrace=False)
+
+
+_unmarked = Unmarked()
+sys.addaudithook(_unmarked.look)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _unmarked.running = None if item.get_closest_marker("service") else item.nodeid
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """Servers of a whole session end with its last test, whichever that is."""
+    _unmarked.running = None
 
 
 @pytest.fixture(scope="session")

@@ -394,6 +394,7 @@ async def test_an_unforeseen_error_is_an_incident() -> None:
     assert [(line["event"], line["incident"]) for line in lines] == [("request_failed", body["incident"])]
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_traceback_in_the_log_shows_nothing_of_a_message(form: str) -> None:
     code = f"""

@@ -158,6 +158,7 @@ def modes(directory: Path, pattern: str = "*") -> dict[str, str]:
     return {file.name: f"{file.stat().st_mode & 0o777:04o}" for file in directory.glob(pattern)}
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_a_database_and_its_copies_are_for_their_owner_alone(tmp_path: Path, umask: int) -> None:
     """It holds all messages and what signs tokens. Whatever the umask is."""
@@ -195,6 +196,7 @@ def test_a_database_that_others_can_read_is_closed_to_them(tmp_path: Path) -> No
     assert modes(tmp_path)["chatd.db"] == "0660"
 
 
+@pytest.mark.service
 @pytest.mark.parametrize(
     "arguments",
     [("backup", "missing/"), ("user", "export", "7", "--output", "missing/")],

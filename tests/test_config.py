@@ -155,6 +155,7 @@ def test_binds_may_be_ipv6_or_every_address() -> None:
 # The commands.
 
 
+@pytest.mark.service
 def test_a_wrong_configuration_ends_with_78_and_every_mistake(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, api__internal_token="", hub__bnid="x")
     for command in ("check-config", "serve"):
@@ -169,6 +170,7 @@ def test_a_wrong_configuration_ends_with_78_and_every_mistake(tmp_path: Path) ->
     assert "fine" in fine.stdout
 
 
+@pytest.mark.service
 def test_no_token_is_needed_where_no_backend_is_served(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, api__internal_token="")
     early = daemon.command("token", "7")
@@ -188,6 +190,7 @@ def test_a_postgresql_without_the_schema_says_what_to_run(postgres, tmp_path: Pa
     assert "Run `chatd migrate`" in ended.stderr
 
 
+@pytest.mark.service
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
@@ -206,6 +209,7 @@ def test_a_database_that_cannot_be_opened_is_said_in_a_sentence(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.service
 def test_help_fits_on_a_screen(tmp_path: Path) -> None:
     shown = Daemon(tmp_path).command("--help")
     assert shown.returncode == 0

@@ -34,6 +34,8 @@ from tests.nginx import Nginx
 from tests.services import RedisServer, free_port
 from tests.test_history import damage
 
+pytestmark = pytest.mark.service
+
 LONG_TOKEN = "a-token-for-tests-that-nobody-would-ever-guess"
 
 Said = list[dict[str, Any]]

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 import trio
 from sqlalchemy import select
@@ -188,6 +189,7 @@ async def test_a_slow_reader_of_an_export_delays_nobody(database_url: str) -> No
         assert [row["content"] for row in rows] == [f"{n}" for n in range(1, 250)]
 
 
+@pytest.mark.service
 def test_it_asks_first(tmp_path: Path) -> None:
     done = Daemon(tmp_path).command("user", "erase", "5")
     assert (done.returncode, "Aborted" in done.stderr) == (1, True)

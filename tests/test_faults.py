@@ -17,6 +17,8 @@ import pytest
 
 from tests.faults.nemesis import faults_of
 
+pytestmark = pytest.mark.service
+
 REPOSITORY = Path(__file__).parent.parent
 AT_ONCE = 2
 LONGEST = 600  # seconds; a quarter of it on a machine that has nothing else to do

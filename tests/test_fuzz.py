@@ -20,6 +20,8 @@ from schemathesis import GenerationMode
 from tests.client import Client, login
 from tests.daemon import TOKEN, Daemon
 
+pytestmark = pytest.mark.service
+
 EXAMPLES = 15  # of each route, valid ones and others
 ROOM, USER = 7_700_111_222, 7_700_111_223  # of those who must not notice: no example knows them
 EXPECTED = {200, 400, 401, 403, 404, 405, 406, 409, 411, 413, 415, 422}

@@ -19,6 +19,8 @@ from tests.conftest import Daemons
 from tests.daemon import Daemon
 from tests.node import NODE, run_script
 
+pytestmark = pytest.mark.service
+
 WEB = Path(__file__).parent / "web"
 NAME = re.compile(r'^\s*test\("([^"]+)"', re.MULTILINE)
 EXAMPLES = re.findall(

@@ -463,6 +463,7 @@ async def test_a_connection_stays_its_users(daemon: Daemon, user: int) -> None:
         assert (await client.request("auth", token=token(user)))["user_id"] == user
 
 
+@pytest.mark.service
 async def test_a_client_that_gives_no_sign_of_life_is_given_up(watchful: Daemon) -> None:
     async with login(watchful, 1) as silent, login(watchful, 2) as lively, trio.open_nursery() as nursery:
         started = trio.current_time()
@@ -481,6 +482,7 @@ async def answer_pings(client: Client) -> None:
             await client.send("pong")
 
 
+@pytest.mark.service
 async def test_a_trivial_client_is_kept_by_websocket_pings(watchful: Daemon, conversation: int) -> None:
     """Its library answers them; it knows nothing of ours."""
     query = f"?token={watchful.token_for(1)}&conversation_id={conversation}"
@@ -565,6 +567,7 @@ def memory(daemon: Daemon) -> int:
 # How it begins.
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("key", ["api", "hub"])
 def test_a_taken_port_is_said_in_a_sentence(tmp_path: Path, key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -415,6 +415,7 @@ main()
         return [sys.executable, "-c", self.planted]
 
 
+@pytest.mark.service
 async def test_a_trivial_client_that_is_banned_while_it_comes_in_is_sent_away(tmp_path: Path) -> None:
     """And not by the next sweep: what the database said of its login is older than the ban."""
     daemon = SlowLogins(tmp_path, hub__allow_query_token="true")

@@ -36,6 +36,7 @@ def speak(stderr: Path, **environ: str) -> list[str]:
     return stderr.read_text().splitlines()
 
 
+@pytest.mark.service
 def test_the_journal_gets_the_level_of_each_line(tmp_path: Path) -> None:
     lines = speak(tmp_path / "log", JOURNAL_STREAM="of this file")
     assert [line[:3] for line in lines] == ["<6>", "<3>", "<7>"], "one event is one line"
@@ -43,6 +44,7 @@ def test_the_journal_gets_the_level_of_each_line(tmp_path: Path) -> None:
     assert set(json.loads(lines[1][3:])) == {"event", "level", "ts"}
 
 
+@pytest.mark.service
 def test_elsewhere_a_line_is_json_alone(tmp_path: Path) -> None:
     lines = speak(tmp_path / "log")
     assert [json.loads(line)["event"] for line in lines] == ["heard", "broken", "heard now"]

@@ -13,6 +13,8 @@ from chatd.store import maintenance
 from chatd.store.database import migrate
 from tests.daemon import Daemon
 
+pytestmark = pytest.mark.service
+
 LOOKING = [
     ("token", "5"),
     ("tail", "5"),

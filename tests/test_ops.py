@@ -11,6 +11,8 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
+
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
@@ -34,6 +36,7 @@ def test_healthcheck_reaches_a_daemon_that_listens_everywhere(daemon: Daemon) ->
     assert asked.returncode == 0
 
 
+@pytest.mark.service
 def test_healthcheck_starts_fast() -> None:
     """A probe runs every few seconds: it imports no library that takes long."""
     look = "import sys, click\ntry: from chatd.cli import main; main(['healthcheck', '--help'])\n"

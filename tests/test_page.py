@@ -20,6 +20,8 @@ from tests.bad_network import SETTINGS, BadNetwork, faults_of, in_page, options
 from tests.conftest import Daemons
 from tests.daemon import Daemon
 
+pytestmark = pytest.mark.service
+
 try:
     from playwright.sync_api import BrowserContext, Error, Page, WebSocketRoute, expect, sync_playwright
 except ImportError:

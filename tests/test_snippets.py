@@ -104,6 +104,7 @@ def test_a_drop_in_is_one(snippet: Snippet) -> None:
 TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+@pytest.mark.service
 @of("sh")
 def test_a_shell_reads_it_and_its_commands_exist(snippet: Snippet, tmp_path: Path) -> None:
     subprocess.run(["sh", "-n"], input=snippet.text, text=True, check=True)
@@ -176,6 +177,7 @@ def test_what_is_posted_with_curl_is_stored(page: str, daemons: Daemons, tmp_pat
 # Programs.
 
 
+@pytest.mark.service
 @of("js")
 def test_javascript_is_javascript(snippet: Snippet, tmp_path: Path) -> None:
     file = tmp_path / "snippet.mjs"
@@ -188,6 +190,7 @@ def test_python_is_python(snippet: Snippet) -> None:
     compile(snippet.text, snippet.place, "exec")
 
 
+@pytest.mark.service
 @of("php")
 def test_php_is_php(snippet: Snippet, tmp_path: Path) -> None:
     file = tmp_path / "snippet.php"
@@ -246,6 +249,7 @@ def test_a_signature_is_checked_in_python(secret: str, name: str) -> None:
             exec(the("python"), names)
 
 
+@pytest.mark.service
 @CASES
 def test_a_signature_is_checked_in_php(secret: str, name: str) -> None:
     headers, body, right = deliveries(secret)[name]

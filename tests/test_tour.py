@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.service
+
 
 @pytest.mark.parametrize("cluster", ["one", "two"])
 def test_nothing_is_left_out(cluster: str) -> None:

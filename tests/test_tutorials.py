@@ -91,6 +91,7 @@ class Application:
             self._process.wait()
 
 
+@pytest.mark.service
 @pytest.mark.parametrize("name", NAMES)
 def test_two_people_talk(
     name: str,

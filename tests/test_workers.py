@@ -504,6 +504,7 @@ def runs(pid: int) -> bool:
     return state(pid) not in "ZX"
 
 
+@pytest.mark.service
 def test_workers_need_redis(tmp_path: Path) -> None:
     ended = Daemon(tmp_path, server__workers=2).command("serve")
     assert ended.returncode == 78
