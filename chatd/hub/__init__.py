@@ -1,1 +1,1 @@
-"""WebSocket: connections, their sessions, the rooms they are in, and the fanout that serves the rooms."""
+"""The WebSocket side: connections, their sessions, the rooms they join, and the fanout that serves them."""

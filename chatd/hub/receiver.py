@@ -1,4 +1,7 @@
-"""Hands what the bus brings to whom it concerns. Implements `bus.Receiver`: synchronous and bounded."""
+"""Passes each change and signal of the bus to the part of the hub that handles it.
+
+Implements `bus.Receiver`: its methods never wait, and the queue that they fill is bounded.
+"""
 
 from __future__ import annotations
 

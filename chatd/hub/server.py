@@ -1,6 +1,6 @@
-"""The hub: accepts connections, asks the silent for a sign of life, sends everybody away when it drains.
+"""The hub accepts connections, sends heartbeats to silent clients, and closes all connections when it drains.
 
-A connection serves itself (`connection.serve`); who may come in is the registry's affair.
+`connection.serve` serves each connection. The registry decides which connections are admitted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from chatd.hub.services import Services
 from chatd.net.gate import Gate
 from chatd.net.lobby import SHARE
 
-TICK = 1.0  # seconds between looks at all connections
-YIELD_EVERY = 500  # connections between checkpoints while looking: well below 1 ms
-DRAIN_RATE = 5000  # goodbyes a second at most: each is a login that another node, or this one, has to serve
-HANDSHAKE_GRACE = 1.0  # seconds for handshakes that have begun; some peers connect and say nothing
-DRAIN_GRACE = 3.0  # seconds after the drain window for the last goodbyes
+TICK = 1.0  # seconds between two heartbeat passes over all connections
+YIELD_EVERY = 500  # connections between checkpoints of a heartbeat pass: well below 1 ms
+DRAIN_RATE = 5000  # close frames a second at most: each client logs in again, at another node or this one
+HANDSHAKE_GRACE = 1.0  # seconds for handshakes that have begun; some peers connect and send nothing
+DRAIN_GRACE = 3.0  # seconds after the drain window for the last close frames
 
 
 class Hub:
@@ -31,9 +31,9 @@ class Hub:
         self._services = services
         self._hub, self._drain_window = config.hub, config.server.drain_window
         self.connections: dict[Connection, None] = {}
-        self.ended = 0  # connections so far
-        self._served = 0  # now, those in their handshake among them
-        self._deserted = trio.Event()  # nobody is connected any more; for a drain
+        self.ended = 0  # connections that have ended since the start
+        self._served = 0  # connections that are served now, including those in their handshake
+        self._deserted = trio.Event()  # set when the last client has left; a drain waits for it
         self._accepting = trio.CancelScope()
         self._listeners: Sequence[trio.SocketListener] = ()
 
@@ -44,8 +44,9 @@ class Hub:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept until `drain`, as many as there are slots; the connections live in this nursery until they
-        end or it is cancelled.
+        """Accept at most `slots` connections at once, until `drain`.
+
+        The connections run in this function's nursery until they end or the nursery is cancelled.
         """
         self._slots, self._listeners = trio.Semaphore(slots), listeners
         self._services.lobby.most = slots // SHARE
@@ -71,21 +72,22 @@ class Hub:
             self._slots.release()
 
     def let_go(self) -> None:
-        """Accept nobody any more, and leave the addresses to others."""
+        """Stop accepting and close the listeners, so that other processes can bind the addresses."""
         self._accepting.cancel()
         for one in self._listeners:
             one.socket.close()
 
     def drain_window(self) -> float:
-        """Seconds that `drain` takes: as configured, longer for very many."""
+        """Return the seconds that `drain` takes: the configured time, or more for very many connections."""
         return window_for(len(self.connections), self._drain_window)
 
     async def drain(self) -> None:
-        """Stop accepting and ask everybody to move, in the first half of the window; send away who is still
-        here, each at a random moment of the second.
+        """Stop accepting and ask all clients to reconnect in the first half of the window. In the second half,
+        close each connection that is left at a random moment.
 
-        Who is in the middle of a handshake gets in, and is sent away like everybody: a refusal tells a browser
-        nothing. Who comes later waits in the kernel's queue, or for another node.
+        A client in the middle of its handshake is admitted and closed like the others, because a browser does
+        not show a page why a handshake was refused. A client that connects later waits in the kernel's queue
+        or reaches another node.
         """
         self._accepting.cancel()
         self._deserted = trio.Event()
@@ -107,7 +109,7 @@ class Hub:
 
     @staticmethod
     async def _ask_to_reconnect(connections: Sequence[Connection], window: float) -> None:
-        """Who has another node to go to is there before this one says goodbye."""
+        """A client that can reach another node has reconnected there before this node closes its connection."""
         delay, deadline = [0, round(window * 500)], round(window * 1000)
         frame = text_frame(event("reconnect", reason="restart", delay=delay, deadline_ms=deadline))
         for count, one in enumerate(connections, 1):
@@ -122,7 +124,8 @@ class Hub:
         while True:
             await trio.sleep(tick)
             now = trio.current_time()
-            # Late: it was us who were away (a paused machine, say), so nobody's silence counts.
+            # This process itself did not run for a while (the machine was paused, say), so it could not have
+            # received the clients' answers: their silence does not count.
             late = now - before > tick + timeout / 2
             before = now
             for count, one in enumerate(list(self.connections), 1):
@@ -134,5 +137,5 @@ class Hub:
 
 
 def window_for(connections: int, configured: float) -> float:
-    """Seconds in which so many are sent away: each of them logs in again somewhere."""
+    """Return the seconds for closing so many connections: each of these clients logs in again somewhere."""
     return max(configured, 2 * connections / DRAIN_RATE)

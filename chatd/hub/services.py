@@ -1,4 +1,4 @@
-"""What the parts of the hub share: `Services` for all sessions, `Line` for one."""
+"""What the parts of the hub share: all sessions share one `Services`, and each session has its own `Line`."""
 
 from __future__ import annotations
 
@@ -41,47 +41,53 @@ class Line(Protocol):
 
     @property
     def ended(self) -> bool:
-        """A goodbye is due, or was said."""
+        """Whether a close frame is due or was sent."""
 
     async def next_message(self) -> str | bytes:
-        """Raises ConnectionClosed of the library: the session does not look at it."""
+        """Wait for the client's next message. Raises the library's ConnectionClosed, which the session does
+        not catch.
+        """
 
     def push(self, frames: bytes) -> None: ...
     def reply(self, frames: bytes) -> None:
-        """Push an answer: also after the goodbye was decided, until it is said."""
+        """Push the reply to a command, unless a close frame was already sent."""
 
     def try_push(self, frames: bytes) -> bool:
-        """Push what can be read again later. False, and nothing is pushed, where too much waits."""
+        """Push frames that can be read again later. Returns False and pushes nothing if too much is queued."""
 
     def offer(self, frames: bytes) -> bool:
-        """Push what may be left out, for a peer that reads too slowly. False where it is."""
+        """Push frames that a slow consumer can do without. Returns False if they were dropped for that."""
 
     def unhurried(self) -> AbstractAsyncContextManager[None]:
-        """A block for a long answer: one at a time, and not before the peer has read most of what it has."""
+        """A block that sends a long answer. A connection runs one such block at a time, and each begins only
+        when the peer has read most of what was queued.
+        """
 
     async def drained(self) -> None:
         """Wait until the peer has taken most of what was pushed."""
 
     def our_turn(self) -> AbstractContextManager[None]:
-        """A block in which a peer that is not known yet waits for us, and is not silent."""
+        """A block in which an unauthenticated peer waits for the server, so that it does not count as
+        silent.
+        """
 
     def known(self) -> None:
-        """The peer has brought a valid token: it does not make room for others any more."""
+        """The peer has sent a valid token: from now on it is not closed to make room for new connections."""
 
     def close_soon(self, code: Close, reason: str) -> None:
-        """Say goodbye to a client that may come back."""
+        """Send a close frame, soon, to a client that may reconnect."""
 
     def close_for_good(self, way: Final) -> None:
-        """Say goodbye to a client that stops then: what is final is in `Final`, and nothing else."""
+        """Send a close frame, soon, after which the client does not reconnect. `Final` lists all such codes."""
 
     def probe(self) -> None:
-        """Ask for a sign of life now."""
+        """Send a ping now."""
 
     def silent_for(self, now: float) -> float:
-        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+        """Return the seconds that the peer has been silent since a ping; 0.0 if it has answered the ping."""
 
     def answered(self) -> None:
-        """The peer's pong has come."""
+        """The peer's pong has arrived."""
 
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
-        """Say this goodbye at a moment of trio's clock, unless told otherwise before."""
+        """Send this close frame at `deadline` (trio's clock), unless a later call moves the deadline."""

@@ -1,1 +1,1 @@
-"""Who may connect and log in, and who is connected."""
+"""Decides which clients may connect and log in, and knows which users are connected."""

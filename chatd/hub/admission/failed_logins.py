@@ -1,8 +1,8 @@
-"""Failed logins of an address. Whoever shares it with a guesser, behind a NAT, gets in all the same.
+"""Limits the failed logins of an address. A user behind the same NAT as an attacker can still log in.
 
-Each token is verified first, so a valid one is never refused for the failures of others. What is throttled is
-the failure: past so many in a minute it is told as `rate_limited`, and tokens from that address are verified a
-few at a time, so that bad ones never take more than a small share of what verifying costs.
+Each token is verified first, so a valid one is never refused for the failures of others. Only failures are
+throttled: past the limit a minute the client gets `rate_limited`, and tokens from that address are verified a
+few at a time, so that invalid tokens never take more than a small share of the time for verifying.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import trio
 from chatd.core.errors import Unavailable
 from chatd.core.limits import TokenBucket
 
-ADDRESSES = 10_000  # whose failures are remembered; beyond it the oldest are let off
-AT_ONCE = 2  # tokens of one address that are verified, once it has failed too often
+ADDRESSES = 10_000  # addresses whose failures are remembered; beyond it the oldest address is forgotten
+AT_ONCE = 2  # tokens of one address that are verified at once, after it has failed too often
 PATIENCE = 10.0  # seconds that a token waits for its turn
 
 
@@ -30,17 +30,17 @@ class _Failures:
 
 class FailedLogins:
     def __init__(self) -> None:
-        self._most = 0  # a minute; 0: no limit
+        self._most = 0  # failures a minute; 0: no limit
         self._of: OrderedDict[str, _Failures] = OrderedDict()
 
     def allow(self, a_minute: int) -> None:
-        """Begin anew with this limit."""
+        """Set the limit and forget all failures so far."""
         self._most = a_minute
         self._of.clear()
 
     @asynccontextmanager
     async def turn(self, key: str | None) -> AsyncIterator[None]:
-        """A block that verifies a token. Raises Unavailable if too many from there wait."""
+        """A block that verifies a token. Raises Unavailable if too many tokens of that address wait."""
         failures = self._of.get(key) if key else None
         if failures is None or not failures.bucket.wait(trio.current_time()):
             yield
@@ -55,7 +55,9 @@ class FailedLogins:
             failures.turns.release()
 
     def failed(self, key: str | None) -> float:
-        """A token from there was not valid: 0.0, or the seconds until the next failure is told as one."""
+        """Count an invalid token. Returns 0.0, or the seconds for which further failures of that address are
+        answered with `rate_limited`.
+        """
         if not self._most or not key:
             return 0.0
         now = trio.current_time()

@@ -1,5 +1,7 @@
-"""Connections that went dark: they look open until a ping has gone unanswered, and hold the places of a user
-who has long come back. A phone that loses its network leaves one behind each time.
+"""Half-open connections: the client is gone, but the connection looks open until a ping goes unanswered.
+
+A phone that loses its network leaves one behind each time. They count against the user's limit of connections
+although the user has already reconnected.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import trio
 from chatd.core.errors import Close
 from chatd.hub.admission.registry import Guest
 
-PROBE = 3.0  # seconds for a sign of life, where somebody waits for the place
-LOOK = 0.05  # seconds between looks for it
+PROBE = 3.0  # seconds that a connection has to answer the ping while a new login waits for its place
+LOOK = 0.05  # seconds between two checks for the answers
 
 
 async def end_most_silent(guests: Sequence[Guest]) -> bool:
-    """Ask all of a user's connections for a sign of life, and end the one that has been silent for longest.
+    """Ping all of a user's connections, and close the one that has been silent for longest.
 
-    False if all of them have given one. Takes as long as the slowest answer, and `PROBE` at most.
+    Returns False if all of them have answered. Takes as long as the slowest answer, and `PROBE` at most.
     """
     lines = [guest.line for guest in guests if not guest.line.ended]
     for line in lines:

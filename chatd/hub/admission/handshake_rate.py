@@ -1,7 +1,7 @@
-"""How many handshakes there may be: a budget for all, of which no address uses up the part that others need.
+"""Limits the rate of handshakes, for all addresses together, so that no single address uses up the budget.
 
-While more than half of it is there, whoever comes may take from it. The rest is for addresses that have had no
-more than their share of late.
+While more than half of the budget is left, any address may take from it. The other half is reserved for
+addresses that have recently had no more than their share.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import trio
 
 from chatd.core.limits import TokenBucket
 
-SHARE = 10  # one in so many handshakes is an address's share, whatever else it does
-ADDRESSES = 10_000  # whose share is remembered; beyond it all begin anew
+SHARE = 10  # an address's share is one handshake in so many
+ADDRESSES = 10_000  # addresses whose share is remembered; beyond it all are forgotten
 
 
 class HandshakeRate:
     def __init__(self, a_second: int) -> None:
-        """0: no limit."""
+        """`a_second`: handshakes a second; 0: no limit."""
         self._rate = a_second
         self._all = TokenBucket(a_second, 2 * a_second, trio.current_time())
         self._of: dict[str, TokenBucket] = {}
 
     def take(self, address: str | None) -> bool:
-        """Whether somebody there may shake hands now. None: many share the address."""
+        """Return whether this address may make a handshake now. None: many clients share the address, so it
+        has no share of its own.
+        """
         if not self._rate:
             return True
         now = trio.current_time()

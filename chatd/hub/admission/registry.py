@@ -1,6 +1,7 @@
-"""Who may connect, and who is connected: counted and decided synchronously, in one step.
+"""The registry admits connections and knows the sessions of each user. Each method counts and decides in one
+synchronous step, so no two callers take the same last place.
 
-Connections ask for admission, sessions register their user; the hub closes the door when it drains.
+A connection asks for admission; its session registers the user after the login.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PATH = "/ws"
 
 
 class Handshake(Struct, frozen=True):
-    """What an upgrade request said."""
+    """What the registry and the session need of an upgrade request."""
 
     path: str
     query: dict[str, str]
@@ -44,12 +45,12 @@ class Handshake(Struct, frozen=True):
 
     @property
     def flat(self) -> bool:
-        """The trivial client's URL, `/ws?token=…&conversation_id=1`: it hears messages and nothing else."""
+        """Whether it is a trivial client's URL, `/ws?token=…&conversation_id=1`: it receives messages only."""
         return "token" in self.query
 
 
 class Refused(Exception):
-    """A handshake that gets an HTTP status instead of a WebSocket."""
+    """The handshake is refused: the client gets an HTTP status instead of a WebSocket."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -57,7 +58,7 @@ class Refused(Exception):
 
 
 class Admission:
-    """Somebody is counted among the connected, until it is given back."""
+    """One place among the connections, counted until it is given back."""
 
     __slots__ = ("_address", "_registry")
 
@@ -69,44 +70,44 @@ class Admission:
 
 
 class Peer(Protocol):
-    """What the registry knows of a connection; more of it is in `services.Line`."""
+    """The part of a connection that the registry uses; `services.Line` has the rest."""
 
     @property
     def ended(self) -> bool:
-        """A goodbye is due, or was said: it is as good as gone."""
+        """Whether a close frame is due or was sent."""
 
     def close_soon(self, code: Close, reason: str) -> None: ...
     def close_for_good(self, way: Final) -> None: ...
     def probe(self) -> None:
-        """Ask for a sign of life now."""
+        """Send a ping now."""
 
     def silent_for(self, now: float) -> float:
-        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+        """Return the seconds that the peer has been silent since a ping; 0.0 if it has answered the ping."""
 
 
 class Guest(Protocol):
-    """What the registry knows of a session."""
+    """The part of a session that the registry uses."""
 
     user_id: int
     identity: Identity | None
-    present: bool  # others see that the user is online
+    present: bool  # whether this session makes its user appear online
 
     @property
     def line(self) -> Peer: ...
 
     def turn_away(self, error: ChatError) -> None:
-        """Close, for its login does not count any more."""
+        """Close the connection, because its login is no longer valid."""
 
     def subscription(self, conversation_id: int) -> Subscription | None: ...
 
 
 class User:
-    """A user's sessions on this node, and how much they may send together."""
+    """A user's sessions on this node, and the rate of sends that they share."""
 
     __slots__ = ("guests", "sends")
 
     def __init__(self, sends: TokenBucket | None) -> None:
-        self.guests: dict[Guest, float] = {}  # and when they logged in, by trio's clock
+        self.guests: dict[Guest, float] = {}  # the value is the time of the login, by trio's clock
         self.sends = sends
 
 
@@ -114,14 +115,16 @@ class Registry:
     def __init__(self, settings: Settings, presence: Presence) -> None:
         self._presence = presence
         self._users: dict[int, User] = {}
-        self.present = 0  # users who are connected
+        self.present = 0  # users with at least one session on this node
         self._addresses: Counter[str] = Counter()
         self._admitted = 0
         self.failed_logins = FailedLogins()
         settings.follow(self._apply)
 
     def _apply(self, config: Config) -> None:
-        """Rates begin anew; who is here already stays, whatever the limits are now."""
+        """Take new settings. All rates start full again. Connections that are open stay open even if they
+        exceed a new limit.
+        """
         self._limits, self._leeway, self._demo = config.limits, config.auth.leeway, config.demo
         self._origins = AllowedOrigins(config.hub.origins)
         self._proxies = [ipaddress.ip_network(network) for network in config.limits.trusted_proxies]
@@ -130,10 +133,10 @@ class Registry:
         for user in self._users.values():
             user.sends = _bucket(config.limits.sends_per_second)
 
-    # Who may connect. Synchronous: counted and decided in one step.
+    # Admission of connections.
 
     def admit(self, handshake: Handshake, address: str) -> Admission:
-        """Raises Refused. The admission must be given back."""
+        """Admit a connection, or raise Refused. The caller must give the admission back."""
         limits, guesser, address = self._limits, self.guesser(address), addresses.counted_as(address)
         if handshake.path != PATH:
             raise Refused(404, "not_found")
@@ -162,21 +165,23 @@ class Registry:
             del self._addresses[address]
 
     def address_of(self, peer: str, forwarded_for: str) -> str:
-        """The peer's address; the one that a trusted proxy forwards for, if the peer is one."""
+        """Return the client's address: the peer's, or the one that the peer forwards if it is a trusted
+        proxy.
+        """
         return addresses.client_of(peer, forwarded_for, self._proxies)
 
     def guesser(self, address: str) -> str | None:
-        """Under which key failed logins from there count. None for this machine and for proxies: behind one
-        that is not trusted everybody has its address.
+        """Return the key under which failed logins of an address are counted. None for this machine and for
+        trusted proxies, because many clients share these addresses.
         """
         if is_loopback(address) or addresses.is_in(addresses.parse(address), self._proxies):
             return None
         return addresses.counted_as(address)
 
-    # Who is connected.
+    # Sessions of users.
 
     def register(self, guest: Guest) -> bool:
-        """False when the user has too many connections already."""
+        """Add a session. Returns False if the user already has the maximum number of connections."""
         most = self._limits.connections_per_user
         user = self._users.get(guest.user_id)
         if user is None:
@@ -194,7 +199,7 @@ class Registry:
         return sum(not guest.line.ended for guest in guests)
 
     def judge(self, user_id: int, standing: Standing) -> None:
-        """End the sessions of a user whose tokens were revoked, or who was banned."""
+        """Close the sessions of a user whose tokens were revoked, or who was banned."""
         for guest in self.guests_of(user_id):
             assert guest.identity is not None
             try:
@@ -203,7 +208,7 @@ class Registry:
                 guest.turn_away(error)
 
     def appear(self, guest: Guest) -> None:
-        """Others see now that the user is online: the database has said that the login counts."""
+        """Show the user as online. To be called when the database has confirmed that the login is valid."""
         if not guest.present:
             guest.present = True
             self._presence.arrive(USERS, guest.user_id)
@@ -221,7 +226,9 @@ class Registry:
             del self._users[guest.user_id]
 
     def tidy(self) -> None:
-        """Forget who left and whose rate has recovered: reconnecting does not buy new sends."""
+        """Forget users who have left and whose rate has recovered. They are kept until then, so that a user
+        cannot reset the rate by reconnecting.
+        """
         now = trio.current_time()
         self.failed_logins.tidy()
         self._handshake_rate.tidy()
@@ -230,7 +237,7 @@ class Registry:
                 del self._users[user_id]
 
     def take_send(self, user_id: int) -> float:
-        """0.0, or the seconds until this user may send again."""
+        """Count a send. Returns 0.0, or the seconds until this user may send again."""
         sends = self._users[user_id].sends
         return sends.take(trio.current_time()) if sends else 0.0
 
@@ -238,12 +245,12 @@ class Registry:
         return [user_id for user_id, user in self._users.items() if user.guests]
 
     def guests_of(self, user_id: int, *, before: float = math.inf) -> list[Guest]:
-        """Those who logged in `before` a moment of trio's clock."""
+        """Return the user's sessions that logged in no later than `before` (trio's clock)."""
         user = self._users.get(user_id)
         return [guest for guest, since in user.guests.items() if since <= before] if user else []
 
     def subscriptions_of(self, user_ids: Iterable[int], conversation_id: int) -> Iterator[Subscription]:
-        """Those of these users' connections that are in the conversation."""
+        """Yield the subscriptions to this conversation that these users' sessions have."""
         for user_id in user_ids:
             for guest in self.guests_of(user_id):
                 if subscription := guest.subscription(conversation_id):
@@ -251,5 +258,5 @@ class Registry:
 
 
 def _bucket(rate: int) -> TokenBucket | None:
-    """Twice the rate in a burst; None without a limit."""
+    """Return a bucket with a burst of twice the rate; None if there is no limit (0)."""
     return TokenBucket(rate, 2 * rate, trio.current_time()) if rate else None

@@ -1,8 +1,8 @@
-"""One WebSocket connection from its first byte to its goodbye: with `upgrade` and client.py the only place that
-knows trio_websocket.
+"""One WebSocket connection, from its first byte to its close frame. Only this module, `upgrade` and
+`ops/client.py` use trio_websocket.
 
-`serve` is the barrier: whatever a peer sends, its error ends here. The session above knows nothing of
-handshakes, and the send_queue below nothing of WebSocket but that its own frames pass through it.
+`serve` is the barrier: no error that a peer causes leaves it. The session above knows nothing of handshakes.
+The send queue below knows nothing of WebSocket, except that it recognizes pongs and close frames.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from chatd.net.lobby import Stay, key_of
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 
-RECEIVE_BYTES = 4096  # of one read: chat is small, and this is held per connection
-ANSWER_TIMEOUT = 2.0  # seconds for commands at the writer, before a goodbye
-PACE_BYTES = 32 * 1024  # of a long answer that may still wait when more of it is read and sent
-CLOSE_TIMEOUT = 2.0  # seconds a peer has to answer our goodbye
-ACCEPT_SECONDS = 0.5  # of a handshake's time that are left for its answer, where the login of a URL takes long
-RETRY_AFTER = b"5"  # seconds, in the answer to a handshake refused for overload
+RECEIVE_BYTES = 4096  # bytes of one read: chat messages are small, and each connection holds such a buffer
+ANSWER_TIMEOUT = 2.0  # seconds that the close frame waits for replies to commands that the writer has
+PACE_BYTES = 32 * 1024  # queued bytes below which the next part of a long answer is read and sent
+CLOSE_TIMEOUT = 2.0  # seconds that a peer has to answer the server's close frame
+ACCEPT_SECONDS = 0.5  # seconds of the handshake's time that are kept for its answer, if a URL's login is slow
+RETRY_AFTER = b"5"  # seconds, in the answer to a handshake that is refused for overload
 
-# What peers bring about: they vanish, dawdle, or send what is no WebSocket. The last is raised by the library's
-# reader for a non-ASCII byte in some headers.
+# Errors that peers cause: they vanish, are too slow, or do not speak WebSocket. The library's reader raises
+# UnicodeError for a non-ASCII byte in some headers.
 _EXPECTED = (
     ConnectionClosed,
     HandshakeError,
@@ -58,27 +58,29 @@ _EXPECTED = (
     UnicodeError,
 )
 
-# A peer may close with any of thousands of codes: they are not all worth a time series.
+# A peer may close with any of thousands of codes. One time series for each would be too many.
 _OURS = {int(code) for code in Close} | {way.code for way in Final}
 
 _PING_EVENT = text_frame(b'{"event":"ping"}')
 
 log = structlog.get_logger()
 _broken = Recurring("connection_error")
-_refusals = TokenBucket(rate=1, burst=10, now=0)  # lines in the log
+_refusals = TokenBucket(rate=1, burst=10, now=0)  # limits the log lines about refused handshakes
 
 
 async def serve(services: Services, stream: trio.SocketStream, connected: dict[Connection, None]) -> None:
-    """Serve one peer, who is among the `connected` from handshake to end. Only Cancelled leaves this; the
-    caller closes the stream.
+    """Serve one peer, and keep its connection in `connected` from the handshake to the end.
+
+    Raises nothing but Cancelled. The caller closes the stream.
     """
     send_queue: SendQueue | None = None
     stay: Stay | None = None
-    admitted: list[Admission] = []  # at most one: it counts until its descriptor is free
+    admitted: list[Admission] = []  # at most one; it is given back when the connection's descriptor is free
     try:
         try:
             async with trio.open_nursery() as nursery:
-                # Four bytes a character at most: trio-websocket counts characters, and is to answer 1009 first.
+                # A character has four bytes at most. trio-websocket counts characters, and it shall answer a
+                # message that is too big with 1009 before this limit cuts the connection.
                 most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
                 send_queue = SendQueue(stream, nursery, unfinished_bytes=most)
                 stay = Stay(services.lobby, stream, key_of(stream), send_queue.abort)
@@ -87,7 +89,7 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             metrics.FAILED.inc()
             log.debug("connection_failed", error=_named(group))
         except* Exception as group:
-            # A mistake of ours, or of a library: still one connection's matter.
+            # A bug of chatd or of a library. It ends this connection only.
             metrics.FAILED.inc()
             _broken.warn(error=_named(group), exc_info=group)
         if send_queue is not None:
@@ -109,11 +111,11 @@ async def _talk(
     nursery: trio.Nursery,
     admitted: list[Admission],
 ) -> None:
-    """From the handshake to the goodbye. Nothing of this connection runs in the nursery after that."""
+    """Run the connection from the handshake to the close frame. Afterwards no task is left in its nursery."""
     try:
         if opened := await _shake_hands(services, stay, send_queue, nursery, admitted):
             connection, session = opened
-            del opened  # a frame that lives as long as a connection keeps no more than it needs
+            del opened  # this frame lives as long as the connection: it shall not keep the tuple alive
             connected[connection] = None
             try:
                 await connection.run(session)
@@ -127,7 +129,7 @@ async def _talk(
 async def _shake_hands(
     services: Services, stay: Stay, send_queue: SendQueue, nursery: trio.Nursery, admitted: list[Admission]
 ) -> tuple[Connection, Session] | None:
-    """None for a peer who was refused, and told so."""
+    """Make the handshake. Returns None for a peer that was refused, after the refusal was sent."""
     registry = services.registry
     deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
     with trio.fail_at(deadline):
@@ -157,7 +159,9 @@ async def _shake_hands(
 
 
 async def _request(send_queue: SendQueue, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
-    """What `trio_websocket.wrap_server_stream` does, with a handshake that reads list headers as lists."""
+    """Read the upgrade request, as `trio_websocket.wrap_server_stream` does, but join list headers that the
+    client or a proxy has spread over several lines.
+    """
     protocol = WSConnection(ConnectionType.SERVER)
     protocol.handshake = upgrade.Joining(ConnectionType.SERVER)
     ws = WebSocketConnection(
@@ -172,7 +176,7 @@ async def _request(send_queue: SendQueue, nursery: trio.Nursery, frame_bytes: in
 
 
 def _log_refusal(refusal: Refused, request: WebSocketRequest) -> None:
-    """An operator must see why browsers stay away; a flood must not fill the log."""
+    """The operator must see in the log why browsers cannot connect, but a flood must not fill the log."""
     if not _refusals.take(trio.current_time()):
         origin = next((value for name, value in request.headers if name.lower() == b"origin"), b"")
         advice = {"advice": "add it to hub.origins"} if refusal.reason == "foreign_origin" else {}
@@ -185,36 +189,41 @@ async def _refuse(request: WebSocketRequest, refusal: Refused) -> None:
 
 
 class Connection:
-    """An open WebSocket. `push` and `close_soon` never wait; only the connection's own task says goodbye."""
+    """An open WebSocket. `push` and `close_soon` never wait. Only the connection's own task sends close
+    frames.
+    """
 
     __slots__ = (
-        *("_at_deadline", "_flat", "_goodbye", "_one_answer", "_send_queue", "_ping", "_reading", "_ws"),
+        *("_at_deadline", "_flat", "_closing", "_one_answer", "_send_queue", "_ping", "_reading", "_ws"),
         *("known", "name", "nursery", "offer", "our_turn", "push", "reply", "try_push"),
     )
 
     _ws: WebSocketConnection
 
     def __init__(self, send_queue: SendQueue, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
-        """`open` must follow, before anything is pushed. `stay` ends once the peer has a valid token."""
+        """The caller must call `open` before anything is pushed. `stay` ends when the peer has a valid
+        token.
+        """
         self.known, self.our_turn = stay.leave, stay.our_turn
         self._send_queue, self.nursery, self._flat = send_queue, nursery, flat
-        # Called for each delivery, so nothing stands between.
+        # These are called for each delivery: binding them here saves a call each time.
         self.push, self.try_push = send_queue.push, send_queue.try_push
         self.offer, self.reply = send_queue.offer, send_queue.reply
-        self._goodbye: tuple[int, str] | None = None
+        self._closing: tuple[int, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
-        self._ping: Ping | None = None  # the one that waits for its answer
+        self._ping: Ping | None = None  # the ping that is not answered yet
         self._one_answer: trio.Lock | None = None
         self.name = secrets.token_hex(8)
 
     def open(self, ws: WebSocketConnection) -> None:
-        """The handshake is done."""
+        """The handshake has succeeded: `ws` can send and receive."""
         self._ws = ws
 
     def untie(self) -> None:
-        """Nothing more is read. wsproto's parser and its generator hold each other: they would stay in memory
-        until Python looks for old cycles. The pinned version has no public name for letting them go.
+        """Free wsproto's parser, when nothing more is read. The parser and its generator refer to each other,
+        so they would stay in memory until Python collects the oldest generation. The pinned version has no
+        public name for this.
         """
         frames = self._ws._wsproto.handshake.connection
         if frames is not None:
@@ -224,13 +233,13 @@ class Connection:
         try:
             with self._reading:
                 await session.run()
-            if self._goodbye is None and self._reading.cancelled_caught:
-                self._goodbye = self._at_deadline
+            if self._closing is None and self._reading.cancelled_caught:
+                self._closing = self._at_deadline
         except ConnectionClosed:
             pass
         finally:
             await self._answer_all(session)
-            await self._say_goodbye(session.user_id)
+            await self._send_close(session.user_id)
 
     async def next_message(self) -> str | bytes:
         await self._send_queue.uncongested()
@@ -240,17 +249,19 @@ class Connection:
 
     @asynccontextmanager
     async def unhurried(self) -> AsyncIterator[None]:
-        """A block for a long answer. A client that asked for thirty pages of history is no slow reader."""
+        """A block that sends a long answer, after the earlier ones have been read. So a client that requests
+        thirty pages of history at once does not become a slow consumer.
+        """
         turn = self._one_answer = self._one_answer or trio.Lock()
         async with turn:
             await self.drained()
             yield
-        if not turn.locked():  # nobody waits: most connections need it once
+        if not turn.locked():  # no other block waits: most connections need the lock once, so free it
             self._one_answer = None
 
     async def _answer_all(self, session: Session) -> None:
-        """What was committed is answered before the goodbye. Past the deadline the outcome is unknown to the
-        client, as it is when a connection breaks.
+        """Wait until replies were sent for all commands at the writer, so that they precede the close frame.
+        After ANSWER_TIMEOUT the client does not learn the outcome, as when a connection breaks.
         """
         if self._ws.closed is None and not self._send_queue.cut:
             with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
@@ -259,31 +270,31 @@ class Connection:
     async def drained(self) -> None:
         await self._send_queue.below(PACE_BYTES)
 
-    async def _say_goodbye(self, user_id: int) -> None:
+    async def _send_close(self, user_id: int) -> None:
         code: int
-        code, reason = self._goodbye or (Close.SERVER_ERROR, "")
+        code, reason = self._closing or (Close.SERVER_ERROR, "")
         if self._send_queue.too_slow:
             code = Close.TOO_SLOW
             metrics.SLOW.inc()
-        elif self._ws.closed is not None and self._goodbye is None:
+        elif self._ws.closed is not None and self._closing is None:
             code = self._ws.closed.code
         metrics.CLOSED.labels(str(int(code)) if code in _OURS else "peer").inc()
         if user_id:
             log.info("closed", conn=self.name, user_id=user_id, code=int(code), reason=reason)
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await self._ws.aclose(int(code), reason)
-            # The pinned version gives up a peer that broke the protocol without telling it, and has no public
-            # name for how far both ends have come.
+            # When a peer has broken the protocol, the pinned version sends no close frame. It also has no
+            # public name for the state of the connection.
             if self._ws._wsproto.state is ConnectionState.OPEN:
-                goodbye = self._ws._wsproto.send(CloseConnection(code=int(code), reason=reason))
-                await self._send_queue.send_all(goodbye)
+                frame = self._ws._wsproto.send(CloseConnection(code=int(code), reason=reason))
+                await self._send_queue.send_all(frame)
         if self._ws._wsproto.state is ConnectionState.CLOSED:
             self._send_queue.peer_finished = True
 
     # For the session and the hub: synchronous.
 
     def tell(self, frame: bytes) -> None:
-        """An event of the server's own, which a flat client knows nothing of."""
+        """Push an event that is not the reply to a command. A flat client gets none: it knows only messages."""
         if not self._flat:
             self.push(frame)
 
@@ -298,13 +309,13 @@ class Connection:
         self._end(way.code, way.sentence)
 
     def _end(self, code: int, reason: str) -> None:
-        if self._goodbye is None:
-            self._goodbye = (code, reason)
+        if self._closing is None:
+            self._closing = (code, reason)
             self._send_queue.ended = True
             self._reading.cancel()
 
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
-        """Say this goodbye at a moment of trio's clock, unless told otherwise before."""
+        """Send this close frame at `deadline` (trio's clock), unless a later call moves the deadline."""
         self._at_deadline = (code, reason)
         self._reading.deadline = deadline
 
@@ -315,11 +326,11 @@ class Connection:
             self._ping = None
 
     def excuse(self, now: float) -> None:
-        """Do not hold the peer's silence until now against it."""
+        """Treat the peer as heard at `now`, so that its silence before does not count."""
         self._send_queue.last_heard = now
 
     def beat(self, now: float, interval: float, timeout: float) -> None:
-        """Ask a silent peer for a sign of life, give up one that has had its time."""
+        """Ping a peer that was silent for `interval` seconds; close it `timeout` seconds after the ping."""
         self._send_queue.check_drain(now)
         if self._send_queue.ended or self._send_queue.cut:
             return
@@ -332,13 +343,14 @@ class Connection:
             self._send_ping(now)
 
     def probe(self) -> None:
-        """Ask for a sign of life now. Who waits for the answer to its handshake has just given one, and a ping
-        would come before that answer."""
+        """Send a ping now, unless the handshake is not answered yet: that peer has just sent its request, and
+        the ping would precede the answer.
+        """
         if self._send_queue.answered and (self._ping is None or self._ping.answered):
             self._send_ping(trio.current_time())
 
     def silent_for(self, now: float) -> float:
-        """Seconds without a sign of life since it was asked for one; 0.0 if it has given it."""
+        """Return the seconds that the peer has been silent since a ping; 0.0 if it has answered the ping."""
         return 0.0 if self._ping is None or self._ping.answered else max(self._ping.silence(now), 1e-3)
 
     def _send_ping(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""A ping that has not been answered yet, and how long its peer may still take."""
+"""A ping that the peer has not answered yet, and for how long the peer has been silent."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from chatd.hub.connection.send_queue import SendQueue
 
 
 class Ping:
-    """The peer's time runs from the last sign of life, and bytes that move are one.
+    """A peer is silent since it last sent something or its TCP last acknowledged bytes before the ping's end.
 
-    A ping waits behind the data that were sent before it. While the peer's TCP acknowledges some of them the
-    peer is alive, however slow its link is; once it has the ping itself, it has `timeout` to answer. So a peer
-    that takes nothing and a peer that takes everything and says nothing are both found in time.
+    A ping queues behind the data that were sent before it. While the peer's TCP acknowledges some of these
+    bytes the peer is alive, however slow its link is. After it has received the ping it has `timeout` seconds
+    to answer. So both a peer that receives nothing and a peer that receives all but never answers are closed
+    in time.
     """
 
     __slots__ = ("_end", "_send_queue", "_since", "_taken", "at")
 
     def __init__(self, send_queue: SendQueue, now: float) -> None:
-        """To be made right after the ping was pushed."""
+        """To be created right after the ping was pushed."""
         self._send_queue, self.at = send_queue, now
         self._end, self._taken, self._since = send_queue.pushed(), send_queue.taken(), now
 
     @property
     def answered(self) -> bool:
-        """Whatever the peer has said since is an answer."""
+        """Whether the peer has sent anything since: any message counts as an answer."""
         return self._send_queue.last_heard > self.at
 
     def silence(self, now: float) -> float:
-        """Seconds since the last sign of life."""
+        """Return the seconds for which the peer has been silent."""
         if self._taken < self._end:
             taken = self._send_queue.taken()
             if taken > self._taken:

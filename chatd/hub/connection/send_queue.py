@@ -1,8 +1,9 @@
-"""A connection's socket as trio-websocket sees it, with `push` for frames that many clients share.
+"""A connection's stream for trio-websocket, with `push` for frames that many clients share.
 
-Only the send_queue writes to the socket, so a cancelled task never leaves half a frame behind. `push` never
-waits: what the kernel does not take at once is queued, in bytes, and flushed by a task that exists only then.
-The kernel itself holds at most `listen.SEND_BUFFER` of each connection, so a slow reader's cost is known.
+Only the send queue writes to the socket, so a cancelled task never leaves half a frame there. `push` never
+waits: bytes that the kernel does not accept at once are queued, and a task flushes them that exists only while
+there are any. The kernel holds at most `listen.SEND_BUFFER` of each connection, so the memory that a slow
+consumer can cost has a bound.
 """
 
 from __future__ import annotations
@@ -18,30 +19,34 @@ import trio
 
 from chatd.observe import metrics
 
-# What a slow reader may cost here before its connection is cut. With what the kernel holds it is below 1 MiB.
+# Bytes that may be queued for a slow consumer before its connection is cut. Together with the kernel's buffer
+# they are below 1 MiB.
 LIMIT_BYTES = 768 * 1024
-# Seconds in which the peer must take what was queued when they began: less than 3 KB/s of a full queue.
+# Seconds that the peer has to acknowledge what was queued when they began: for a full queue, below 3 KB/s.
 DRAIN_SECONDS = 300.0
-JOIN_BYTES = 64 * 1024  # queued frames written at once
-# Reads since the last finished message. An honest 64 KiB frame takes 16 of 4 KiB, a dripping one some more.
+JOIN_BYTES = 64 * 1024  # bytes of queued frames that one write joins
+# Reads that a message may take. A 64 KiB frame takes 16 reads of 4 KiB, and some more over a slow link. A peer
+# that sends single bytes, or endless empty frames, exceeds this.
 UNFINISHED_READS = 2000
-# A lingering close: how long the peer may go on sending, how long it may pause, and how much it may send.
+# A lingering close: how long the peer may continue to send, how long it may pause, and how much it may send.
 LINGER_SECONDS = 10.0
 LINGER_PAUSE = 2.0
 LINGER_BYTES = 16 * 1024 * 1024
-LINGER_READ = 64 * 1024  # of one read: all of it is thrown away
-# Close without a goodbye also frees what the kernel holds for a peer that does not read.
+LINGER_READ = 64 * 1024  # bytes of one read during a lingering close, all of which are thrown away
+# Closes with a TCP reset, so that the kernel also frees the bytes it holds for a peer that does not read.
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 # Linux's `struct tcp_info` up to `tcpi_bytes_acked`.
 _TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO, 128
 _ACKNOWLEDGED = struct.Struct("=120xQ")
 
-_NOTHING: deque[bytes | memoryview] = deque(maxlen=0)  # nearly always: an empty one of its own has 700 bytes
+# Nearly all queues are empty nearly always. They share this one, because an empty deque takes 700 bytes.
+_NOTHING: deque[bytes | memoryview] = deque(maxlen=0)
 
 
 class SendQueue(trio.abc.Stream):
-    # A push finds all it needs in this one object: among many connections, memory is what Python waits for.
+    # A push needs this one object only: with many connections, cache misses are most of its cost.
     __slots__ = (
+        "_close_sent",
         "_descriptor",
         "_drain_begun",
         "_drain_goal",
@@ -51,7 +56,6 @@ class SendQueue(trio.abc.Stream):
         "_nursery",
         "_queue",
         "_queued",
-        "_said_goodbye",
         "_stream",
         "_unfinished_bytes",
         "_unfinished_most",
@@ -72,63 +76,66 @@ class SendQueue(trio.abc.Stream):
         unfinished_bytes: int,
         limit: int = LIMIT_BYTES,
     ) -> None:
-        """`unfinished_bytes`: what a peer may send without finishing a message."""
+        """`unfinished_bytes`: the bytes that a peer may send without finishing a message. `limit`: the bytes
+        that may be queued.
+        """
         self._stream, self._nursery = stream, nursery
         self._descriptor = stream.socket.fileno()
         self._limit = limit
         self._queue: deque[bytes | memoryview] = _NOTHING
         self._queued = 0
         self._flushing = False
-        self._drained: trio.Event | None = None  # set when much has been sent, where somebody waits for that
+        self._drained: trio.Event | None = None  # set after each write of queued bytes, if a task waits for it
         self._unfinished_most = unfinished_bytes
         self._unfinished_bytes = 0
         self._unfinished_reads = 0
-        self.peer_finished = False  # nothing more comes: it has closed its end, or said goodbye
-        self._drain_goal = 0  # a position that must be reached within DRAIN_SECONDS of `_drain_begun`
+        self.peer_finished = False  # the peer has closed its end or sent its close frame: nothing more comes
+        self._drain_goal = 0  # the peer must acknowledge this position DRAIN_SECONDS after `_drain_begun`
         self._drain_begun = trio.current_time()
-        self.answered = False  # the peer was told something: a refusal, 101, a goodbye
-        self.ended = False  # a goodbye was said or is due: no event follows it
-        self._said_goodbye = False
-        self.cut = False  # ended without a goodbye
-        self.too_slow = False  # … because the peer did not read
+        self.answered = False  # the library has sent something: a refusal, status 101 or a close frame
+        self.ended = False  # a close frame was sent or is due: no event is pushed any more
+        self._close_sent = False  # a close frame was sent
+        self.cut = False  # the connection was reset without a close frame
+        self.too_slow = False  # it was cut because the peer did not read
         self.last_heard = trio.current_time()
 
     @property
     def queued(self) -> int:
-        """Bytes the kernel has not taken yet."""
+        """Bytes that the kernel has not accepted yet."""
         return self._queued
 
     @property
     def congested(self) -> bool:
-        """Past half of the limit: leave out what may be left out."""
+        """Whether more than half of the limit is queued: optional frames are dropped then."""
         return self._queued > self._limit // 2
 
     def push(self, frames: bytes) -> None:
-        """Send whole frames, now or as soon as the peer reads. Past the limit the connection is cut, unless it
-        was not congested before: one message may be larger than an outbox, where the operator allows that.
+        """Send whole frames, now or as soon as the peer reads. Once a close frame is due, nothing is sent.
 
-        After a goodbye nothing is sent any more.
+        Past the limit the connection is cut, but only if it was congested before: the operator may allow
+        messages that are larger than the limit, and one of these must not cut a connection.
         """
         if not self.ended:
             self._put(frames)
 
     def reply(self, frames: bytes) -> None:
-        """Send the answer to a command: also when a goodbye is due, but not when it was said."""
-        if not self._said_goodbye:
+        """Send the reply to a command. Unlike `push` it also sends while a close frame is due."""
+        if not self._close_sent:
             self._put(frames)
 
     def try_push(self, frames: bytes) -> bool:
-        """Push what can be read again later: False, and nothing is pushed, past half of the limit."""
+        """Push frames that can be read again later. Returns False and pushes nothing if the queue is
+        congested.
+        """
         if self._queued and self.congested:
             return False
-        if not self.ended:  # as `push`: nearly all that is ever sent comes this way
+        if not self.ended:  # the same as `push`, without a call: nearly all frames are sent this way
             self._put(frames)
         return True
 
     def offer(self, frames: bytes) -> bool:
-        """Push what may be left out: past half of the limit it is, so that messages keep their place.
-
-        False where it was left out.
+        """Push optional frames. If the queue is congested, drop them and return False, so that there is room
+        for messages.
         """
         if self.congested:
             metrics.SHED.inc()
@@ -159,33 +166,35 @@ class SendQueue(trio.abc.Stream):
             self._nursery.start_soon(self._flush)
 
     def expect_pong(self, frame: bytes) -> None:
-        """A ping is on its way: its answer is not counted as an unfinished message."""
+        """A ping is being sent: its pong shall not count as part of an unfinished message."""
         self._allow_control_frame(len(frame))
 
     def message_finished(self) -> None:
         self._unfinished_bytes = self._unfinished_reads = 0
 
     async def uncongested(self) -> None:
-        """Wait until the peer has read what it asked for, before more is read from it."""
+        """Wait until the queue is not congested. The caller reads no further request before (backpressure)."""
         await self.below(self._limit // 2 + 1)
 
     async def below(self, size: int) -> None:
-        """Wait until fewer bytes than that are queued."""
+        """Wait until fewer than `size` bytes are queued, or the connection was cut."""
         while self._queued >= size and not self.cut:
             await self._something()
 
     def taken(self) -> int:
-        """How many bytes the peer's TCP has acknowledged since the connection began."""
+        """Return how many bytes the peer's TCP has acknowledged since the connection began."""
         found: int = _ACKNOWLEDGED.unpack_from(self._stream.socket.getsockopt(*_TCP_INFO))[0]
         return found
 
     def pushed(self) -> int:
-        """How many bytes were sent or queued so far: when `taken` has reached this, the peer has them all."""
+        """Return how many bytes were sent or queued so far. When `taken` reaches this, the peer has them
+        all.
+        """
         left = fcntl.ioctl(self._descriptor, termios.TIOCOUTQ, bytes(4))
         return self.taken() + int.from_bytes(left, "little") + self._queued
 
     def check_drain(self, now: float) -> None:
-        """Cut a peer that takes too long for what is queued. To be called again and again."""
+        """Cut a peer that reads the queue too slowly. To be called regularly."""
         if not self._queued or self.cut:
             self._drain_goal = 0
         elif not self._drain_goal or self.taken() >= self._drain_goal:
@@ -195,10 +204,10 @@ class SendQueue(trio.abc.Stream):
             self.abort()
 
     async def linger(self, seconds: float = LINGER_SECONDS) -> None:
-        """End the connection so that the peer sees what it was told last. Nobody else reads any more.
+        """End the connection so that the peer still receives the last frames. No other task may read any more.
 
-        To close a socket with unread input resets the connection, and the reset overtakes the goodbye. So what
-        the peer goes on sending is read and thrown away, within bounds, until it has closed its end.
+        Closing a socket with unread input resets the connection, and the reset can overtake the close frame.
+        So what the peer continues to send is read and thrown away, within bounds, until it closes its end.
         """
         self.ended = True
         if self.cut or not self.answered:
@@ -210,10 +219,10 @@ class SendQueue(trio.abc.Stream):
                     await self._stream.send_eof()
                     await self._discard()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # the peer was faster
+                pass  # the peer has closed the connection first
 
     async def _flush_while_it_moves(self) -> None:
-        """A peer that takes nothing at all, because its link is dark, say, is not waited for."""
+        """Flush the queue, but give up when the peer acknowledges nothing for LINGER_PAUSE seconds."""
         before = -1
         while self._queue and not self.cut and (taken := self.taken()) > before:
             before = taken
@@ -230,7 +239,9 @@ class SendQueue(trio.abc.Stream):
             left -= len(data)
 
     def abort(self) -> None:
-        """Cut the connection now, without a goodbye: it would queue behind what the peer does not read."""
+        """Cut the connection now, without a close frame: it would queue behind bytes that the peer does not
+        read.
+        """
         if self.cut:
             return
         self.cut = True
@@ -241,28 +252,28 @@ class SendQueue(trio.abc.Stream):
             self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
             self._stream.socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
         except OSError:
-            pass  # the peer was faster
+            pass  # the peer has closed the connection first
 
     def let_go(self) -> None:
-        """Write no more, whoever still has an answer for this peer: the writer may commit its command later.
+        """Write nothing more, although the writer may still commit a command of this peer and reply to it.
 
-        The socket is closed after this, and the next file that is opened may get the same descriptor.
+        The caller closes the socket after this, and the next file that is opened may get the same descriptor.
         """
-        self.ended = self._said_goodbye = self.cut = True
+        self.ended = self._close_sent = self.cut = True
         self._queue = _NOTHING
         self._queued = 0
 
-    # trio.abc.Stream, for trio-websocket: its handshake, pongs and goodbyes go the same way.
+    # trio.abc.Stream, through which trio-websocket sends its handshake, pongs and close frames.
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         if self.cut:
             raise trio.BrokenResourceError("the connection was cut")
-        if data[:1] == b"\x8a":  # a pong: the ping that it answers was no unfinished message
+        if data[:1] == b"\x8a":  # a pong: do not count the ping that it answers as an unfinished message
             self._allow_control_frame(len(data))
         self.answered = True
-        if data[:1] == b"\x88":
-            self.ended = self._said_goodbye = True
+        if data[:1] == b"\x88":  # a close frame
+            self.ended = self._close_sent = True
         self._put(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -278,23 +289,25 @@ class SendQueue(trio.abc.Stream):
         if not data:
             self.peer_finished = True
             self._gone()
-        if self.ended:  # what comes now is read only to find the peer's own goodbye
+        if self.ended:  # the library reads only to find the peer's close frame
             return bytes(data)
         self._unfinished_bytes += len(data)
         self._unfinished_reads += 1
-        # trio-websocket counts the text of a message, not the frames: 200,000 empty ones would pass.
+        # trio-websocket limits the text of a message, not its frames: 200,000 empty frames would pass.
         if self._unfinished_bytes > self._unfinished_most or self._unfinished_reads > UNFINISHED_READS:
             self.abort()
             raise trio.BrokenResourceError("the peer sent too much without finishing a message")
         return bytes(data)
 
     def _gone(self) -> None:
-        """Who hangs up before its handshake has no use for its place: the library would wait for the rest."""
+        """End a connection whose peer hangs up before its handshake. The library would wait for the rest of the
+        request, and keep the place.
+        """
         if not self.answered:
             self._nursery.cancel_scope.cancel()
 
     async def aclose(self) -> None:
-        """The library is done with the connection. `linger` ends it, and the accept loop closes the socket."""
+        """The library has finished. `linger` ends the connection, and the accept loop closes the socket."""
         self.ended = True
         await trio.lowlevel.checkpoint()
 
@@ -347,7 +360,7 @@ class SendQueue(trio.abc.Stream):
         self._wake()
 
     def _join(self) -> bytes | memoryview:
-        """Make one write of the first frames."""
+        """Join the first frames of the queue into one, and return it."""
         taken: list[bytes | memoryview] = []
         size = 0
         while self._queue and (not taken or size + len(self._queue[0]) <= JOIN_BYTES):

@@ -1,8 +1,8 @@
-"""What an upgrade request says, however it spreads its headers over lines.
+"""Reads an upgrade request, also one that spreads a header over several lines.
 
-Several lines of one header are one list, in their order (RFC 9110 §5.3): a proxy may add a line of its own to
-what came. Of some headers wsproto would take the last line alone. A header that is no list and comes twice
-becomes something that fits nothing: two Origins are a foreign one, two tokens are no token.
+Several lines of one header form one list, in their order (RFC 9110 §5.3), for example when a proxy adds a line.
+wsproto alone would take only the last line of some headers. If a header that must be single comes twice, the
+joined value matches nothing: two Origins are not allowed, and two tokens are not valid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Headers = dict[bytes, bytes]
 
 
 class Joining(H11Handshake):
-    """wsproto's, which sees each header once."""
+    """wsproto's handshake, which is given each header once."""
 
     def _process_connection_request(self, event: h11.Request) -> Request:
         headers = joined(event.headers)
@@ -38,7 +38,7 @@ class Joining(H11Handshake):
 
 
 def joined(lines: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """By names in lower case."""
+    """Join the lines of each header with commas. The keys are the names in lower case."""
     headers: Headers = {}
     for name, value in lines:
         before = headers.get(name.lower())
@@ -51,7 +51,7 @@ def _listed(value: bytes) -> list[bytes]:
 
 
 def read(request: WebSocketRequest) -> Handshake:
-    """Raises Refused."""
+    """Parse the request. Raises Refused."""
     headers = {name: value.decode("latin-1") for name, value in joined(request.headers).items()}
     try:
         parts = urlsplit(request.path)
@@ -70,8 +70,8 @@ def read(request: WebSocketRequest) -> Handshake:
 
 
 def chosen(handshake: Handshake) -> str | None:
-    """The subprotocol: ours if it was offered; else what was, for a browser drops a connection that chose
-    nothing.
+    """Choose the subprotocol: `chatd.v1` if the client offers it, else the first that it offers, because a
+    browser drops a connection for which the server chose none.
     """
     if SUBPROTOCOL in handshake.subprotocols:
         return SUBPROTOCOL

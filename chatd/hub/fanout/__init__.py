@@ -1,1 +1,1 @@
-"""The rooms of this node, and how each change reaches everybody who listens."""
+"""The rooms of this node, and the fanout that delivers each change to their subscriptions."""

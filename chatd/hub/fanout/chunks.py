@@ -1,4 +1,4 @@
-"""Consecutive changes of a room as bytes for everybody: encoded once, joined once. Pure."""
+"""Consecutive changes of a room, encoded and joined once for all subscriptions. Pure functions, no I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHUNK_BYTES = 64 * 1024  # frames joined into one write
 
 
 class Chunk:
-    """Consecutive changes of one room, as frames: encoded once, joined once, the same bytes for everybody."""
+    """Consecutive changes of one room as frames. All subscriptions get the same bytes."""
 
     __slots__ = (
         *("_changes", "_flat", "_frames", "first", "joined", "last"),
@@ -30,13 +30,13 @@ class Chunk:
         self.members_version = max(change.members_version for change in changes)
 
     def follows(self, cursor: int, mark: str | UnsetType | None) -> bool:
-        """Whether the change at a cursor, with its mark, is the one before this chunk, or in it."""
+        """Whether the change at `cursor` with this `mark` is in this chunk or directly before it."""
         if cursor + 1 == self.first:
             return self.previous == mark
         return self.first <= cursor <= self.last and self._changes[cursor - self.first].mark == mark
 
     def after(self, cursor: int, flat: bool) -> bytes:
-        """The frames that are new to a cursor; a flat listener knows nothing but new messages."""
+        """Return the frames with `seq > cursor`. A flat listener gets only those of new messages."""
         if cursor < self.first and not flat:
             return self.joined
         if cursor < self.first and self._flat is not None:
@@ -52,17 +52,17 @@ class Chunk:
 
 
 def chunks(changes: Sequence[Change]) -> Iterator[Chunk]:
-    """Cut a run of changes where a joined write would get too long."""
+    """Divide consecutive changes into chunks of at most CHUNK_BYTES, except where one change is larger."""
     return map(Chunk, runs(changes, CHUNK_BYTES))
 
 
 def runs(changes: Sequence[Change], most: int) -> Iterator[Sequence[Change]]:
-    """The same in several, of so many bytes at most: more only where one change has more."""
+    """Divide changes into runs of at most `most` bytes, except where one change is larger."""
     start = size = 0
     for index, change in enumerate(changes):
         if index > start and size + len(change.payload) > most:
             yield changes[start:index]
             start, size = index, 0
-        size += len(change.payload) + 1  # a comma, where they are in one frame
+        size += len(change.payload) + 1  # the comma between two changes in one frame
     if changes:
         yield changes[start:]

@@ -1,8 +1,9 @@
-"""The fanout: one task that advances the heads of rooms and pushes what is new to their subscriptions.
+"""The fanout: one task that advances the heads of rooms and pushes new changes to their subscriptions.
 
-Its one input is the queue, into which the bus puts what it hears. A hole may fill by itself for a moment; then
-it is read from the database, and what was read comes back through the same queue, so that nobody else ever
-pushes a change. The sweep finds what no node has told us.
+Its only input is the queue, into which the bus puts changes and signals. When changes are missing in a room,
+the fanout waits a moment for them to arrive, then has them read from the database. What was read comes back
+through the same queue, so that no other task ever pushes a change. The sweep finds changes that no node has
+published.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from chatd.observe import metrics
 from chatd.store.read import lookups
 from chatd.store.read.reader import Reader
 
-YIELD_EVERY = 200  # connections between checkpoints: 1 ms of pushing
-HOLE_WAIT = 0.02  # seconds a hole may fill by itself: two nodes' publications cross each other
+YIELD_EVERY = 200  # pushes between checkpoints: they take 1 ms
+HOLE_WAIT = 0.02  # seconds that missing changes may take to arrive: two nodes' publications overtake each other
 
 log = structlog.get_logger()
 
 
-# By user ids and a conversation: the subscriptions of these users to it.
+# Given user ids and a conversation's id, returns these users' subscriptions to the conversation.
 Addressed = Callable[[Iterable[int], int], Iterable[Subscription]]
 
 
 class Fanout:
-    """Takes what waits in the queue, room by room."""
+    """Delivers what is in the queue, room by room."""
 
     def __init__(self, rooms: Rooms, queue: FanoutQueue, read: Reader, addressed: Addressed) -> None:
         self._rooms, self._queue, self._read, self._addressed = rooms, queue, read, addressed
@@ -46,15 +47,15 @@ class Fanout:
         self._repairs = Repairs(rooms, read, queue.put)
 
     def links(self, up: bool) -> None:
-        """Whether other nodes' changes come by themselves just now."""
+        """Whether the bus delivers other nodes' changes at present."""
         self._up = up
 
     def fallen_behind(self, room: Room) -> None:
-        """The database stands elsewhere than this room."""
+        """The room's head differs from the database's: repair it."""
         self._repairs.fallen_behind(room)
 
     def opened(self, room: Room, head: int, mark: str | None, members_version: int) -> None:
-        """A session has read a snapshot of a room that it is in."""
+        """A session has read a snapshot of this room, which it has joined."""
         room.open(head, mark, members_version)
         if room.behind or room.in_doubt:
             self._queue.put(HeadKnown(room))
@@ -79,7 +80,7 @@ class Fanout:
             metrics.DELIVERY_LAG.observe(now - oldest)
 
     async def _handle(self, items: deque[Item]) -> None:
-        """What a batch brings for one room goes out together; anything else keeps its place in the order."""
+        """Handle a batch. Its changes of one room are pushed together, up to the next item of another kind."""
         gathered: dict[int, list[Change]] = {}
         for item in items:
             self._queue.release(item)
@@ -128,7 +129,9 @@ class Fanout:
 
     @staticmethod
     async def _to_each(subscriptions: list[Subscription], act: Callable[[Subscription], object]) -> int:
-        """Over those who are there now; who leaves meanwhile says so itself. How many said yes."""
+        """Call `act` for each subscription; return for how many it was true. A subscription that ends
+        meanwhile ignores the call.
+        """
         yes = 0
         for count, subscription in enumerate(subscriptions, 1):
             if act(subscription):
@@ -149,12 +152,12 @@ class Fanout:
             if item.ephemeral:
                 told = subscription.offer(item.frame, lasting=item.lasting)
                 if item.watchers and not told:
-                    subscription.presence_missed = True  # the sweep has it answered anew
+                    subscription.presence_missed = True  # the sweep sends it a new answer
             else:
                 subscription.announce(item.frame)
 
         if item.to is not None:
-            # Not through the whole room: in a large one everybody's own receipts would cost its square.
+            # Do not scan the room: each member's own receipts would cost the square of its size.
             await self._to_each(list(self._addressed(item.to, item.conversation_id)), announce)
         elif room := self._rooms.get(item.conversation_id):
             await self._to_all(room, announce)
@@ -163,7 +166,8 @@ class Fanout:
         room = self._rooms.get(change.conversation_id)
         if room is None:
             return
-        # Those present were all held against this version or a later one: who came back since shall stay.
+        # If the rights of all subscriptions were checked at this version or a later one, a user who has come
+        # back since the removal stays.
         known = room.members_version is not None and change.version <= room.members_version
         if change.version == (room.members_version or 0) + 1:
             room.members_version = change.version
@@ -174,7 +178,7 @@ class Fanout:
                     continue
                 if not known:
                     subscription.listener.dropped(subscription)
-                else:  # who is just reading a snapshot was held against nothing yet: it may be an older one
+                else:  # a snapshot that is being read may be older than this removal
                     subscription.distrust()
         if change.quiet:
             return
@@ -188,7 +192,8 @@ class Fanout:
         )
         await self._announce(Announcement(change.conversation_id, text_frame(payload), flat=False))
 
-    # Doubt: somebody was removed, and we were not told. The room waits for the database, the others do not.
+    # Doubt: a user was removed, but the signal for it has not arrived. This room waits until its rights are
+    # read from the database; the other rooms go on.
 
     def _check_soon(self, room: Room) -> None:
         if not room.checking:
@@ -207,18 +212,18 @@ class Fanout:
                 return
         room.checking = False
 
-    # Repair: `repair` reads, what it has found comes back through the queue.
+    # Repair: `repair` reads the database, and its result comes back through the queue.
 
     async def _repaired(self, room: Room, changes: list[Change], early: set[int]) -> None:
         room.repairing = False
-        # What is still early was never committed, whoever put it on the stream: the database does not know it.
+        # A change that was waiting before the read, and that the database does not have, was never committed.
         room.forget(early - {change.seq for change in changes})
         head = room.head or 0  # it may have moved on meanwhile
         room.remember([change for change in changes if change.seq > head and change.seq not in room.ahead])
         await self._advance(room, [change for change in changes if change.seq >= head])
 
     async def _start_over(self, room: Room, found: lookups.Heads, *, anew: bool) -> None:
-        """Each subscription reads the room anew, as if it had asked."""
+        """Make each subscription read the room again, as if its client had subscribed."""
         room.repairing = False
         if anew:
             self._begin_anew(room, found)
@@ -234,5 +239,6 @@ class Fanout:
 
 
 def restart(subscription: Subscription) -> None:
-    if subscription.joined:  # who has left meanwhile has no nursery any more
+    """Make a subscription read its room again, unless it has ended: its session has no nursery any more."""
+    if subscription.joined:
         subscription.listener.resync(subscription)

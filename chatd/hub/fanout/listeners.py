@@ -1,4 +1,4 @@
-"""What a room needs of the sessions that hear it, and who else hears of its subscriptions."""
+"""The interfaces that a room uses: its sessions, and the watcher that is notified of its subscriptions."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ class Listener(Protocol):
 
     def push(self, frames: bytes) -> None: ...
     def try_push(self, frames: bytes) -> bool:
-        """Push what can be read again later. False where the connection has no room for it."""
+        """Push frames that can be read again later. Returns False if too much is queued already."""
 
     def offer(self, frames: bytes) -> bool:
-        """Push what may be left out. False where it is."""
+        """Push optional frames. Returns False if they were dropped."""
 
     def resync(self, subscription: Subscription) -> None:
-        """Read the room anew for this subscription and answer unasked."""
+        """Read the room again for this subscription and send the answer, without a request of the client."""
 
     def fall_behind(self, subscription: Subscription) -> None:
-        """Read what follows its cursor from the database, as the client takes it, until it is live again."""
+        """Read the changes after its cursor from the database, as fast as the client takes them, until it is
+        live again.
+        """
 
     def dropped(self, subscription: Subscription) -> None:
-        """The subscription was ended by the server."""
+        """The server ends the subscription."""
 
 
 class Watcher(Protocol):
-    """Hears of subscriptions, synchronously, after the room has them or has lost them."""
+    """Is called, synchronously, after a room has gained or lost a subscription."""
 
     def joined(self, subscription: Subscription) -> None: ...
     def left(self, subscription: Subscription) -> None: ...

@@ -1,7 +1,8 @@
-"""What waits for the fanout, in the order in which it came. Synchronous, and bounded in bytes.
+"""The fanout's queue: first in, first out, bounded in bytes. All methods but `take` are synchronous.
 
-A change that does not fit marks its room as stale, and the database has it. A signal that does not fit is found
-by the sweep, if it is about members. An announcement is stored nowhere, so its sender learns that it is lost.
+A change that does not fit marks its room as stale, so that it is read from the database. What a signal about
+members would have said is found by the sweep. An announcement that does not fit is lost, because it is stored
+nowhere: `announce` tells its caller.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from chatd.hub.fanout.chunks import CHUNK_BYTES
 from chatd.hub.fanout.repair import Repaired, StartOver
 from chatd.hub.fanout.rooms import Room, Rooms
 
-QUEUE_BYTES = 64 * 1024 * 1024  # payloads that may wait; beyond it rooms are marked for repair
-SIGNAL_BYTES = 256  # what a signal counts for
+QUEUE_BYTES = 64 * 1024 * 1024  # bytes of payloads that may wait; beyond it rooms are marked for repair
+SIGNAL_BYTES = 256  # bytes that one signal counts for
 
 
 class Announcement(Struct):
-    """Something for a room that has no seq and is not stored: a receipt, say, or a foreign payload."""
+    """An event for a room that has no seq and is not stored: a receipt, say, or another program's payload."""
 
     conversation_id: int
     frame: bytes
-    flat: bool = False  # whether a listener that knows nothing but messages gets it
-    ephemeral: bool = False  # whether a slow consumer does without it
-    lasting: bool = False  # whether a subscription that is reading a snapshot gets it after that
-    to: list[int] | None = None  # these users alone
-    besides: int | None = None  # all but this user
-    watchers: bool = False  # only subscriptions that want to know who is online
+    flat: bool = False  # whether flat listeners get it
+    ephemeral: bool = False  # whether it is dropped for a slow consumer
+    lasting: bool = False  # whether a subscription that is reading a snapshot gets it afterwards
+    to: list[int] | None = None  # only these users get it
+    besides: int | None = None  # this user does not get it
+    watchers: bool = False  # only subscriptions that asked for presence get it
 
     @property
     def way(self) -> tuple[object, ...]:
-        """Two that go the same way, one after the other, go as one."""
+        """Two consecutive announcements with an equal `way` have the same receivers, so they are joined."""
         return (
             *(self.conversation_id, self.flat, self.ephemeral, self.lasting),
             *(self.to, self.besides, self.watchers),
@@ -45,14 +46,14 @@ class Announcement(Struct):
 
 
 class Checked(Struct):
-    """The subscriptions of a room were held against the database after these seqs were known."""
+    """The rights in a room were read from the database after these seqs had been committed."""
 
     room: Room
     seqs: set[int]
 
 
 class HeadKnown(Struct):
-    """The head of a room has become known: what came before it can be judged now."""
+    """The head of a room has become known: changes that arrived before can be handled now."""
 
     room: Room
 
@@ -64,12 +65,12 @@ class FanoutQueue:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._items: deque[Item] = deque()
-        self._bytes = 0  # of what waits, and of what the fanout is handling
+        self._bytes = 0  # payloads in the queue, and those of the batch that the fanout is handling
         self._oldest = math.inf
         self._wake = trio.Event()
 
     def changes(self, changes: Sequence[Change], committed_at: float | None = None) -> None:
-        """`committed_at`: by trio's clock, if this node has committed them."""
+        """`committed_at`: when this node committed them, by trio's clock; None for another node's changes."""
         if committed_at is not None:
             self._oldest = min(self._oldest, committed_at)
         for change in changes:
@@ -85,7 +86,7 @@ class FanoutQueue:
 
     def member(self, change: MemberChange) -> None:
         if self._rooms.get(change.conversation_id) is None or self._bytes > QUEUE_BYTES:
-            return  # on overflow the sweep finds that the members have changed
+            return  # if the queue is full, the sweep finds that the members have changed
         self._bytes += SIGNAL_BYTES
         self.put(change)
 
@@ -107,7 +108,7 @@ class FanoutQueue:
         self.announce(Announcement(conversation_id, frame, flat=is_message, ephemeral=not is_message))
 
     def announce(self, item: Announcement) -> bool:
-        """False if the queue is full. It is stored nowhere, so nothing repairs it."""
+        """Queue an announcement. Returns False if the queue is full: the announcement is lost then."""
         if self._rooms.get(item.conversation_id) is None:
             return True
         if self._bytes + len(item.frame) > QUEUE_BYTES:
@@ -125,18 +126,18 @@ class FanoutQueue:
         return True
 
     def doubt_history(self, room: Room) -> None:
-        """What was read cannot follow what this room has pushed: hold it against the database now."""
+        """A snapshot contradicts what this room has pushed: have the room compared with the database."""
         room.stale = True
         self.put(HeadKnown(room))
 
     def put(self, item: Item) -> None:
-        """For what has no size: the number of rooms bounds how many of these there are."""
+        """Queue an item without counting bytes. The number of rooms bounds how many of these there are."""
         self._items.append(item)
         self._wake.set()
 
     async def take(self) -> tuple[deque[Item], float]:
-        """All that waits, once something does; and when the oldest commit of this node in it was, by trio's
-        clock (infinity if there is none). The fanout calls `release` for each item.
+        """Wait until the queue is not empty, and take all of it. Also returns the time of the oldest commit of
+        this node in it, by trio's clock (infinity if there is none). The fanout calls `release` for each item.
         """
         if not self._items:
             self._wake = trio.Event()
@@ -146,7 +147,7 @@ class FanoutQueue:
         return items, oldest
 
     def release(self, item: Item) -> None:
-        """The fanout handles this one now."""
+        """The fanout has begun to handle this item: its bytes do not count any more."""
         match item:
             case Change():
                 self._bytes -= len(item.payload)

@@ -1,10 +1,11 @@
-"""Who hears which conversation on this node. Pure and synchronous: cancellation cannot tear it.
+"""The rooms of this node and their subscriptions. All methods are synchronous, so a cancelled task cannot
+leave them half changed.
 
-    Room           a conversation somebody here listens to: its head, its subscriptions, what came too early
+    Room           a conversation with a listener here: its head, its subscriptions, changes that came too early
     Subscription   one connection in one room, with its own cursor
-    Membership     the rooms of one connection: the only way in, and out of all of them at its end
+    Membership     the rooms of one connection: it joins them only through this, and leaves all at its end
 
-The fanout alone advances heads and delivers; a session alone settles its subscriptions.
+Only the fanout advances heads and delivers. Only a session settles its subscriptions.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from chatd.core.model import Change, Position
 from chatd.hub.fanout.chunks import Chunk
 from chatd.hub.fanout.listeners import Listener, Watcher
 
-# What a room holds while a hole before it, or who may hear it, is being read: changes, and bytes of them.
+# Changes, and bytes of them, that a room holds while the missing changes before them, or its rights, are read.
 AHEAD_CHANGES = 1000
 AHEAD_BYTES = 1024 * 1024
-REMEMBERED = 300  # changes of a room that a repair has brought, and the bus may bring late
-BUFFER_BYTES = 256 * 1024  # what a subscription holds while its snapshot is being read
+REMEMBERED = 300  # changes of a room that a repair has read, and that the bus may still deliver
+BUFFER_BYTES = 256 * 1024  # bytes that a subscription holds while its snapshot is read
 
 
 class Subscription:
-    """Nothing with `seq <= cursor` is pushed to it: replay, repair and the echo through Redis are safe.
-    `mark` is that of the change at the cursor: what does not follow that one is of another history. Where it is
-    not known, the history is the one that `epoch` names.
+    """One connection in one room. No change with `seq <= cursor` is pushed to it, so a change that arrives
+    twice (by replay, by repair, or by Redis from this node itself) is pushed once.
 
-    It is buffering from the moment it joins until its snapshot is answered, so that no change falls between;
-    and again where its connection has no room for a change, until it has caught up.
+    `mark` is the mark of the change at the cursor: a change that does not follow it is of another history. If
+    the mark is not known, `epoch` names the history.
+
+    The subscription buffers from the moment it joins until its snapshot was sent, so that no change between
+    the two is lost. It buffers again when its connection is too slow for a change, until it has caught up.
     """
 
     __slots__ = (
@@ -44,15 +47,15 @@ class Subscription:
 
     def __init__(self, room: Room, listener: Listener, *, entitled: bool) -> None:
         self.room, self.listener, self.entitled = room, listener, entitled
-        self._try_push, self._flat = listener.try_push, listener.flat  # at hand: needed for each delivery
+        self._try_push, self._flat = listener.try_push, listener.flat  # bound here: each delivery needs them
         self.cursor = 0
         self.mark: str | UnsetType | None = None
         self.epoch: str | None = None
         self.joined = True
-        self.entered = False  # a snapshot was answered: the client knows that it is in
-        self.presence = False  # it wants to know who comes online and goes
-        self.presence_missed = False  # … and was not told of somebody, for it reads too slowly
-        self.visiting = False  # it is in without being a member, and counted as such
+        self.entered = False  # a snapshot was sent: the client knows that it is in the room
+        self.presence = False  # the client has asked for presence
+        self.presence_missed = False  # a presence event was dropped, because the client reads too slowly
+        self.visiting = False  # its user is counted as a visitor, that is, not as a member
         self.hold()
 
     @property
@@ -64,42 +67,48 @@ class Subscription:
         return self._buffer is not None
 
     def hold(self) -> None:
-        """Buffer from now on: a snapshot is about to be read."""
+        """Buffer from now on, because a snapshot is about to be read."""
         self._buffer: list[Chunk | bytes] | None = []  # None: live
         self._buffered = 0
-        self.lost = False  # something that came was not kept
+        self.lost = False  # a change was not kept in the buffer
         self.doubted = False  # the snapshot that is being read just now must be read again
         self._opened = self.room.head is not None
 
     def wait_at(self, position: Position, epoch: str | None) -> None:
-        """Keep nothing until a snapshot is about to be read: that may take long, and all of it is read then."""
+        """Buffer without keeping anything, until a snapshot is about to be read: that may take long, and the
+        snapshot then has all changes after `position`.
+        """
         self.hold()
         self.lost = True
         self.cursor, self.mark, self.epoch = position.after or 0, position.mark, epoch
         self.entered = True
 
     def wait(self) -> None:
-        """The same, from where it stands."""
+        """The same, from its own cursor."""
         self.wait_at(Position(self.cursor, self.mark), self.epoch)
 
     def distrust(self) -> None:
-        """The snapshot that is being read may be older than a removal: keep nothing, and have it read again."""
+        """The snapshot that is being read may be older than a removal: discard the buffer, and have the
+        snapshot read again.
+        """
         if self._buffer is not None:
             self._buffer.clear()
             self.doubted = True
 
     def fits(self, seq: int, members_version: int | None = None) -> bool:
-        """Whether a snapshot that reaches `seq`, with what was buffered since `hold`, leaves no change out, and
-        all of that may be told (see `settle`)."""
-        # A room that was opened meanwhile: what lies below the head it was opened at has been pushed to nobody.
+        """Whether a snapshot up to `seq`, followed by the buffer since `hold`, has every change, and the user
+        may see all of them (see `settle`).
+        """
+        # If the room was opened meanwhile, no change below the head at that moment was delivered to anybody.
         whole = not self.lost and not self.doubted and (self._opened or seq >= (self.room.opened_at or 0))
         return whole and len(self._allowed(members_version)) == len(self._buffer or ())
 
     def settle(self, seq: int, mark: str | UnsetType | None = None, members_version: int | None = None) -> None:
-        """The snapshot reached `seq` and was answered: what was buffered follows it; live from now on.
+        """The snapshot up to `seq` was sent: push the buffer after it. The subscription is live from now on.
 
-        `members_version`: the snapshot's; None: the rights are known otherwise. A change before which somebody
-        was removed after that is not told, nor what follows it: it may be this one who was.
+        `members_version` is the snapshot's; None if the rights are known otherwise. A buffered change with a
+        higher version was committed after a removal of some member, perhaps of this user. It is not pushed,
+        and neither are the changes after it.
         """
         held, self._buffer = self._allowed(members_version), None
         self.cursor, self.mark, self.entered = seq, mark, True
@@ -110,13 +119,13 @@ class Subscription:
                 self.deliver(item)
 
     def deliver(self, chunk: Chunk) -> bool:
-        """False when it was not new, or not for this one."""
+        """Push what is new of a chunk. Returns False if nothing was pushed."""
         if not self.joined:
             return False
         if self._buffer is not None:
             self._keep(chunk, len(chunk.joined))
             return False
-        # Nearly always:
+        # The usual case first, for speed.
         if chunk.first == self.cursor + 1 and chunk.previous == self.mark and not self._flat:
             if self._try_push(chunk.joined):
                 self.cursor, self.mark = chunk.last, chunk.mark
@@ -126,7 +135,7 @@ class Subscription:
         return self._advance(chunk)
 
     def announce(self, frame: bytes) -> None:
-        """Something without a seq that must not be lost while buffering."""
+        """Push an event without a seq. It is kept in the buffer if the subscription is buffering."""
         if not self.joined:
             return
         if self._buffer is not None:
@@ -135,8 +144,12 @@ class Subscription:
             self.listener.push(frame)
 
     def offer(self, frame: bytes, *, lasting: bool = False) -> bool:
-        """Something that is worth little later: who reads too slowly does without, and who is not live yet,
-        unless it is `lasting`. False for the first of these: who is not live yet is about to be answered."""
+        """Push an ephemeral event. It is dropped for a slow consumer, and also for a subscription that is
+        buffering, unless it is `lasting`.
+
+        Returns False if it was dropped for a slow consumer: a subscription that is buffering is about to get a
+        complete answer.
+        """
         if not self.joined:
             return True
         if self._buffer is None:
@@ -146,7 +159,7 @@ class Subscription:
         return True
 
     def _allowed(self, members_version: int | None) -> list[Chunk | bytes]:
-        """What was buffered, up to what a snapshot of this version does not say who may hear."""
+        """Return the buffer up to the first change that is newer than this version of the rights."""
         known = math.inf if members_version is None else members_version
         return list(
             takewhile(lambda one: isinstance(one, bytes) or one.members_version <= known, self._buffer or ())
@@ -155,7 +168,7 @@ class Subscription:
     def _advance(self, chunk: Chunk) -> bool:
         if chunk.last <= self.cursor:
             return False
-        if not chunk.follows(self.cursor, self.mark):  # a hole, or another history: nobody is lied to
+        if not chunk.follows(self.cursor, self.mark):  # a change is missing, or the history is another one
             self.listener.resync(self)
             return False
         frames = chunk.after(self.cursor, self._flat)
@@ -176,9 +189,10 @@ class Subscription:
 
 
 class Room:
-    """`head` is the last change that was pushed here, and `mark` its mark: together they name a history.
+    """A conversation with listeners on this node. `head` is the seq of the last change that was pushed here,
+    and `mark` is its mark. Together they name a history.
 
-    A change that contradicts them makes the room `stale`: only the database knows which history is its own.
+    A change that contradicts them makes the room `stale`: the database decides which history is valid.
     """
 
     __slots__ = (
@@ -188,31 +202,35 @@ class Room:
 
     def __init__(self, conversation_id: int) -> None:
         self.conversation_id = conversation_id
-        self.head: int | None = None  # None until a first snapshot says it
+        self.head: int | None = None  # None until the first snapshot was read
         self.mark: str | None = None
-        self.opened_at: int | None = None  # where the first snapshot, or a new beginning, has put the head
-        self.members_version: int | None = None  # everybody here was held against it, or a later one
-        self.subscriptions: dict[Subscription, None] = {}  # a set that keeps its order
-        self.attended = 0  # of them, not counting flat listeners
-        self.ahead: dict[int, Change] = {}  # changes past a hole or in doubt, by seq
+        self.opened_at: int | None = None  # the head as the first snapshot, or another history, has set it
+        # The rights of all subscriptions were checked at this version of the members, or at a later one.
+        self.members_version: int | None = None
+        self.subscriptions: dict[Subscription, None] = {}  # used as an ordered set
+        self.attended = 0  # subscriptions, not counting flat listeners
+        self.ahead: dict[int, Change] = {}  # by seq: changes that wait for missing ones, or are in doubt
         self._ahead_bytes = 0
-        self._repaired: dict[int, str | None] | None = None  # marks of what may come by the bus as well, by seq
-        self.stale = False  # changes were dropped or contradict each other: only the database knows which
-        self.repairing = self.checking = False  # somebody reads what is missing, or who may be here
+        # By seq: marks of changes that a repair has read and that the bus may deliver as well.
+        self._repaired: dict[int, str | None] | None = None
+        self.stale = False  # changes were dropped or contradict each other: read the database
+        self.repairing = self.checking = False  # missing changes, or the rights, are being read
 
     @property
     def behind(self) -> bool:
-        """Something is known to be missing. Not before the first snapshot: that reads everything."""
+        """Whether changes are known to be missing. False before the first snapshot, which reads everything."""
         return self.head is not None and (self.stale or bool(self.ahead)) and not self.in_doubt
 
     @property
     def in_doubt(self) -> bool:
-        """The next change is there, but who may hear it is not known."""
+        """Whether the next change has arrived, but it is not known which users may see it."""
         following = self.ahead.get(self.head + 1) if self.head is not None else None
         return following is not None and self._follows(following)
 
     def open(self, head: int, mark: str | None, members_version: int) -> None:
-        """A snapshot says where the conversation stands. The lowest version makes the sweep look again."""
+        """Take over the head of a snapshot. Keep the lowest members_version, so that the sweep compares
+        again.
+        """
         if self.head is None:
             self.opened_at = head
             self.skip_to(head, mark)
@@ -222,13 +240,13 @@ class Room:
             self.members_version = members_version
 
     def accept(self, changes: Sequence[Change]) -> list[Change]:
-        """Advance the head over what follows it without a hole or a doubt; returns that, in order.
+        """Advance the head over all changes that follow it without a gap or a doubt; return these in order.
 
-        Old is dropped. What cannot be kept is read again later.
+        Old changes are dropped. Changes that cannot be held are read from the database later.
         """
         for change in changes:
             if self.head is None or change.seq > self.head:
-                self.forget([change.seq])  # the one that came last counts: a repair brings the database's
+                self.forget([change.seq])  # the change that arrived last counts: a repair has the database's
                 self.ahead[change.seq] = change
                 self._ahead_bytes += len(change.payload)
             elif self._contradicts(change):
@@ -257,14 +275,17 @@ class Room:
         return self.ahead.pop(self.head)
 
     def _follows(self, change: Change) -> bool:
-        """Whether the next change continues the history that was told here.
+        """Whether a change continues the history that was pushed here.
 
-        One whose previous mark is not known (from an outbox, say) may continue another: the repair reads it.
+        False if its previous mark is not known (from an outbox, say), because it may continue another history.
+        The repair reads it from the database then.
         """
         return change.previous == self.mark
 
     def _contradicts(self, change: Change) -> bool:
-        """Whether an old change may be of another history: what came twice is not, as far as that is known."""
+        """Whether an old change may be of another history. A change that arrived twice is not, as far as the
+        room remembers.
+        """
         if change.seq == self.head:
             return change.mark != self.mark
         if self._repaired and change.seq in self._repaired:
@@ -272,7 +293,9 @@ class Room:
         return change.previous is not UNSET
 
     def remember(self, changes: Sequence[Change]) -> None:
-        """These were read from the database; when the bus brings them late, they are no surprise."""
+        """Remember changes that were read from the database, so that they contradict nothing if the bus
+        delivers them later.
+        """
         if not changes:
             return
         repaired = self._repaired = self._repaired or {}
@@ -281,31 +304,33 @@ class Room:
             del repaired[seq]
 
     def clear_doubt(self, seqs: Iterable[int]) -> None:
-        """Everybody here was held against the database after these had been committed."""
+        """The rights of all subscriptions were read from the database after these changes had been
+        committed.
+        """
         for seq in seqs:
             if change := self.ahead.get(seq):
                 self.ahead[seq] = replace(change, members_version=0)
 
     def forget(self, seqs: Iterable[int]) -> None:
-        """Do not wait any more for the hole before these."""
+        """Discard changes that the room holds."""
         for seq in seqs:
             if change := self.ahead.pop(seq, None):
                 self._ahead_bytes -= len(change.payload)
 
     def skip_to(self, head: int, mark: str | None) -> None:
-        """Go on from `head`; what lies before is read by each subscription on its own."""
+        """Continue from `head`. Each subscription reads the changes before it from the database itself."""
         if self.head is None or head > self.head:
             self.head, self.mark = head, mark
         self.forget([seq for seq in self.ahead if seq <= self.head])
 
     def begin_anew(self, head: int, mark: str | None, members_version: int) -> None:
-        """The database holds another history, which stands here. All subscriptions are to be read anew."""
+        """The database has another history, with this head. The caller makes all subscriptions read it."""
         self.head, self.mark, self.opened_at = head, mark, head
-        # The old history's version says nothing about this one. The snapshot that each subscription reads now
-        # checks its user's rights.
+        # The members_version of the old history is not valid in this one. The snapshot that each subscription
+        # reads now checks its user's rights.
         self.members_version = members_version
         self._repaired = None
-        self._drop_ahead()  # nobody knows of which history that is
+        self._drop_ahead()  # it is not known to which history these changes belong
         self.stale = True
 
     def _drop_ahead(self) -> None:
@@ -314,7 +339,7 @@ class Room:
 
 
 class Rooms:
-    """The rooms that somebody on this node is in. A room is made by its first and goes with its last."""
+    """The rooms of this node. The first subscription creates a room, and the last one removes it."""
 
     def __init__(self) -> None:
         self._rooms: dict[int, Room] = {}
@@ -355,7 +380,7 @@ class Membership:
     __slots__ = ("_rooms", "_subscriptions", "_watcher")
 
     def __init__(self, rooms: Rooms, watcher: Watcher | None = None) -> None:
-        """`watcher` hears of each subscription that begins or ends here."""
+        """`watcher` is called for each subscription that begins or ends."""
         self._rooms, self._watcher = rooms, watcher
         self._subscriptions: dict[int, Subscription] = {}
 
@@ -382,7 +407,7 @@ class Membership:
         return self._subscriptions.get(conversation_id)
 
     def join(self, conversation_id: int, listener: Listener, *, entitled: bool) -> Subscription:
-        """The subscription to a room: the one there is, or a fresh one, which is buffering."""
+        """Return the connection's subscription to a room, or create one, which is buffering."""
         subscription = self._subscriptions.get(conversation_id)
         if subscription is None:
             subscription = self._rooms.join(conversation_id, listener, entitled=entitled)
@@ -392,7 +417,7 @@ class Membership:
         return subscription
 
     def leave(self, conversation_id: int) -> bool:
-        """False if it was not there."""
+        """End the subscription to a room. Returns False if there was none."""
         subscription = self._subscriptions.pop(conversation_id, None)
         if subscription is not None:
             self._rooms.leave(subscription)

@@ -1,6 +1,8 @@
-"""The sweep: holds heads and rights of all active rooms against the database, whatever the bus has told.
+"""The sweep: regularly compares the heads and rights of all active rooms with the database, because the bus
+may lose changes and signals.
 
-It finds; what is behind the fanout repairs, and who may not be in a room any more is dropped here.
+The fanout repairs a room that is behind. The sweep itself ends the subscriptions of users who may not be in a
+room any more.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from chatd.hub.fanout.rooms import Room, Rooms
 from chatd.store.read import lookups
 from chatd.store.read.reader import Reader
 
-EVERY = 10.0  # seconds between sweeps, and
-OFTEN = 1.0  # while other nodes' changes do not come by themselves
+EVERY = 10.0  # seconds between sweeps
+OFTEN = 1.0  # seconds between sweeps while the bus does not deliver other nodes' changes
 ROOMS = 500  # rooms in one query
-YIELD_EVERY = 200  # subscriptions between checkpoints: each may be ended, and told so
+YIELD_EVERY = 200  # subscriptions between checkpoints: each may be ended, and its client notified
 
 log = structlog.get_logger()
 
@@ -34,8 +36,8 @@ class Sweep:
         members_seen: Callable[[Room, int], Awaitable[None]],
         check_logins: Callable[[], Awaitable[None]],
     ) -> None:
-        """`behind` is called for each room whose head is not that of the database, `members_seen` for each room
-        with the members_version that the database has for it, `check_logins` at the end of each sweep.
+        """`behind` is called for each room whose head differs from the database's. `members_seen` is called for
+        each room with its members_version in the database. `check_logins` is called after each sweep.
         """
         self._rooms, self._read, self._behind = rooms, read, behind
         self._members_seen, self._check_logins = members_seen, check_logins
@@ -46,14 +48,14 @@ class Sweep:
         self._now.set()
 
     def links(self, up: bool) -> None:
-        """Whether other nodes' changes come by themselves: while they do not, sweep often."""
+        """Whether the bus delivers other nodes' changes. While it does not, the sweep runs more often."""
         self._often = not up
         self.soon()
 
     def doubt(self, conversation_id: int) -> None:
-        """Somebody may not be entitled to this room any more: hold its rights against the database now."""
+        """A user may have lost the right to be in this room: compare its rights with the database soon."""
         if room := self._rooms.get(conversation_id):
-            room.members_version = -1  # lower than any, so that no snapshot replaces it
+            room.members_version = -1  # lower than any real version, so that no snapshot replaces it
             self.soon()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -68,7 +70,7 @@ class Sweep:
                 log.warning("sweep_failed", reason="the database does not answer")
 
     async def once(self) -> None:
-        """Raises Unavailable."""
+        """Compare all rooms with the database. Raises Unavailable."""
         rooms = [room for room in self._rooms if room.head is not None]
         for start in range(0, len(rooms), ROOMS):
             part = {room: (room.head or 0, room.mark) for room in rooms[start : start + ROOMS]}
@@ -78,9 +80,9 @@ class Sweep:
         await self._check_logins()
 
     async def _compare(self, room: Room, known: tuple[int, str | None], found: lookups.Heads) -> None:
-        """`known`: where the room stood, and with which mark, before the database was asked."""
+        """`known`: the room's head and mark before the database was read."""
         if found.members_version != room.members_version:
-            await check_rights(self._read, room)  # first: who was removed shall not hear what a repair finds
+            await check_rights(self._read, room)  # first: a removed user shall not get what a repair finds
         await self._members_seen(room, found.members_version)
         head, mark = known
         went_back = found.seq < head or (found.seq == head and found.mark != mark)
@@ -89,7 +91,7 @@ class Sweep:
 
 
 async def check_rights(read: Reader, room: Room) -> None:
-    """End the subscriptions of those who may not be in a room any more. Raises Unavailable."""
+    """End the subscriptions of users who may not be in a room any more. Raises Unavailable."""
     present = list(room.subscriptions)
     users = list({subscription.listener.user_id for subscription in present})
     version, states = await read(lookups.rights, room.conversation_id, users)
@@ -100,7 +102,7 @@ async def check_rights(read: Reader, room: Room) -> None:
             subscription.listener.dropped(subscription)
         if count % YIELD_EVERY == 0:
             await trio.lowlevel.checkpoint()
-    # Who joined meanwhile may have come with an older snapshot, and who was looked at already may have lost the
-    # right that a token gave: the next sweep looks again then.
+    # A user who joined meanwhile may have an older snapshot, and a user who was checked may since have lost the
+    # right that a token gave. If so, keep the old version, so that the next sweep checks again.
     if room.members_version == known and room.subscriptions.keys() <= set(present):
         room.members_version = version

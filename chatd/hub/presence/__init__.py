@@ -1,1 +1,1 @@
-"""Who is online in a room."""
+"""Tells clients which users are online in a room."""

@@ -1,7 +1,8 @@
-"""Who is online in a room, for those who asked: members, and who is in it without being one.
+"""Tells the subscriptions that asked for it which users are online in their room: its members, and visitors,
+who are in the room without being members.
 
-Implements `listeners.Watcher`: it also counts, for all nodes, the rooms of this one and the visitors in them.
-Nothing is kept of a room that nobody asked about.
+Implements `listeners.Watcher`: it also reports to presence, for all nodes, which rooms are occupied on this one
+and which visitors they have. It keeps the members of a room only while a subscription asks for its presence.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from chatd.hub.fanout.queue import Announcement, FanoutQueue
 from chatd.hub.fanout.rooms import Room, Subscription
 from chatd.store.read.members import MEMBERS_MOST
 
-READ_TRIES = 3  # of a room whose members change while they are read
+READ_TRIES = 3  # attempts to read the members of a room, if they change during the read
 YIELD_EVERY = 200  # subscriptions between checkpoints
 
 
 class Audience(Struct):
-    """The members of a room, at most `MEMBERS_MOST`, as of its members_version `version`; None: not read yet.
+    """The members of a room, at most `MEMBERS_MOST`, at its members_version `version` (None: not read yet).
 
-    It lives as long as one of its `watchers`, the subscriptions that asked for it and may be in the room.
+    It exists while it has `watchers`: the subscriptions that asked for presence and may be in the room.
     """
 
     members: set[int]
     watchers: dict[Subscription, None]
     version: int | None = None
-    heard: int = 0  # the highest version that was told of while the members were read
-    ahead: bool = False  # the database was behind `version` when it was last looked at
-    doubtful: bool = False  # the watchers were not told of a change
+    heard: int = 0  # the highest version in a signal that arrived while the members were read
+    ahead: bool = False  # the database was behind `version` at the last sweep
+    doubtful: bool = False  # an event for the watchers was lost
 
 
 class Audiences:
@@ -47,16 +48,18 @@ class Audiences:
         *,
         counts_rooms: bool,
     ) -> None:
-        """`counts_rooms`: somebody wants to know which rooms are occupied, over all nodes."""
+        """`counts_rooms`: whether the occupied rooms of all nodes are counted, for webhooks or the API."""
         self._counts_rooms = counts_rooms
         self._queue, self._presence, self._conversations = queue, presence, conversations
         self._audiences: dict[int, Audience] = {}
-        self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has them
+        self._rooms_of: dict[int, set[int]] = {}  # user → conversations whose audience has the user as member
 
-    # For a subscription that asks, and may be in the room.
+    # Watching: for subscriptions that ask for presence and may be in the room.
 
     async def watch(self, subscription: Subscription) -> None:
-        """Know the members, until the last watcher has left. Raises Unavailable."""
+        """Read the room's members if needed, and keep them until the last watcher has left. Raises
+        Unavailable.
+        """
         conversation_id = subscription.conversation_id
         audience = self._audiences.get(conversation_id)
         if audience is None:
@@ -69,7 +72,8 @@ class Audiences:
             version, ids = await self._conversations.member_ids(conversation_id, MEMBERS_MOST)
             if self._audiences.get(conversation_id) is not audience:
                 return  # the last watcher has left meanwhile
-            # Where they change too fast to be read, the next sweep sees that the versions differ.
+            # If the members change too fast for a consistent read, the next sweep sees that the versions
+            # differ.
             if audience.version is None and (version >= audience.heard or not tries_left):
                 self._fill(conversation_id, audience, version, ids)
 
@@ -83,7 +87,7 @@ class Audiences:
                 del self._audiences[conversation_id]
 
     def online(self, conversation_id: int) -> dict[str, Any]:
-        """`online`: who is; in a crowded room `online_count`: how many."""
+        """Return `{"online": sorted user ids}`, or in a crowded room `{"online_count": n}`."""
         audience = self._audiences.get(conversation_id)
         online = self._presence.who(conversation_id, audience.members if audience else ())
         if audience is not None and self._crowded(conversation_id, audience):
@@ -115,10 +119,12 @@ class Audiences:
         for user_id in list(audience.members):
             self._remove(conversation_id, audience, user_id)
 
-    # What changes.
+    # Changes of members and of presence.
 
     def member(self, change: MemberChange) -> None:
-        """Where one was missed before this one, `version` stays behind: the sweep sees that."""
+        """Apply a change of the members. If an earlier change was lost, `version` stays behind, so that the
+        sweep notices it.
+        """
         audience = self._audiences.get(change.conversation_id)
         if audience is None:
             return
@@ -138,7 +144,7 @@ class Audiences:
             self._tell(change.conversation_id, Transition(USERS, change.user_id, True, version))
 
     async def members_seen(self, room: Room, version: int) -> None:
-        """The sweep has read the room's members_version: whoever has a wrong picture is answered anew."""
+        """The sweep has read the room's members_version: send a new answer to watchers that missed events."""
         audience = self._audiences.get(room.conversation_id)
         if audience is None:
             return
@@ -156,14 +162,16 @@ class Audiences:
 
     @staticmethod
     def _is_wrong(audience: Audience, version: int) -> bool:
-        """A version that is older than ours was read a moment ago, or the database has gone back in time."""
+        """Whether the members must be read again. A database version below ours may come from a read that
+        began a moment earlier. Twice in a row it means that the database was set back to an older state.
+        """
         was_ahead, audience.ahead = audience.ahead, audience.version is not None and version < audience.version
         if audience.version is None or audience.doubtful:
             return True
         return version > audience.version or (was_ahead and audience.ahead)
 
     def changed(self, change: Transition) -> None:
-        """Somebody came or went, over all nodes."""
+        """A user came online or went offline, counted over all nodes."""
         if change.scope == USERS:
             for conversation_id in self._rooms_of.get(change.id, ()):
                 self._tell(conversation_id, change)
@@ -193,7 +201,7 @@ class Audiences:
             self._presence.arrive(ROOMS, subscription.conversation_id)
 
     def visit(self, subscription: Subscription, *, member: bool) -> None:
-        """A snapshot was answered: now it is known whether the user is a member."""
+        """A snapshot was sent: now it is known whether the user is a member."""
         if subscription.visiting != (not member):
             self._count_visit(subscription, visiting=not member)
 
@@ -205,8 +213,8 @@ class Audiences:
             self._presence.leave(ROOMS, subscription.conversation_id)
 
     def _counts(self, subscription: Subscription) -> bool:
-        """A room is occupied while somebody is there who can tell us so. A flat listener cannot: its library
-        answers pings also while its page is frozen.
+        """Whether a subscription makes its room occupied. A flat listener does not: its WebSocket library
+        answers pings even while its page is frozen, so the server cannot tell whether the user is there.
         """
         return self._counts_rooms and not subscription.listener.flat
 

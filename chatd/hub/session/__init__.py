@@ -1,1 +1,1 @@
-"""What one client asks for and gets, from its login on."""
+"""One client's session: its login, its requests and their answers."""

@@ -1,7 +1,7 @@
-"""Who the client of a session is: its first token, those that refresh it, and what a login enters.
+"""The login of a session: verifies the first token and later ones, and enters the rooms that a login names.
 
-A token is verified, then one look at the database says whether the login counts, and where its rooms stand.
-Implements `registry.Guest`: the registry ends a login that does not count any more.
+After a token was verified, one read of the database tells whether the login is valid and what its rooms' heads
+are. Implements `registry.Guest`, so that the registry can end a login that is no longer valid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from chatd.core.model import Identity
 from chatd.hub.admission.half_open import end_most_silent
 from chatd.hub.fanout.rooms import Subscription
 from chatd.hub.services import Line, Services
-from chatd.hub.session.refusals import goodbye_for, refused
+from chatd.hub.session.refusals import close_for, refused
 from chatd.hub.session.replies import tell_error
 from chatd.hub.session.subscriptions import Subscriptions
 from chatd.observe import metrics
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 
 class Login:
-    """`identity` is None until the first token was verified."""
+    """One session's login. `identity` is None until the first token was verified."""
 
     __slots__ = (
         "_address",
@@ -56,7 +56,7 @@ class Login:
         self._services, self._chat = services, services.chat
         self._line, self._rooms, self._address = line, rooms, address
         self._grace = services.settings.now.auth.expiry_grace
-        self.present = False  # others see that the user is online
+        self.present = False  # whether this session makes its user appear online
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -67,11 +67,11 @@ class Login:
         return self._line
 
     def turn_away(self, error: ChatError) -> None:
-        goodbye = goodbye_for(error)
-        if isinstance(goodbye, Final):
-            self._line.close_for_good(goodbye)
+        close = close_for(error)
+        if isinstance(close, Final):
+            self._line.close_for_good(close)
         else:
-            self._line.close_soon(goodbye, str(error))
+            self._line.close_soon(close, str(error))
 
     def subscription(self, conversation_id: int) -> Subscription | None:
         return self._rooms.get(conversation_id)
@@ -85,10 +85,10 @@ class Login:
             await self._come_in(command, identity)
         except Outdated as outdated:
             await self._come_in(command, await self._chat.logins.renew(command.token, outdated))
-        self._services.registry.appear(self)  # not before: a banned user is never online
+        self._services.registry.appear(self)  # after the check of bans: a banned user never appears online
 
     async def refresh(self, token: str, identity: Identity) -> Identity:
-        """Take a fresh token of the same user. Raises LOGIN_ERRORS, Forbidden."""
+        """Replace the token by a new one of the same user. Raises LOGIN_ERRORS, Forbidden."""
         fresh = await self._chat.logins.checked(token, await self.verify(token))
         if fresh.user_id != identity.user_id:
             raise Forbidden("the new token is another user's", field="token")
@@ -96,7 +96,9 @@ class Login:
         return fresh
 
     def refuse(self, error: ChatError, ref: Any, *, first: bool) -> None:
-        """Who is in already stays, when it is us who cannot tell whether the new token is as good."""
+        """Reply with an error and end the connection. A connection that is logged in stays open if the server
+        just could not check the new token.
+        """
         tell_error(self._line, error, ref)
         refused(error, conn=self._line.name, remote=self._address)
         if first or not isinstance(error, Unavailable):
@@ -107,10 +109,10 @@ class Login:
             self._services.registry.forget(self)
 
     async def verify(self, token: str) -> Identity:
-        """Who is in already is no guesser, whatever others do at the same address. Raises LOGIN_ERRORS."""
-        if self.identity is not None:
+        """Verify a token. Raises LOGIN_ERRORS."""
+        if self.identity is not None:  # the failures of others at the same address do not matter any more
             return await self._chat.logins.verify(token)
-        # It has come in time; how long the answer takes is not the client's fault.
+        # The token has arrived in time: the time that its verification takes does not count.
         self._line.close_at(math.inf, Close.NO_AUTH, "no auth in time")
         registry = self._services.registry
         failed_logins, guesser = registry.failed_logins, registry.guesser(self._address)
@@ -127,13 +129,13 @@ class Login:
             raise
 
     async def become(self, identity: Identity) -> None:
-        """Take on an identity, for the first time or refreshed. Raises TooManyConnections."""
+        """Take an identity, the first or a refreshed one. Raises TooManyConnections."""
         if self.identity is None:
             await self._register(identity.user_id)
             log.info("authenticated", conn=self._line.name, user_id=self.user_id, remote=self._address)
         self.identity = identity
         self._rooms.become(identity)
-        # A token that the leeway has let in may have ended: its client has the same time to bring another.
+        # A token that was valid only by the leeway has expired: its client has the grace to send a new one.
         left = max(0.0, identity.expires_at - time.time()) + self._grace
         self._line.close_at(trio.current_time() + left, Close.TOKEN_EXPIRED, "the token has expired")
 

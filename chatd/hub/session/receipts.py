@@ -1,4 +1,6 @@
-"""A connection's read and delivered cursors: gathered, and written at most three times a second."""
+"""A connection's read and delivered cursors: collected, and written at most three times a second
+(debounced).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ EVERY = 1 / 3  # seconds between two writes of one connection
 
 
 class _Waiting(Struct):
-    """What is to be written of one conversation, and who wants to know of it."""
+    """The cursors to write for one conversation, and the `ref`s of the requests that get a reply."""
 
     read: int = 0
     delivered: int = 0
@@ -27,7 +29,7 @@ class _Waiting(Struct):
 
 
 class Receipts:
-    """Bounded by what a connection may ask in a third of a second."""
+    """The receipts that wait to be written. The rate of requests bounds how many these are."""
 
     __slots__ = ("_answer", "_chat", "_nursery", "_requests", "_waiting", "_written_at")
 
@@ -62,7 +64,9 @@ class Receipts:
         self.write(identity)
 
     def write(self, identity: Identity) -> None:
-        """Queue what waits. Synchronous: also the last act of a connection."""
+        """Submit the waiting receipts to the writer. Synchronous, so that it also works at a connection's
+        end.
+        """
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, {}

@@ -1,7 +1,7 @@
-"""A login that is refused: how its connection ends, and what the operator's log says of it.
+"""Refused logins: with which close code the connection ends, and what is logged.
 
-Who brings a wrong token is told that it is wrong; what is wrong with it is in the log alone, each reason now
-and then, however many clients meet it.
+A client with an invalid token learns only that it is invalid. The log has the reason, each at a limited rate
+for all clients together.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from chatd.observe.logs import Recurring
 
 LOGIN_ERRORS = (Unauthorized, TokenExpired, Unavailable, RateLimited, TooManyConnections)
 
-_told: dict[str, Recurring] = {}  # by reason: there are some twenty
+_logged: dict[str, Recurring] = {}  # by reason: there are about twenty
 
 
-def goodbye_for(error: ChatError) -> Close | Final:
+def close_for(error: ChatError) -> Close | Final:
+    """Return the close code for a connection whose login ended with this error."""
     match error:
         case Unauthorized(way=Final() as way):
             return way
@@ -42,10 +43,10 @@ def goodbye_for(error: ChatError) -> Close | Final:
 
 
 def refused(error: ChatError, **about: Any) -> None:
-    """`about`: whose login it was."""
+    """Count and log a refused login. `about`: fields of the log line that identify the client."""
     way = getattr(error, "way", None)
     label = way.label if way else error.code
     if isinstance(error, Unauthorized | TokenExpired):
         metrics.AUTH_FAILURES.labels("revoked" if isinstance(error, Revoked) else error.code).inc()
     why = getattr(error, "why", "") or str(error)
-    _told.setdefault(label, Recurring("login_refused")).info(code=error.code, reason=label, why=why, **about)
+    _logged.setdefault(label, Recurring("login_refused")).info(code=error.code, reason=label, why=why, **about)

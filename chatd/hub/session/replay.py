@@ -1,4 +1,4 @@
-"""What somebody has missed of a room, in answers that a slow link can carry. Pure."""
+"""Splits the changes that a client has missed into answers small enough for a slow link. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from chatd.core.limits import ANSWER_BYTES
 from chatd.hub.fanout.chunks import runs
 from chatd.store.read.snapshots import Snapshot, newest
 
-NUMBERS = 128  # bytes by which numbers, marks and a `ref` of one answer may be longer than those of another
+NUMBERS = 128  # bytes by which the numbers, marks and `ref` of two answers may differ in length
 
 
-def parts(snapshot: Snapshot, around: int) -> Iterator[Snapshot]:
-    """One snapshot as several, each up to the last change that it holds. `around`: bytes of an answer without.
+def parts(snapshot: Snapshot, overhead: int) -> Iterator[Snapshot]:
+    """Split a snapshot into several. The `seq` and `mark` of each are those of its last change, so a client
+    that has received only some of them resumes after the last one.
 
-    A client that has had some of them stands where the last of these ends, whatever becomes of the rest.
+    `overhead`: bytes of an answer without its changes.
     """
-    space = max(ANSWER_BYTES - around - NUMBERS, ANSWER_BYTES // 2)
+    space = max(ANSWER_BYTES - overhead - NUMBERS, ANSWER_BYTES // 2)
     if not snapshot.recovered:
         kept = newest(snapshot.changes, space) or snapshot.changes[-1:]
         yield replace(snapshot, changes=kept, has_more=snapshot.has_more or len(kept) < len(snapshot.changes))

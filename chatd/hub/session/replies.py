@@ -1,4 +1,4 @@
-"""Replies to commands. They are sent also after the last event: the client wants to know what came of them."""
+"""Replies to commands. They are sent even when a close frame is due: the client shall learn the outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chatd.hub.services import Line
 
 
 def tell_ok(line: Line, ref: Any, **fields: Any) -> None:
-    """Nothing for a command without a `ref`."""
+    """Send an `ok`, unless the command had no `ref`."""
     if ref is not None:
         line.reply(text_frame(event("ok", ref, **fields)))
 

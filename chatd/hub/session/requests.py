@@ -1,4 +1,4 @@
-"""How much one connection may ask: so often, and so many that wait at once."""
+"""The limits of one connection's requests: how many a second, and how many may wait for their answer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import trio
 
 from chatd.core.limits import TokenBucket
 
-WAITING = 32  # requests of one connection; it is not read from while so many wait
-PER_SECOND = 50  # requests of one connection, on average; a chat client needs one or two
-BURST = 300  # a client that comes back subscribes to all of its rooms at once
-ROOMS_EACH = 10  # rooms that a login may enter for one request
-STRIKES = 100  # refusals for rate before the connection is closed; one a second is forgiven
+WAITING = 32  # unanswered requests of a connection; while there are so many, no more is read (backpressure)
+PER_SECOND = 50  # requests a second, on average; a chat client needs one or two
+BURST = 300  # requests at once: a client that reconnects subscribes to all of its rooms
+ROOMS_EACH = 10  # rooms of a login that count as one request
+STRIKES = 100  # refusals for the rate before the connection is closed; one a second does not count
 
 
 class Requests:
@@ -19,28 +19,30 @@ class Requests:
     def __init__(self) -> None:
         self._bucket = TokenBucket(PER_SECOND, BURST, trio.current_time())
         self._strikes: TokenBucket | None = None
-        self._waiting = 0  # that are not answered yet
-        self._freed: trio.Event | None = None  # set when one is, where somebody waits for that
-        self._writes = 0  # that are at the writer
-        self._all_written: trio.Event | None = None  # set when none is, where somebody waits for that
+        self._waiting = 0  # requests that are not answered yet
+        self._freed: trio.Event | None = None  # set when a request is answered, if a task waits for it
+        self._writes = 0  # commands that the writer has not answered
+        self._all_written: trio.Event | None = None  # set when there are none, if a task waits for it
 
     def take(self) -> float:
-        """0.0, or the seconds until there may be another."""
+        """Count a request. Returns 0.0, or the seconds until the connection may make it."""
         return self._bucket.take(trio.current_time())
 
     def charge_rooms(self, rooms: int) -> None:
-        """A login costs what it reads: one that enters a thousand rooms is not one request."""
+        """Count the rooms that a login has read, because a login with a thousand rooms costs more than one
+        request.
+        """
         self._bucket.charge(rooms / ROOMS_EACH, trio.current_time())
 
     def strike(self) -> bool:
-        """One was refused for its rate: whether that was one too many."""
+        """Count a refusal for the rate. Returns whether the connection has had too many of them."""
         now = trio.current_time()
         if self._strikes is None:
             self._strikes = TokenBucket(1, STRIKES, now)
         return self._strikes.take(now) > 0
 
     async def slot(self) -> None:
-        """Take one of the places for those that wait, or wait for it. `free` gives it back."""
+        """Take one of the WAITING places, or wait for one. `free` gives it back."""
         while self._waiting >= WAITING:
             self._freed = trio.Event()
             await self._freed.wait()
@@ -53,7 +55,7 @@ class Requests:
             self._freed = None
 
     def submitted(self) -> None:
-        """The writer has a command of this connection, and will say what became of it: `written` then."""
+        """The writer has taken a command. The caller calls `written` when the writer has answered it."""
         self._writes += 1
 
     def written(self) -> None:
@@ -62,7 +64,7 @@ class Requests:
             self._all_written.set()
 
     async def all_written(self) -> None:
-        """Until the writer has nothing of this connection any more."""
+        """Wait until the writer has answered all commands of this connection."""
         if self._writes:
             self._all_written = trio.Event()
             await self._all_written.wait()

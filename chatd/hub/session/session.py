@@ -1,7 +1,7 @@
-"""What a client asks for and gets: `chatd.v1` between a connection and the use cases.
+"""A session handles one client's `chatd.v1` commands: it calls the use cases and replies.
 
-Commands are taken in order. Writes are queued before the next command is read, so that sends keep their
-order; their replies come when they are committed, and may overtake each other.
+Commands are read in order. Each write is queued before the next command is read, so that messages keep their
+order. Replies are sent after the commit, and may overtake each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from chatd.hub.session.subscriptions import Subscriptions
 from chatd.hub.session.writes import Write, Writes
 from chatd.observe import metrics
 
-_NOWHERE: set[int] = set()  # for all who have never typed
+_NOWHERE: set[int] = set()  # shared by all sessions that have sent no `typing`, to save memory
 
 
 class Session:
@@ -40,7 +40,7 @@ class Session:
 
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
         self._services, self._line = services, line
-        self._handshake: Handshake | None = handshake  # until it has been looked at
+        self._handshake: Handshake | None = handshake  # None after `run` has used it
         self._config, self._chat = services.settings.now, services.chat
         self.flat = handshake.flat
         self._rooms = Subscriptions(services, line, flat=self.flat)
@@ -48,13 +48,13 @@ class Session:
         self._requests = Requests()
         self._writes = Writes(self._chat, line, self._requests)
         self._receipts: Receipts | None = None
-        self._typing: set[int] = _NOWHERE  # conversations where the user has been typing on this connection
+        self._typing: set[int] = _NOWHERE  # conversations for which this connection has sent `typing`
 
     async def prepare(self, deadline: float) -> None:
-        """What is to be done before the handshake is answered: nothing may be told yet."""
+        """Do work before the handshake is answered. Nothing may be pushed yet."""
 
     async def run(self) -> None:
-        """Until the connection has ended, or this is cancelled; has left all rooms then."""
+        """Handle commands until the connection ends or this is cancelled; then leave all rooms."""
         try:
             assert self._handshake is not None
             await self._begin(self._handshake)
@@ -65,14 +65,14 @@ class Session:
             self.end()
 
     def end(self) -> None:
-        """Leave everything. `run` does it; to be called where `run` was not reached."""
+        """Leave the rooms and the registry. `run` calls this; the caller does if it never calls `run`."""
         self._rooms.leave_all()
         self._login.leave()
         if self._login.identity is not None:
-            self._leave_behind(self._login.identity)
+            self._write_last(self._login.identity)
 
-    def _leave_behind(self, identity: Identity) -> None:
-        """What was read counts; who has gone types no more."""
+    def _write_last(self, identity: Identity) -> None:
+        """Write the receipts that still wait, and end the user's typing."""
         if self._receipts is not None:
             self._receipts.write(identity)
         for conversation_id in self._typing:
@@ -105,7 +105,7 @@ class Session:
 
     @property
     def user_id(self) -> int:
-        """0 for a client that has not logged in."""
+        """The user's id; 0 for a client that has not logged in."""
         return self._login.user_id
 
     # Taking commands.
@@ -142,7 +142,7 @@ class Session:
             self._line.close_soon(Close.TOO_MANY_REQUESTS, "too many requests")
 
     async def _guard(self, work: Any, subject: Any, *rest: Any) -> None:
-        """Errors become the reply; those that nobody foresaw end the connection, through its barrier."""
+        """Reply with the ChatError that `work` raises. Any other error ends the connection, in its barrier."""
         try:
             await work(subject, *rest)
         except ChatError as error:
@@ -180,7 +180,9 @@ class Session:
                 self._type(command, identity)
 
     async def _later(self, work: Any, command: protocol.Command, *rest: Any) -> None:
-        """Go on reading while this waits; at most so many do."""
+        """Run `work` in a task, so that the next command can be read. At most WAITING requests do so at
+        once.
+        """
         await self._requests.slot()
         self._line.nursery.start_soon(self._release_after, work, command, *rest)
 
@@ -256,7 +258,7 @@ class Session:
                 command.after,
                 command.limit or HISTORY_PAGE,
             )
-            await self._line.drained()  # of what rooms have brought meanwhile
+            await self._line.drained()  # rooms may have pushed messages meanwhile
             self._push(event("history", command.ref, messages=page.messages, has_more=page.has_more))
 
     # Writing.
@@ -270,11 +272,13 @@ class Session:
     # Replying.
 
     async def all_answered(self) -> None:
-        """Until the writer has said what became of each command that it has been given."""
+        """Wait until the writer has answered each command that this session has submitted."""
         await self._requests.all_written()
 
     def _push(self, payload: bytes) -> None:
-        """An event of our own: a flat client gets none of them but errors."""
+        """Push an event, unless the client is flat: of all events but messages, flat clients get only
+        errors.
+        """
         if not self.flat:
             self._line.push(text_frame(payload))
 

@@ -1,7 +1,8 @@
-"""The rooms of one session: enter, start over, leave. Implements `listeners.Listener`.
+"""The subscriptions of one session: it enters rooms, reads them again, and leaves them. Implements
+`listeners.Listener`.
 
-A subscription is registered before anything is read, so what is committed from then on is buffered or pushed;
-then the snapshot is read and answered, and what was buffered follows it.
+A subscription is registered before its snapshot is read, so that changes committed from then on are buffered.
+Then the snapshot is read and sent, and the buffer is sent after it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from chatd.hub.session.replay import parts
 from chatd.observe import metrics
 from chatd.store.read.snapshots import Snapshot
 
-SNAPSHOT_TRIES = 3  # for a room so busy that its buffer overflows while the snapshot is read
-REFUSED_AT_ONCE = 100  # rooms that are too many, told without a look at whether the client reads
-RETRY = 1.0  # seconds, while the database does not answer
+SNAPSHOT_TRIES = 3  # attempts, if a room is so busy that the buffer overflows while the snapshot is read
+REFUSED_AT_ONCE = 100  # rooms over the limit that are reported before the server waits for a slow consumer
+RETRY = 1.0  # seconds between attempts while the database does not answer
 
 Read = Callable[[Identity, int, Position, str | None], Awaitable[Snapshot]]
 
 
 class Subscriptions:
-    """`flat` listeners know nothing but messages: no answer is sent to them. `identity` is set at login."""
+    """One session's rooms. `flat` listeners get only messages and no answers. `identity` is set at login."""
 
     __slots__ = (
         *("_behind", "_conversations", "_inbox", "_line", "_most", "_rooms", "_services"),
@@ -40,13 +41,13 @@ class Subscriptions:
 
     def __init__(self, services: Services, line: Line, *, flat: bool) -> None:
         self._services, self._line, self.flat = services, line, flat
-        # Nothing stands between a room and the line: these are called for each delivery.
+        # These are called for each delivery: binding them here saves a call each time.
         self.push, self.try_push, self.offer = line.push, line.try_push, line.offer
         self._conversations = services.chat.conversations
         self._most = services.settings.now.limits.rooms_per_connection
         self._rooms = Membership(services.rooms, services.audiences)
-        self._inbox: Set[int] = frozenset()  # rooms that do not count against the most
-        self._behind: deque[Subscription] | None = None  # None: nobody reads on for any
+        self._inbox: Set[int] = frozenset()  # rooms of `rooms: "*"`, which do not count against the limit
+        self._behind: deque[Subscription] | None = None  # subscriptions to catch up; None: no task does so
         self.identity: Identity | None = None
         self.user_id = 0
 
@@ -54,7 +55,9 @@ class Subscriptions:
         self._rooms.leave_all()
 
     def become(self, identity: Identity) -> None:
-        """Log in, or take a fresh token: rooms that it does not open any more are held against the database."""
+        """Take the identity of a login or of a new token. If a room's entitlement is gone with the old token,
+        the sweep checks the room's rights.
+        """
         self.identity, self.user_id = identity, identity.user_id
         for subscription in self._rooms:
             still = self._conversations.entitled(identity, subscription.conversation_id)
@@ -66,7 +69,7 @@ class Subscriptions:
 
     def resync(self, subscription: Subscription) -> None:
         if subscription.buffering:
-            subscription.doubted = True  # what is being read just now must be read again
+            subscription.doubted = True  # the snapshot that is being read must be read again
         else:
             metrics.RESETS.labels("overflow").inc()
             subscription.wait()
@@ -92,7 +95,7 @@ class Subscriptions:
     # For the session.
 
     def fitting(self, wanted: Iterable[int]) -> list[int]:
-        """The first of these, as many as may be entered."""
+        """Return the first of `wanted`, up to the limit of rooms."""
         known = self._counted
         slots = self._most - len(known)
         fitting: list[int] = []
@@ -105,11 +108,11 @@ class Subscriptions:
         return fitting
 
     async def refuse(self, wanted: Iterable[int]) -> None:
-        """Tell of rooms that are too many, as the client takes it: they may be thousands."""
+        """Report each room over the limit, at the speed at which the client reads: they may be thousands."""
         for number, conversation_id in enumerate(wanted):
             if not number % REFUSED_AT_ONCE:
                 await self._line.drained()
-            if conversation_id not in self._rooms:  # the client has asked for it again meanwhile
+            if conversation_id not in self._rooms:  # else the client has subscribed to it meanwhile
                 self._tell_unsubscribed(conversation_id, self._too_many())
 
     def _too_many(self) -> LimitExceeded:
@@ -120,7 +123,9 @@ class Subscriptions:
         return {one.conversation_id for one in self._rooms} - self._inbox
 
     def join(self, conversation_id: int, *, presence: bool | None = None) -> Subscription:
-        """Register; `enter` must follow. `presence`: tell who is online. Raises LimitExceeded."""
+        """Register a subscription; the caller must call `enter` next. `presence`: whether the client wants to
+        know who is online; None: as before. Raises LimitExceeded.
+        """
         known = conversation_id in self._rooms or conversation_id in self._inbox
         if not known and len(self._counted) >= self._most:
             raise self._too_many()
@@ -134,7 +139,7 @@ class Subscriptions:
         return subscription
 
     def asked_by(self, command: Auth) -> int:
-        """How many rooms this login, which was answered, has read."""
+        """Return how many rooms this login, which has succeeded, has read."""
         return len(self._inbox) if command.rooms == "*" else len(command.rooms or ())
 
     def get(self, conversation_id: int) -> Subscription | None:
@@ -148,7 +153,9 @@ class Subscriptions:
         self._rooms.leave(conversation_id)
 
     async def enter(self, subscription: Subscription, position: Position, epoch: str | None, ref: Any) -> None:
-        """Read the snapshot and answer. Raises NotFound, or Unavailable: who was in the room stays in it."""
+        """Read the snapshot and send it. Raises NotFound. Raises Unavailable too; a client that was already in
+        the room stays in it then.
+        """
         async with self._line.unhurried():
             try:
                 snapshot = await self._snapshot(subscription, position, epoch)
@@ -158,9 +165,9 @@ class Subscriptions:
             await self._replay(subscription, snapshot, position, ref)
 
     async def prepare(self, conversation_id: int) -> tuple[Subscription, Snapshot]:
-        """Join a room whose listener gets no answer: what is committed from now on is kept for it.
+        """Join a room for a flat listener, which gets no answer. Changes from now on are buffered for it.
 
-        `begin` must follow. Raises as `enter` does.
+        The caller must call `begin` next. Raises the same errors as `enter`.
         """
         subscription = self.join(conversation_id)
         try:
@@ -170,12 +177,14 @@ class Subscriptions:
             raise
 
     def begin(self, subscription: Subscription, snapshot: Snapshot) -> None:
-        """Give it what was kept; it is live from now on."""
+        """Push the buffer. The subscription is live from now on."""
         if subscription.joined:
             self._settle(subscription, snapshot)
 
     async def enter_inbox(self, epoch: str | None, ref: Any, **ready: Any) -> None:
-        """Enter all of the user's conversations, heads only. Others may be entered beside them."""
+        """Enter all of the user's conversations, and send their heads but no messages. The client may enter
+        other rooms in addition.
+        """
         assert self.identity is not None
         inbox = await self._conversations.inbox(self.identity)
         self._inbox = set(inbox)
@@ -184,7 +193,9 @@ class Subscriptions:
     async def enter_all(
         self, wanted: Mapping[int, Position], epoch: str | None, ref: Any, **ready: Any
     ) -> None:
-        """Enter several rooms in one snapshot and answer with `ready`; what may not be is told after."""
+        """Enter several rooms with one read of the database, and send `ready`. After it an `unsubscribed` is
+        sent for each room that the user may not enter.
+        """
         assert self.identity is not None
         joined = {conversation_id: self.join(conversation_id) for conversation_id in wanted}
         async with self._line.unhurried():
@@ -192,7 +203,7 @@ class Subscriptions:
                 subscription.hold()
             try:
                 found = await self._conversations.enter_all(self.identity, wanted, epoch)
-                await self._line.drained()  # of what other rooms have brought meanwhile
+                await self._line.drained()  # other rooms may have pushed messages meanwhile
             except ChatError as error:
                 for subscription in joined.values():
                     self._not_entered(subscription, error)
@@ -212,7 +223,7 @@ class Subscriptions:
     def _part_of_ready(
         self, subscription: Subscription, snapshot: Snapshot, position: Position
     ) -> dict[str, Any]:
-        """A room whose changes come later stands where the client says that it stands."""
+        """A room whose changes are sent later keeps the position that the client has sent."""
         answer = self._answer(subscription, snapshot)
         if snapshot.later:
             answer |= {"seq": position.after, "mark": position.mark or None}
@@ -226,19 +237,19 @@ class Subscriptions:
             self._settle(subscription, snapshot)
 
     async def _follow(self, waiting: Iterable[Subscription]) -> None:
-        """What did not fit into a `ready`: one room after the other, as the client takes it."""
+        """Send the rooms that did not fit into `ready`, one by one, at the speed at which the client reads."""
         for subscription in waiting:
             await self._start_over(subscription)
 
     # Snapshots.
 
     async def _snapshot(self, subscription: Subscription, position: Position, epoch: str | None) -> Snapshot:
-        """Buffer, then read; again if that does not fit together."""
+        """Start buffering, then read the snapshot. Try again if the buffer does not continue the snapshot."""
         for _ in range(SNAPSHOT_TRIES):
             snapshot = await self._read(self._conversations.enter, subscription, position, epoch)
             if subscription.fits(snapshot.seq, snapshot.members_version):
                 return snapshot
-        raise Unavailable("this room is too busy to enter just now")
+        raise Unavailable("this room is too busy to be entered at the moment")
 
     async def _read(
         self, read: Read, subscription: Subscription, position: Position, epoch: str | None
@@ -246,14 +257,16 @@ class Subscriptions:
         assert self.identity is not None
         subscription.hold()
         snapshot = await read(self.identity, subscription.conversation_id, position, epoch)
-        if subscription.presence and subscription.joined:  # not before: only now the rights are known
+        if subscription.presence and subscription.joined:  # after the read, which has checked the rights
             await self._services.audiences.watch(subscription)
         if not subscription.joined:
             raise NotFound("this subscription was ended meanwhile", field="conversation_id")
         return snapshot
 
     def _not_entered(self, subscription: Subscription, error: ChatError) -> None:
-        """Who was live before goes on as if nothing had been asked: nobody has told the client otherwise."""
+        """Undo a failed `enter`. A subscription that was live before continues, unless the user may not be in
+        the room.
+        """
         if not subscription.joined:
             return
         if not subscription.entered or isinstance(error, NotFound):
@@ -261,11 +274,11 @@ class Subscriptions:
             return
         subscription.settle(subscription.cursor, subscription.mark)
         room = subscription.room
-        if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # something was let go of
+        if (subscription.cursor, subscription.mark) != (room.head, room.mark):  # it has missed changes
             self.resync(subscription)
 
     async def _start_over(self, subscription: Subscription) -> None:
-        """The server's own wish: the subscription is buffering, and stays so until it is read anew."""
+        """Read a room again, without a request of the client, until the subscription is live."""
         while subscription.joined and subscription.buffering:
             try:
                 await self._read_anew(subscription)
@@ -278,13 +291,13 @@ class Subscriptions:
     async def _read_anew(self, subscription: Subscription) -> None:
         async with self._line.unhurried():
             if not subscription.buffering:
-                return  # the client has asked meanwhile
+                return  # the client has subscribed again meanwhile
             position = Position(subscription.cursor, subscription.mark)
             snapshot = await self._snapshot(subscription, position, subscription.epoch)
             await self._replay(subscription, snapshot, position)
 
     async def _catch_up(self, behind: deque[Subscription]) -> None:
-        """Each in its turn gets a portion of what it has missed, until all of them are live again."""
+        """Send each subscription in turn a portion of the changes that it has missed, until all are live."""
         while behind:
             subscription = behind.popleft()
             try:
@@ -300,16 +313,16 @@ class Subscriptions:
         self._behind = None
 
     async def _read_on(self, subscription: Subscription) -> bool:
-        """False where there is more to be read."""
+        """Read and send one portion. Returns False if there is more to read."""
         async with self._line.unhurried():
             if not (subscription.joined and subscription.buffering):
-                return True  # the client has left, or has asked meanwhile
+                return True  # the client has left the room, or subscribed again, meanwhile
             position, epoch = Position(subscription.cursor, subscription.mark), subscription.epoch
             snapshot = await self._read(self._conversations.read_on, subscription, position, epoch)
-            self._count_told(snapshot)
-            if snapshot.later:  # first: while the client takes this portion, nothing is kept of what follows it
+            self._count_sent(snapshot)
+            if snapshot.later:  # before it is sent: the changes after it are read later, so do not buffer them
                 subscription.wait_at(Position(snapshot.seq, snapshot.mark), snapshot.epoch)
-            await self._tell_missed(subscription, snapshot)
+            await self._send_missed(subscription, snapshot)
             if not snapshot.later:
                 self._settle(subscription, snapshot)
             return not snapshot.later
@@ -317,24 +330,24 @@ class Subscriptions:
     async def _replay(
         self, subscription: Subscription, snapshot: Snapshot, position: Position, ref: Any = None
     ) -> None:
-        """Answer with what was missed; live from then on."""
+        """Send the missed changes. The subscription is live afterwards."""
         self._count(snapshot, position)
-        await self._tell_missed(subscription, snapshot, ref)
+        await self._send_missed(subscription, snapshot, ref)
         self._settle(subscription, snapshot)
 
-    async def _tell_missed(self, subscription: Subscription, snapshot: Snapshot, ref: Any = None) -> None:
-        """In pieces: each when the client has taken most of the one before."""
+    async def _send_missed(self, subscription: Subscription, snapshot: Snapshot, ref: Any = None) -> None:
+        """Send the missed changes in parts, each when the client has read most of the one before."""
         if self.flat:
             self._tell_flat(snapshot)
             return
-        for number, part in enumerate(parts(snapshot, self._around(subscription, snapshot))):
+        for number, part in enumerate(parts(snapshot, self._overhead(subscription, snapshot))):
             await self._line.drained()
             if not subscription.joined:
                 return
             self._tell(event("subscribed", None if number else ref, **self._answer(subscription, part)))
 
     def _tell_flat(self, snapshot: Snapshot) -> None:
-        """A flat client knows no answers: it gets the messages themselves, or has to come again."""
+        """Send a flat client the missed messages. If too many were missed, close it so that it reconnects."""
         if snapshot.recovered:
             created = [text_frame(one.payload) for one in snapshot.changes if one.kind is Kind.CREATED]
             self.push(b"".join(created))
@@ -342,7 +355,7 @@ class Subscriptions:
             self._line.close_soon(Close.OVERLOADED, "too much was missed")
 
     def _settle(self, subscription: Subscription, snapshot: Snapshot) -> None:
-        """After the answer: what was buffered and is newer; live from then on."""
+        """After the answer, push the newer changes of the buffer. The subscription is live afterwards."""
         if not subscription.joined:
             return
         complete = subscription.fits(snapshot.seq, snapshot.members_version)
@@ -353,27 +366,27 @@ class Subscriptions:
         if not complete:
             self.fall_behind(subscription)
         elif not subscription.buffering and subscription.cursor < (room.head or 0):
-            # All that was pushed meanwhile has been buffered.
+            # All changes pushed meanwhile were buffered, so the room's history contradicts the snapshot's.
             self._services.queue.doubt_history(room)
 
     @staticmethod
     def _count(snapshot: Snapshot, position: Position) -> None:
-        """How a resume went, if it was one."""
+        """Count whether a resume has recovered all changes. A subscribe without a position is not counted."""
         if position.after is None:
             return
         metrics.RECOVERIES.labels(str(snapshot.recovered).lower()).inc()
-        Subscriptions._count_told(snapshot)
+        Subscriptions._count_sent(snapshot)
 
     @staticmethod
-    def _count_told(snapshot: Snapshot) -> None:
+    def _count_sent(snapshot: Snapshot) -> None:
         metrics.DELIVERED_REPLAY.inc(len(snapshot.changes))
         if not snapshot.recovered:
             metrics.RESETS.labels("missed_too_much" if snapshot.same else "other_history").inc()
 
-    # Telling.
+    # Sending.
 
-    def _around(self, subscription: Subscription, snapshot: Snapshot) -> int:
-        """Bytes of an answer without its changes, if there are any."""
+    def _overhead(self, subscription: Subscription, snapshot: Snapshot) -> int:
+        """Return the bytes of an answer without its changes; 0 if it has no changes."""
         if not snapshot.changes:
             return 0
         return len(event("subscribed", 2**53, **self._answer(subscription, replace(snapshot, changes=()))))

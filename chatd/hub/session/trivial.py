@@ -1,9 +1,9 @@
-"""The trivial client: its URL says who it is and which conversation it wants. It hears messages alone.
+"""The trivial client: its URL has the token and the conversation. It receives messages only.
 
     /ws?token=…&conversation_id=1
 
-Nothing but the answer to its handshake tells it that it is in, so whatever is committed after that must reach
-it. That is why it is logged in, and its room is entered, before the handshake is answered.
+The answer to its handshake is all that tells it that it is in the room, so it must receive each message that is
+committed after that. That is why the server logs it in and enters its room before it answers the handshake.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class TrivialSession(Session):
 
     def __init__(self, services: Services, line: Line, handshake: Handshake, address: str) -> None:
         super().__init__(services, line, handshake, address)
-        # What came of the URL. A refusal is told after the handshake: browsers do not see one of HTTP.
+        # The result of the URL's login. A refusal is sent after the handshake, as a close frame, because a
+        # browser does not show a page the HTTP status of a refused handshake.
         self._prepared: tuple[Subscription, Snapshot] | ChatError | None = None
 
     async def prepare(self, deadline: float) -> None:
@@ -45,7 +46,7 @@ class TrivialSession(Session):
         conversation_id = _id_from_text(query.get("conversation_id", ""))
         token = query["token"]
         identity = await self._login.verify(token)
-        await self._login.become(identity)  # first: whoever is banned from here on is found among the connected
+        await self._login.become(identity)  # registered before the check, so that a ban from now on finds it
         await self._login.become(await self._chat.logins.checked(token, identity))
         return await self._rooms.prepare(conversation_id)
 

@@ -1,4 +1,6 @@
-"""What a client wants to be stored: given to the writer in order, and answered once it is committed."""
+"""A client's sends, edits, deletions and reactions: submitted to the writer in order, and answered after the
+commit.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,15 @@ class Writes:
         self._chat, self._line, self._requests = chat, line, requests
 
     async def submit(self, command: Write, identity: Identity) -> None:
-        """Queue it; waits while too many requests do, and for the `before_message` hook. Raises ChatError."""
+        """Submit a command. Waits while too many requests wait, and for the `before_message` hook. Raises
+        ChatError.
+        """
         rights = self._chat.conversations.rights(identity, command.conversation_id)
         wanted = to_store(command, identity, rights)
         if isinstance(wanted, Create):
             self._chat.messages.check_type(wanted.type)
         if isinstance(wanted, Create | Edit) and self._chat.before_message is not None:
-            # Here, not in a task of its own: what a client sends and edits keeps its order.
+            # Awaited here and not in a task, so that a client's sends and edits keep their order.
             self._chat.messages.check(wanted)
             await self._chat.messages.check_allowed(wanted)
             wanted = await self._chat.before_message.check(wanted)
@@ -47,8 +51,8 @@ class Writes:
             raise
 
     def _written(self, ref: Any, outcomes: Sequence[Outcome]) -> None:
-        """Called by the writer, also when this connection has ended meanwhile: nothing is sent then. Of the
-        command it has the `ref` alone: the rest is large when it is decoded.
+        """Reply after the commit. The writer calls this even if the connection has ended meanwhile; nothing is
+        sent then. It keeps only the command's `ref`, because a decoded command can be large.
         """
         self._requests.free()
         self._requests.written()
