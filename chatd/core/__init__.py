@@ -1,1 +1,1 @@
-"""What everything else is made of: the model, errors, the protocol, limits. Values only, no I/O."""
+"""The foundation that every other package imports: model, errors, protocol, limits. It does no I/O."""

@@ -1,7 +1,7 @@
-"""Network addresses: whose connection it is, behind proxies too, and what counts as one address.
+"""Network addresses: finds a client's address behind proxies, and the key under which limits count it.
 
-Whoever counts what an address does asks `counted_as` for the key. One household has a whole /64 of IPv6, so who
-counted single addresses would count nothing.
+Code that counts per address uses `counted_as` as the key. A household owns a whole /64 of IPv6 and can use a
+new address for every connection, so a limit per single IPv6 address would stop nobody.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-HOUSEHOLD = 64  # bits of an IPv6 address that one subscriber of a provider holds
+HOUSEHOLD = 64  # length in bits of the IPv6 prefix that a provider usually gives to one subscriber
 
 
 def parse(text: str) -> Address | None:
-    """`192.0.2.1`, `192.0.2.1:5000`, `2001:db8::1`, `[2001:db8::1]:5000`; None for what is no address."""
+    """Read `192.0.2.1`, `192.0.2.1:5000`, `2001:db8::1` or `[2001:db8::1]:5000`; else return None."""
     text = text.strip().strip('"')
     if text.startswith("["):
         text = text[1:].partition("]")[0]
@@ -26,14 +26,15 @@ def parse(text: str) -> Address | None:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
-    # A socket for both families sees IPv4 peers as ::ffff:192.0.2.1.
+    # A socket that accepts both families shows an IPv4 peer as ::ffff:192.0.2.1.
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def client_of(peer: str, forwarded_for: str, proxies: Sequence[Network]) -> str:
-    """The peer's address; if the peer is a trusted proxy, the one that it forwards for, and so on.
+    """The client's address: the nearest address, counted from the peer, that is not a trusted proxy.
 
-    `forwarded_for`: all lines of X-Forwarded-For, joined with commas. What is no address in it is passed over.
+    `forwarded_for` holds all lines of X-Forwarded-For, joined with commas; entries that are no address are
+    skipped. It is read from the right, because a client can write anything to the left of what the proxies add.
     """
     address = parse(peer)
     if address is None:
@@ -50,7 +51,7 @@ def is_in(address: Address | None, networks: Sequence[Network]) -> bool:
 
 
 def counted_as(address: str) -> str:
-    """The key under which connections, rates and failures of an address are counted."""
+    """The key under which limits count an address: the /64 network of an IPv6 address, else the address."""
     parsed = parse(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Network((parsed, HOUSEHOLD), strict=False))

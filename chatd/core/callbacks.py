@@ -1,7 +1,7 @@
-"""What a backend is told or asked: the body, and the headers whose signatures show that it is ours. Pure.
+"""The body and the signed headers of a request from chatd to a backend. No I/O.
 
-It is signed twice: as Standard Webhooks 1.0 has it (https://www.standardwebhooks.com), for which there are
-libraries, and as chatd did before it.
+chatd signs each request twice: as Standard Webhooks 1.0 specifies (https://www.standardwebhooks.com), because
+libraries verify that, and in chatd's own older format, because existing backends verify that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import msgspec
 
 from chatd.core.model import now
 
-PREFIX = "whsec_"  # of a secret that is written as Standard Webhooks has it
-KEY_BYTES = 24  # that such a secret has at least
+PREFIX = "whsec_"  # starts a secret that is written in the format of Standard Webhooks
+KEY_BYTES = 24  # the least length of a key, by Standard Webhooks
 DIGEST_BYTES = 8
 
 
@@ -26,9 +26,10 @@ def body(event: str, data: Any) -> bytes:
 
 
 def key_of(secret: str) -> bytes:
-    """What signs for Standard Webhooks: behind `whsec_` it is base64, and any other secret is the key as it is.
+    """The HMAC key for Standard Webhooks: the base64 after `whsec_`, decoded; a secret without that prefix as
+    it is.
 
-    Raises ValueError.
+    Raises ValueError if the text after the prefix is not base64.
     """
     if not secret.startswith(PREFIX):
         return secret.encode()
@@ -37,14 +38,19 @@ def key_of(secret: str) -> bytes:
 
 
 def id_of(delivery: int, content: bytes) -> str:
-    """The same each time an event is tried. A database that goes back in time gives its numbers again, but the
-    moment in the body is another."""
+    """The `webhook-id` of an event: the same at every attempt, so a backend can use it as an idempotency key.
+
+    The number alone is not enough: a database that was restored from a backup uses its numbers again. The body
+    holds the time of the event, so its digest tells the two events apart.
+    """
     return f"{delivery}-{hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()}"
 
 
 def headers(secret: str, event: str, id: str, content: bytes, **more: str) -> dict[str, str]:
-    """Of Standard Webhooks, `webhook-signature: v1,<HMAC-SHA256 of "<id>.<t>." and the body, in base64>`; and
-    `X-Chatd-Signature: t=<t>,v1=<HMAC-SHA256 of "<t>." and the body, in hex>`. `t` is unix seconds.
+    """The headers of one attempt, with two signatures. `t` is the present time in unix seconds.
+
+    Standard Webhooks: `webhook-signature: v1,<base64 of HMAC-SHA256("<id>.<t>." + body)>`.
+    chatd's own: `X-Chatd-Signature: t=<t>,v1=<hex of HMAC-SHA256("<t>." + body)>`.
     """
     moment = int(time.time())
     standard = hmac.digest(key_of(secret), f"{id}.{moment}.".encode() + content, hashlib.sha256)

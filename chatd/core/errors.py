@@ -1,29 +1,29 @@
-"""What can go wrong, once: an error's code is the same string over WebSocket and HTTP.
+"""Every error of chatd. An error has the same code over WebSocket and HTTP.
 
     ChatError
-    ├── BadRequest        bad_request      422   `field` says which
+    ├── BadRequest        bad_request      422   `field` names the wrong field
     │   └── NotJSON       bad_request      400
-    ├── Unauthorized      unauthorized     401   closes a socket for good; `way` says why
-    │   └── Revoked       unauthorized     401   … because somebody has decided so
-    ├── TokenExpired      token_expired    401   closes a socket with 4001: another token is wanted
-    │   └── Outdated      token_expired    401   … because of a revocation that it may be older than
+    ├── Unauthorized      unauthorized     401   closes a socket with the final code of its `way`
+    │   └── Revoked       unauthorized     401   … because an operator or the backend revoked the login
+    ├── TokenExpired      token_expired    401   closes a socket with 4001: the client gets a new token
+    │   └── Outdated      token_expired    401   … because the token may be older than a revocation
     ├── Forbidden         forbidden        403
     │   └── Muted         muted            403   `until`
-    ├── NotFound          not_found        404   missing, or not yours to see: the two look alike
+    ├── NotFound          not_found        404   missing, or hidden from this user: a client cannot tell which
     ├── Conflict          conflict         409
     ├── LimitExceeded     limit_exceeded   409
-    ├── TooLarge          too_large        413   `field` says which, if it was one
+    ├── TooLarge          too_large        413   `field` names the field, if one field is too large
     ├── RateLimited       rate_limited     429   `retry_after`
     ├── UnknownEvent      unknown_event    –
-    ├── Superseded        superseded       –     another node reads chat.ingest now; nobody outside sees it
-    ├── Internal          internal         500   `incident` finds it in the log
-    │   └── UnusableVerdict   internal     500   … and it would be so again: not retryable
+    ├── Superseded        superseded       –     another node reads chat.ingest now; clients never see this
+    ├── Internal          internal         500   the log has the cause under the same `incident`
+    │   └── UnusableVerdict   internal     500   … which a retry would meet again: not retryable
     └── Unavailable       unavailable      503   `retry_after`
-        ├── NotYet        unavailable      503   a token that counts in a moment
-        └── CallFailed    unavailable      503   the backend's or a key server's; the log has the reason
+        ├── NotYet        unavailable      503   the token becomes valid in a moment
+        └── CallFailed    unavailable      503   a call to the backend or a key server failed; the log says why
 
-Beside it the codes of a WebSocket's end, `Close` for clients that come back and `Final` for those that stop,
-and `OperatorError`, which ends the program with a sentence.
+The module also has the close codes of a WebSocket: `Close` for clients that reconnect, `Final` for clients that
+stop. `OperatorError` ends the program with a message for the operator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 
 
 class Close(IntEnum):
-    """Why the server ends a connection whose client may come back: 4500–4999 are in `Final`."""
+    """Close codes after which the client reconnects. `Final` has those after which it stops (4500–4999)."""
 
     TOO_BIG = 1009
     SERVER_ERROR = 1011
@@ -52,10 +52,10 @@ _NOT_VALID = "this token is not valid"
 
 
 class Final(Enum):
-    """Every way into a code from 4500, where clients stop.
+    """Every reason for a close code from 4500 on, after which clients stop and do not reconnect.
 
-    A final word must be true for good. Whatever time alone cures, or the next token that the client fetches by
-    itself, gets a `Close`. docs/errors.md has a row for each of these, which says why it is final.
+    The reason must hold for good. If time alone or the next token that the client fetches removes the cause,
+    the server uses a `Close` instead. docs/errors.md has a row for each reason, which says why it is final.
     """
 
     TOKEN_MALFORMED = "token_malformed", 4500, _NOT_VALID
@@ -69,20 +69,20 @@ class Final(Enum):
     TOKEN_ROOMS = "token_rooms", 4500, _NOT_VALID
     TOKEN_REFUSED = "token_refused", 4500, _NOT_VALID
     TOKEN_IN_URL = "token_in_url", 4500, "tokens in the URL are not accepted here"
-    BINARY_FRAME = "binary_frame", 4501, "frames are text"
-    NO_JSON = "no_json", 4501, "a frame holds one JSON object"
-    NO_CONVERSATION = "no_conversation", 4501, "conversation_id is no id"
+    BINARY_FRAME = "binary_frame", 4501, "send text frames, not binary frames"
+    NO_JSON = "no_json", 4501, "each frame must hold one JSON object"
+    NO_CONVERSATION = "no_conversation", 4501, "the conversation_id is not a valid id"
     REVOKED = "revoked", 4503, "this login was revoked"
     BANNED = "banned", 4503, "this user is banned"
     DISCONNECTED = "disconnected", 4503, "disconnected by the backend"
-    NOT_LET_IN = "not_let_in", 4503, "there is no such conversation, or it is not yours to see"
-    TAKEN_OUT = "taken_out", 4503, "this subscription was ended"
-    TOO_MANY_CONNECTIONS = "too_many_connections", 4504, "too many connections of this user"
-    OTHER_PROTOCOL = "other_protocol", 4506, "this server speaks chatd.v1"
+    NOT_LET_IN = "not_let_in", 4503, "there is no such conversation, or you may not see it"
+    TAKEN_OUT = "taken_out", 4503, "the server ended this subscription"
+    TOO_MANY_CONNECTIONS = "too_many_connections", 4504, "this user has too many connections"
+    OTHER_PROTOCOL = "other_protocol", 4506, "this server supports only chatd.v1"
 
     @property
     def label(self) -> str:
-        """For the log and the documentation."""
+        """Names the reason in the log and in the documentation."""
         return self.value[0]
 
     @property
@@ -91,12 +91,12 @@ class Final(Enum):
 
     @property
     def sentence(self) -> str:
-        """For the client."""
+        """The reason in the close frame, for the client's developer."""
         return self.value[2]
 
 
 class ChatError(Exception):
-    """A request that is not granted. `str(error)` is the sentence for the one who asked."""
+    """chatd refuses or fails a request. `str(error)` is the message for the client or backend that sent it."""
 
     code: ClassVar[str]
     status: ClassVar[int]
@@ -109,7 +109,7 @@ class ChatError(Exception):
         self.details = details
 
     def body(self) -> dict[str, Any]:
-        """The keys that both protocols show; `details` are `retry_after`, `until` and `incident`."""
+        """The keys of the error in both protocols. `details` may hold `retry_after`, `until` and `incident`."""
         shown: dict[str, Any] = {"code": self.code, "message": str(self), "retryable": self.retryable}
         if self.field is not None:
             shown["field"] = self.field
@@ -131,9 +131,11 @@ class NotJSON(BadRequest):
 
 
 class Unauthorized(ChatError):
-    """`way` ends a WebSocket for good; without one, and over HTTP, this request alone is refused.
+    """chatd does not accept these credentials.
 
-    `why` is for the operator's log alone: what is wrong with a token is no help to somebody who guesses.
+    With a `way`, chatd closes the WebSocket with that final code. Without one, and over HTTP, it refuses this
+    request only. `why` says what is wrong with the token. It goes to the operator's log and never to the
+    client, which could be guessing tokens.
     """
 
     code, status, sentence = "unauthorized", 401, "Unauthorized"
@@ -144,21 +146,25 @@ class Unauthorized(ChatError):
 
 
 class Revoked(Unauthorized):
-    """Somebody has decided it."""
+    """An operator or the backend has revoked this login."""
 
 
 class TokenExpired(ChatError):
-    """The next token that the client fetches may be right."""
+    """The token has expired. The next one that the client fetches may be valid."""
 
     code, status, sentence = "token_expired", 401, "the token has expired: get a new one"
     why = "expired"
 
 
 class Outdated(TokenExpired):
-    """It may be older than the revocation at `valid_after`, and nobody can tell. A new one will not be."""
+    """The token may be older than the revocation at `valid_after` (unix seconds), and its times cannot show
+    which.
 
-    sentence = "tokens were revoked about when this one was issued: get a new one"
-    why = "it may be older than a revocation"
+    A new token will be younger, so this is not final.
+    """
+
+    sentence = "this token was issued at about the time when tokens were revoked: get a new one"
+    why = "the token may be older than a revocation"
 
     def __init__(self, valid_after: int) -> None:
         super().__init__()
@@ -170,16 +176,16 @@ class Forbidden(ChatError):
 
 
 class Muted(Forbidden):
-    code, sentence = "muted", "you may read but not write here for now"
+    code, sentence = "muted", "you are muted: you may read here, but not write for now"
 
 
 class NotFound(ChatError):
-    code, status, sentence = "not_found", 404, "there is no such thing, or it is not yours to see"
+    code, status, sentence = "not_found", 404, "it does not exist, or you may not see it"
 
 
 class Conflict(ChatError):
     code, status = "conflict", 409
-    sentence = "this client_id was used before, with other content"
+    sentence = "this client_id was already used for a message with other content"
 
 
 class LimitExceeded(ChatError):
@@ -187,7 +193,7 @@ class LimitExceeded(ChatError):
 
 
 class TooManyConnections(LimitExceeded):
-    sentence = "too many connections of this user"
+    sentence = "this user has too many connections"
 
 
 class TooLarge(ChatError):
@@ -203,25 +209,30 @@ class UnknownEvent(ChatError):
 
 
 class Superseded(ChatError):
-    """The fencing token is not the newest: nothing was written."""
+    """The database has a newer fencing token than this process: it wrote nothing."""
 
     code, status, sentence = "superseded", 503, "another node has taken over"
 
 
 class Internal(ChatError):
     code, status, retryable = "internal", 500, True
-    sentence = "something went wrong on our side; the log has it under this incident"
+    sentence = "internal error; the server's log has the cause under this incident number"
 
 
 class UnusableVerdict(Internal):
-    """The backend's hook has answered what cannot be used, and would again: somebody has to change the hook."""
+    """The before_message hook of the backend gave an unusable answer. A retry would get the same: the hook is
+    wrong.
+    """
 
     retryable = False
-    sentence = "the verdict on this message cannot be used; the log has it under this incident"
+    sentence = "the backend's verdict on this message is not valid; the log has it under this incident number"
 
 
 class Unavailable(ChatError):
-    """The outcome of a write that ends with this is unknown: retry it with the same `client_id`."""
+    """Something that chatd needs does not answer. `retry_after` is in seconds.
+
+    A write that ends with this error may or may not have been stored: retry it with the same `client_id`.
+    """
 
     code, status, retryable, sentence = "unavailable", 503, True, "the database does not answer"
 
@@ -230,9 +241,9 @@ class Unavailable(ChatError):
 
 
 class NotYet(Unavailable):
-    """The same token counts in a moment. `why` is for the operator's log."""
+    """The same token becomes valid in a moment. `why` goes to the operator's log only."""
 
-    sentence = "this login does not count yet: try again in a moment"
+    sentence = "this token is not valid yet: try again in a moment"
 
     def __init__(self, why: str, message: str = "", *, retry_after: float = 1.0) -> None:
         super().__init__(message, retry_after=retry_after)
@@ -240,10 +251,10 @@ class NotYet(Unavailable):
 
 
 class CallFailed(Unavailable):
-    """A call to the backend, or to a key server, came to nothing.
+    """A call to the backend or to a key server failed.
 
-    Clients are told that alone. `kind` (timeout, unreachable, wrong_answer) is for the metrics; `reason`, which
-    may name hosts, is for the log.
+    Clients learn no more than that. `kind` (timeout, unreachable, wrong_answer) is a label of the metrics;
+    `reason` goes to the log only, because it may name internal hosts.
     """
 
     sentence = "the backend does not answer"
@@ -254,19 +265,19 @@ class CallFailed(Unavailable):
 
 
 class OperatorError(Exception):
-    """The daemon cannot start or go on, and a person can change that: the message says how."""
+    """The daemon cannot start or continue. The message says what the operator has to do."""
 
     exit_code = 1
 
 
 class DatabaseGone(OperatorError):
-    """The file that is being served from is not the database any more."""
+    """The open SQLite file was deleted, replaced or overwritten."""
 
 
 class ConfigError(OperatorError):
-    """The configuration is wrong. `mistakes` has all of them, each with its key."""
+    """The configuration is wrong. `mistakes` has one sentence for each mistake, which starts with its key."""
 
-    exit_code = 78  # EX_CONFIG of sysexits.h: a restart does not cure it
+    exit_code = 78  # EX_CONFIG of sysexits.h: supervisors see that a restart does not help
 
     def __init__(self, *mistakes: str) -> None:
         super().__init__("\n".join(mistakes))
@@ -274,7 +285,7 @@ class ConfigError(OperatorError):
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The first error that is in no group, of those that a nursery has put into one."""
+    """The first single error within nested exception groups, which is what Trio's nurseries raise."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

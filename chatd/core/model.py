@@ -1,6 +1,7 @@
-"""The nouns of chatd: messages, their changes, who is in a conversation. Pure data.
+"""The data types of chatd: messages, changes of messages, members, signals between nodes. No behaviour.
 
-Times are strings, RFC 3339 in UTC with six digits: what the wire carries and what sorts.
+Times are strings: RFC 3339, UTC, six digits of a second. The wire carries them so, and as strings they sort by
+time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-DEFAULT_TYPE = "text"  # of a message whose sender names none
-FOR_EVER = "9999-12-31T23:59:59.000000Z"  # the last moment that can be written
+DEFAULT_TYPE = "text"  # the type of a message whose sender gives none
+FOR_EVER = "9999-12-31T23:59:59.000000Z"  # the last moment that this format can express
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
-    """The flat message, in the order of the wire. A field with a default is left out if it has no value."""
+    """A message, with its fields in the order of the wire. JSON leaves out
+    optional fields that have no value.
+    """
 
     conversation_id: int
     id: int
@@ -30,12 +33,14 @@ class Message(Struct, frozen=True, omit_defaults=True):
     reply_to: int | None = None
     edited_at: str | None = None
     deleted_at: str | None = None
-    reactions: dict[str, list[int]] | None = None  # by emoji, the first who gave it
-    reaction_counts: dict[str, int] | None = None  # of those that more gave than are named
+    reactions: dict[str, list[int]] | None = None  # emoji → the first users who reacted with it
+    reaction_counts: dict[str, int] | None = (
+        None  # emoji → number of users, where `reactions` does not list all
+    )
 
 
 class Kind(StrEnum):
-    """What a change did, as the log keeps it."""
+    """What a change did to its message. The database stores these strings."""
 
     CREATED = "created"
     EDITED = "edited"
@@ -44,16 +49,16 @@ class Kind(StrEnum):
 
 
 class Change(Struct, frozen=True):
-    """One step of a conversation's log. `payload` is its event as JSON, encoded once for everybody.
+    """One entry of a conversation's log. `payload` is its event as JSON, encoded once for all clients.
 
-    `members_version` is the one at which somebody was last removed from the conversation before this was
-    committed: who was removed shall not hear it. Who comes, and a role or a mute, take no right from anybody.
-    0 says nothing; a huge one, that it is not known any more and the database must be asked.
+    `members_version` is the conversation's version at the last removal of a member before this commit, so that
+    no node delivers the change to a user who was removed. Additions, roles and mutes take no right to read from
+    anybody and do not count. 0: there was no removal. A huge value: the version is no longer known, and the
+    node must ask the database.
 
-    `mark` is random, the same for all that one transaction committed: a database that went back in time and
-    uses a `seq` again gives it another mark. `previous` is the mark of the change before this one in the
-    conversation. None says that there is none (seq 0, or a change older than marks), UNSET that it is
-    not known.
+    `mark` is a random string, the same for all changes of one transaction. A database that was restored from a
+    backup uses a `seq` again, but with another mark. `previous` is the mark of the conversation's change before
+    this one: None if there is none (seq 0, or a change older than marks), UNSET if it is not known.
     """
 
     conversation_id: int
@@ -66,10 +71,10 @@ class Change(Struct, frozen=True):
 
 
 class Position(Struct, frozen=True):
-    """Up to which change somebody has a conversation; without `after` up to none that matters.
+    """The last change of a conversation that a client has. `after` None: the client asks for no missed changes.
 
-    `mark` is that change's. None says that it has none, UNSET that it is not known: the epoch decides then
-    whether `after` is a change of this history.
+    `mark` is the mark of that change: None if the change has none, UNSET if the client did not send it. In that
+    case the epoch decides whether `after` belongs to the present history of the database.
     """
 
     after: int | None = None
@@ -77,7 +82,7 @@ class Position(Struct, frozen=True):
 
 
 class State(StrEnum):
-    """A member's row. No row at all is neither: the token or an open deployment decides then."""
+    """The state of a member's row. For a user without a row, the token or `rooms.access` decides."""
 
     ACTIVE = "active"
     REMOVED = "removed"
@@ -85,13 +90,15 @@ class State(StrEnum):
 
 
 class Signal(Struct, frozen=True, tag_field="signal", tag=str.lower):
-    """What nodes tell each other beside the log of changes. None of it is needed to be right in the end."""
+    """What nodes tell each other apart from changes. A lost signal does no lasting harm: nodes also read the
+    database.
+    """
 
 
 class MemberChange(Signal, frozen=True):
-    """Somebody was added to or removed from a conversation, whose `members_version` that made `version`.
+    """A user was added to a conversation or removed from it. `version` is its `members_version` afterwards.
 
-    `quiet`: the room is not told. Who becomes a member by posting is announced by the message itself.
+    `quiet`: the room gets no `member` event, because the message by which the user became a member shows it.
     """
 
     conversation_id: int
@@ -103,7 +110,10 @@ class MemberChange(Signal, frozen=True):
 
 
 class UserChange(Signal, frozen=True):
-    """A user's tokens were revoked, or the user banned: unix seconds, and a moment or None."""
+    """A user's tokens were revoked, or the user was banned or unbanned.
+
+    Tokens from before `valid_after` (unix seconds) are void. `banned_until` is a time; None: not banned.
+    """
 
     user_id: int
     valid_after: int
@@ -111,10 +121,10 @@ class UserChange(Signal, frozen=True):
 
 
 class Notice(Signal, frozen=True):
-    """An event for a room that has no seq: a receipt, typing, an application's own.
+    """An event for a room that is not in the log of changes: a receipt, typing, or an application's own event.
 
-    `to`: these users alone; `besides`: all but this one. `lasting`: who is just reading a snapshot, which may
-    be older, gets it after that.
+    `to`: only these users get it. `besides`: this user does not get it. `lasting`: a client whose snapshot is
+    just being read gets the event after the snapshot, which may be older than the event.
     """
 
     conversation_id: int
@@ -125,9 +135,9 @@ class Notice(Signal, frozen=True):
 
 
 class Kick(Signal, frozen=True):
-    """End the connections of a user; `reconnect`: they may come back at once.
+    """Close all connections of a user. `reconnect`: the clients may reconnect at once.
 
-    `age`: seconds since it was asked for. Who has logged in after that is not meant.
+    `age` is the number of seconds since the request. Connections that logged in after it stay open.
     """
 
     user_id: int
@@ -136,9 +146,10 @@ class Kick(Signal, frozen=True):
 
 
 class Present(Signal, frozen=True):
-    """Who is connected to a node: (scope, id, connections, version); `chat.presence` says what scopes are.
+    """The users and rooms with connections to one node, as (scope, id, connections, version).
 
-    `whole` is (round, part, parts) of all it has, None for what has changed.
+    `chat.presence` explains scopes. `whole` is (round, part, parts) if the entries are one part of the node's
+    whole state; None if they are only what has changed.
     """
 
     node: str
@@ -147,21 +158,22 @@ class Present(Signal, frozen=True):
 
 
 class Group(Struct, frozen=True):
-    """What one transaction committed. `outbox_id` is None where no bus outlives this process."""
+    """What one transaction committed. `outbox_id` is None if the bus is in memory, which needs no outbox."""
 
     changes: list[Change]
     members: list[MemberChange]
     outbox_id: int | None
     users: list[UserChange] = []
     notices: list[Notice] = []
-    hooked: bool = False  # there is something for the webhook
+    hooked: bool = False  # the transaction also stored events for the webhook
 
 
 class Identity(Struct, frozen=True):
-    """Who a token speaks for. Times are unix seconds; `conversations` are those that the token lists.
+    """The user that a token identifies, and the conversations that it lists. Times are unix seconds.
 
-    `issued_at` is what the token says, 0 if nothing, or when the backend was asked. `after` is the revocation
-    (its `valid_after`) that this login is known to be later than, whatever clocks say; None: not known.
+    `issued_at` is the token's `iat` (0 if it has none), or the time when chatd asked the backend. `after` is
+    the `valid_after` of a revocation that certainly came before this login, whatever the clocks say; None: not
+    known.
     """
 
     user_id: int
@@ -169,7 +181,7 @@ class Identity(Struct, frozen=True):
     issued_at: float
     conversations: frozenset[int]
     after: int | None = None
-    asked: bool = False  # the backend has said so, and may be asked again
+    asked: bool = False  # the backend vouched for this token, and chatd may ask it again
 
 
 def timestamp(moment: datetime) -> str:

@@ -1,6 +1,7 @@
-"""`chatd.v1` on the wire: decode a command, encode an event, build a frame. Bytes in and out, no I/O.
+"""The wire format `chatd.v1`: decodes commands, encodes events, builds frames. It does no I/O.
 
-The session acts on the commands; the store and the hub use the encoders. The contract is docs/protocol.md.
+The session executes the commands; the store and the hub use the encoders. docs/protocol.md is the
+specification.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct
 
 from chatd.core import limits
-from chatd.core.errors import BadRequest, ChatError, NotJSON, TooLarge, UnknownEvent
+from chatd.core.errors import BadRequest, ChatError, Final, NotJSON, TooLarge, UnknownEvent
 from chatd.core.model import DEFAULT_TYPE, Kind, Message, Position, now
 from chatd.core.validation import mistakes, reason
 
@@ -31,13 +32,13 @@ PageSize = Annotated[int, Meta(ge=1, le=limits.HISTORY_PAGE_MAX)]
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="event"):
-    """What a client asks for. A `ref` comes back in exactly one reply. Null says as much as nothing."""
+    """A command from a client. Exactly one reply carries its `ref`. A field of null is the same as no field."""
 
     ref: Ref | None = None
 
 
 class Since(Struct, frozen=True, kw_only=True):
-    """Where a client stands in a room: the last change it has, and that change's mark."""
+    """The last change of a room that a client has: its `seq` and its mark."""
 
     after: Seq | None = None
     mark: Mark | None = None
@@ -75,14 +76,14 @@ class Send(Command, frozen=True, kw_only=True, tag="send"):
 
 
 class OfMessage(Command, frozen=True, kw_only=True):
-    """About one message."""
+    """The base of commands about one message."""
 
     conversation_id: Id
     id: Id
 
 
 class Edit(OfMessage, frozen=True, kw_only=True, tag="edit"):
-    """A `meta` of null removes it."""
+    """A field that is left out stays as it is. A `meta` of null removes the message's `meta`."""
 
     content: Content | None = None
     meta: Any = UNSET
@@ -98,11 +99,11 @@ class React(OfMessage, frozen=True, kw_only=True, tag="react"):
 
 
 class Read(OfMessage, frozen=True, kw_only=True, tag="read"):
-    """Everything up to it."""
+    """The user has read all messages up to this one."""
 
 
 class Delivered(OfMessage, frozen=True, kw_only=True, tag="delivered"):
-    """Everything up to it."""
+    """The client has received all messages up to this one."""
 
 
 class Typing(Command, frozen=True, kw_only=True, tag="typing"):
@@ -152,7 +153,7 @@ _EVENT_NAME = {
 }
 _FIELD = re.compile(r"(?:at `\$\.([^`.\[]+)|(?:field|in) `(?:\$\.)?([^`.\[]+))")
 
-# Names that a foreign payload on Redis cannot take: §3 and §4 of the contract, from either side.
+# Event names of §3 and §4 of docs/protocol.md, which another service's payload on Redis must not use.
 RESERVED_EVENTS = frozenset(
     "auth refresh subscribe unsubscribe send edit delete react read delivered typing history ping pong"  # noqa: SIM905
     " hello ready subscribed message message.updated message.deleted receipt presence member unsubscribed"
@@ -161,7 +162,9 @@ RESERVED_EVENTS = frozenset(
 
 
 class CommandError(Exception):
-    """A frame that is no valid command. `ref` is None when the frame had none that could be echoed."""
+    """A frame is not a valid command. `ref` is the frame's own, or None if it
+    has none that can be sent back.
+    """
 
     def __init__(self, error: ChatError, ref: Any = None) -> None:
         super().__init__(str(error))
@@ -169,7 +172,9 @@ class CommandError(Exception):
 
 
 def decode_command(text: str | bytes) -> AnyCommand:
-    """Raises NotJSON for what is no JSON object at all, CommandError for an object that is no command."""
+    """Read one frame. Raises NotJSON if it holds no JSON object, CommandError if the object is not a valid
+    command.
+    """
     try:
         command: AnyCommand = _commands.decode(text)
         return command
@@ -179,20 +184,20 @@ def decode_command(text: str | bytes) -> AnyCommand:
 
 def _explain(text: str | bytes, error: Exception) -> CommandError:
     try:
-        # The standard library also reads what msgspec refuses: half of an emoji, 1e999. Such a frame is wrong,
-        # but it is JSON: its sender may stay.
+        # The standard library also reads JSON that msgspec refuses, such as a lone surrogate or 1e999. Such a
+        # frame is an error of one command; only a frame that is not JSON closes the connection.
         data = json.loads(text)
     except (ValueError, RecursionError):
-        raise NotJSON("a frame holds one JSON object") from None
+        raise NotJSON(Final.NO_JSON.sentence) from None
     if not isinstance(data, dict):
-        raise NotJSON("a frame holds one JSON object")
+        raise NotJSON(Final.NO_JSON.sentence)
     try:
         ref = msgspec.convert(data.get("ref"), Ref | None)
-        msgspec.json.encode(ref)  # half of an emoji cannot be echoed
+        msgspec.json.encode(ref)  # raises if `ref` holds a lone surrogate, which cannot be sent back
     except (msgspec.ValidationError, UnicodeEncodeError):
         ref = None
     if not isinstance(error, msgspec.ValidationError):
-        return CommandError(BadRequest("the frame holds text or a number that cannot be kept"), ref)
+        return CommandError(BadRequest("the frame holds text or a number that chatd cannot store"), ref)
     return CommandError(_mistake(data, error), ref)
 
 
@@ -210,7 +215,7 @@ def _mistake(data: dict[str, Any], error: msgspec.ValidationError) -> ChatError:
 
 
 def field_of(error: msgspec.ValidationError) -> str | None:
-    """The top-level field that msgspec complains of."""
+    """The top-level field that msgspec's error names; None if it names none."""
     found = _FIELD.search(str(error))
     return (found[1] or found[2]) if found else None
 
@@ -231,7 +236,11 @@ def hello(
     rooms: int,
     reconnect_window: float,
 ) -> bytes:
-    """What a client must know before it says anything. Times in seconds; `rooms`: the most it may enter."""
+    """The first event on a connection: the limits that a client needs before it sends anything.
+
+    Arguments are in seconds, bytes and characters; `rooms` is the most rooms that one connection may enter. The
+    event itself gives the times of `reconnect` in milliseconds.
+    """
     return event(
         "hello",
         protocol=SUBPROTOCOL,
@@ -258,14 +267,20 @@ def error_event(error: ChatError, ref: Any = None) -> bytes:
 
 
 def position_of(since: Since | Subscribe | int | None) -> Position:
-    """A client that has no mark may leave it out or send null: either says nothing about the change."""
+    """The position that a client sent. A mark that is left out or null means
+    that the client does not know it.
+    """
     if since is None or isinstance(since, int):
         return Position(since)
     return Position(since.after, UNSET if since.mark is None else since.mark)
 
 
 def change_payload(kind: Kind, seq: int, message: Message, mark: str | None = None) -> bytes:
-    """A change as everybody gets it: the flat message as it is now, with the change's own `seq` and `mark`."""
+    """A change as JSON, the same for every client: the message as it is now, with the change's `seq` and
+    `mark`.
+
+    The bytes are put together by hand so that msgspec encodes the message only once.
+    """
     body = msgspec.json.encode(message if message.seq == seq else msgspec.structs.replace(message, seq=seq))
     if mark is None:
         return b'{"event":"%b",%b' % (_EVENT_NAME[kind].encode(), body[1:])
@@ -273,6 +288,7 @@ def change_payload(kind: Kind, seq: int, message: Message, mark: str | None = No
 
 
 def check_content(content: str, most: int) -> None:
+    """Raises TooLarge for more than `most` characters, BadRequest for a NUL, which PostgreSQL cannot store."""
     if len(content) > most:
         raise TooLarge(f"The content has {len(content)} characters; {most} are allowed.", field="content")
     check_label("content", content)
@@ -284,17 +300,20 @@ def check_label(field: str, value: str | None) -> None:
 
 
 def check_meta(meta: Any, most: int) -> None:
+    """Raises TooLarge for more than `most` bytes of JSON, BadRequest for too many levels of nesting."""
     if meta is None:
         return
     if _depth(meta) > limits.META_DEPTH:
-        raise BadRequest(f"The meta is nested more than {limits.META_DEPTH} deep.", field="meta")
+        raise BadRequest(f"The meta is nested more than {limits.META_DEPTH} levels deep.", field="meta")
     size = len(msgspec.json.encode(meta))
     if size > most:
         raise TooLarge(f"The meta has {size} bytes; {most} are allowed.", field="meta")
 
 
 def _depth(value: Any) -> int:
-    """How deep containers are nested; looks no further than one past what is allowed."""
+    """Levels of nested containers. Stops at one level more than META_DEPTH, so the answer may be too small
+    there.
+    """
     depth, level = 0, [value] if isinstance(value, dict | list) else []
     while level and depth <= limits.META_DEPTH:
         depth += 1
@@ -307,7 +326,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-# Frames. What a server sends is unmasked (RFC 6455 §5.1), so a frame is the same bytes for every client.
+# A server does not mask its frames (RFC 6455 §5.1), so one frame can be sent to every client as it is.
 
 PING_FRAME = b"\x89\x00"
 

@@ -1,6 +1,7 @@
-"""Says everything that is wrong with a decoded body at once, field by field.
+"""Describes all mistakes in a decoded body at once, field by field.
 
-msgspec stops at the first mistake, which is right for speed; this runs only after it refused.
+msgspec is fast and stops at the first mistake. This module is slower and runs only after msgspec has refused a
+body.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 from msgspec import UnsetType
 
-# What msgspec says: of which type a value is, and what it must be; its bounds; and where it lies.
+# The forms of msgspec's error messages: wrong type, value out of bounds, wrong length; and the place at the
+# end.
 _TYPES = re.compile(r"Expected `([\w| ]+)`, got `(\w+)`")
 _BOUND = re.compile(r"Expected `\w+` (>=|<=|>|<) ([-\d.e+]+)")
 _LENGTH = re.compile(r"Expected `(\w+)` of length (>=|<=) (\d+)")
@@ -34,9 +36,7 @@ _BY_TYPE = {int: "int", float: "float", str: "str", bool: "bool", list: "array",
 
 
 def mistakes(kind: type[msgspec.Struct], data: dict[str, Any], *, strict: bool = True) -> dict[str, list[str]]:
-    """`{field: [sentence, …]}` for what keeps `data`, read from JSON, from being a `kind`; empty when nothing
-    does.
-    """
+    """Why `data`, decoded from JSON, is not a valid `kind`: `{field: [sentence, …]}`; empty if it is valid."""
     found: dict[str, list[str]] = {}
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for name, field in fields.items():
@@ -55,12 +55,15 @@ def mistakes(kind: type[msgspec.Struct], data: dict[str, Any], *, strict: bool =
 
 
 def reason(error: msgspec.ValidationError, kind: Any = Any) -> str:
-    """For people, of a field of this `kind`: `must be an integer, not text`, `is wrong: each key must be …`."""
+    """msgspec's error about a field of this `kind`, in words that follow the field's name.
+
+    `must be an integer, not text`, or `is wrong: each key must be …`.
+    """
     text = str(error)
     place = _PLACE.search(text)
     inner = _inner(place[1]) if place else ""
-    said = _sentence(_PLACE.sub("", text), _item_of(kind) if inner else kind)
-    return f"is wrong: {inner} {said}" if inner else said
+    sentence = _sentence(_PLACE.sub("", text), _item_of(kind) if inner else kind)
+    return f"is wrong: {inner} {sentence}" if inner else sentence
 
 
 def _sentence(text: str, kind: Any) -> str:
@@ -78,7 +81,7 @@ def _sentence(text: str, kind: Any) -> str:
 
 
 def _inner(place: str) -> str:
-    """What lies at `$.rooms[...].after`, or only at `$[...].after`; empty for a field as a whole."""
+    """Names the part at `$.rooms[...].after` or `$[...].after`; empty if the place is the whole field."""
     if place.startswith("`key`"):
         return "each key"
     steps = re.findall(r"\[[^]]*\]|\.\w+", place.strip("`").lstrip("$"))
@@ -90,7 +93,9 @@ def _inner(place: str) -> str:
 
 
 def _allowed(kind: Any) -> list[str]:
-    """What a value of this kind may be; null aside, which means that there is none."""
+    """The values or types that `kind` allows, in words. Null is not among them: it means that there is no
+    value.
+    """
     origin = get_origin(kind)
     if origin is Annotated:
         return _allowed(get_args(kind)[0])
@@ -106,11 +111,11 @@ def _allowed(kind: Any) -> list[str]:
 
 
 def _item_of(kind: Any) -> Any:
-    """Of a list its items; of anything else nothing is known."""
+    """The type of a list's items; Any for every other type."""
     return get_args(kind)[0] if get_origin(kind) is list else Any
 
 
 def suggestion(name: str, known: Any) -> str:
-    """` (did you mean x?)` when a known name is close, else nothing."""
+    """` (did you mean x?)` if a known name is similar, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
