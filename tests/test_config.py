@@ -220,7 +220,7 @@ def test_help_fits_on_a_screen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["whsec_" + "é" * 40, "whsec_" + "ab-_" * 10, "whsec_" + 31 * "a"])
 def test_a_secret_of_standard_webhooks_holds_a_key(tmp_path: Path, text: str) -> None:
     (found,) = mistakes(f'[api]\ninternal_token = "t"\n[webhooks]\nsecret = "{text}"', tmp_path)
-    assert found.startswith("webhooks.secret: after whsec_ there must be 24 bytes or more")
+    assert found.startswith("webhooks.secret: after whsec_ it needs at least 24 bytes")
     for right in ("a" * 32, "whsec_" + "ab+/" * 8):
         config.load(None, {"CHATD_API__INTERNAL_TOKEN": "t", "CHATD_WEBHOOKS__SECRET": right})
 

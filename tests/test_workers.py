@@ -508,7 +508,7 @@ def runs(pid: int) -> bool:
 def test_workers_need_redis(tmp_path: Path) -> None:
     ended = Daemon(tmp_path, server__workers=2).command("serve")
     assert ended.returncode == 78
-    assert "server.workers: more than one need redis.url" in ended.stderr
+    assert "server.workers: several workers exchange messages through Redis" in ended.stderr
 
 
 @pytest.mark.parametrize("place", ["nowhere", 100 * "x"])

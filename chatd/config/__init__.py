@@ -1,11 +1,10 @@
 """The configuration: `chatd.toml`, credentials and the environment, decoded into frozen structs.
 
-`options` describes each option, and `chatd.toml` is made of it. All mistakes are reported at once, each with
-its key.
+chatd reports all mistakes at once, each with its key.
 
-options   what there is
-sources   where values come from
-rules     what goes together
+options   every option: type, default, bounds, description
+sources   reads the values
+rules     checks what a type cannot express
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ __all__ = [
 ]
 
 _NO_TOKEN = (
-    "api.internal_token: is empty, so no backend could post. Set it here or in CHATD_API__INTERNAL_TOKEN"
+    "api.internal_token: is empty, so no backend could use the API. Set it here or in CHATD_API__INTERNAL_TOKEN"
     " to a long random string (openssl rand -hex 32), or try `chatd serve --demo`."
 )
 
@@ -90,11 +89,12 @@ def load(
     require_token: bool = True,
     origins: Origins | None = None,
 ) -> Config:
-    """The configuration of this process, or ConfigError with every mistake in it.
+    """Read the configuration of this process. Raises ConfigError with every mistake in it.
 
-    Later wins: defaults, the file, what makes a demo, credentials (`$CREDENTIALS_DIRECTORY/<section>.<key>`),
-    the environment (`CHATD_SECTION__KEY`, `CHATD_SECTION__KEY_FILE`). Commands that serve no backend do not
-    require a token. `origins` is filled: with the path of a file, or the name of a variable.
+    Later sources override earlier ones: the defaults, the file at `path`, the values of the demo, credentials
+    (`$CREDENTIALS_DIRECTORY/<section>.<key>`), the environment (`CHATD_SECTION__KEY`,
+    `CHATD_SECTION__KEY_FILE`). Commands that serve no API pass `require_token=False`. `load` fills `origins`
+    with the source of each value: the path of a file or the name of a variable.
     """
     environ = os.environ if environ is None else environ
     found: list[str] = []
@@ -110,7 +110,7 @@ def load(
             data.setdefault(section, {}).update(values)
     sections = {name: _section(name, kind, data.pop(name, {}), found) for name, kind in SECTIONS.items()}
     found += [f"[{name}]: there is no such section{suggestion(name, SECTIONS)}." for name in data]
-    # A section that could not be read is judged no further; the others are.
+    # `rules` sees the defaults in place of a section that is not valid, so its mistakes there mean nothing.
     readable = {name: section for name, section in sections.items() if section is not None}
     config = Config(**readable, demo=demo)  # type: ignore[arg-type]
     further = list(contradictions(config))

@@ -1,7 +1,6 @@
-"""Every option: its type, its default, its bounds, and what it means.
+"""Every option: its type, default, bounds and description.
 
-This is the one place where options are described. `chatd.toml` and docs/configuration.md are made of it, by
-`make reference`.
+`make reference` generates `chatd.toml` and docs/configuration.md from this module. Describe options only here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
-MOST = 2**53 - 1  # what the databases and JavaScript can hold
+MOST = 2**53 - 1  # the largest integer that the databases and JavaScript hold exactly
 Count = Annotated[int, Meta(ge=0, le=MOST)]
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
 
@@ -21,11 +20,11 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     """The process itself."""
 
     drain_window: Annotated[float, Meta(ge=0, le=300)] = 5.0
-    """Seconds that a stop takes for the clients: they are asked to move in the first half, and closed in
-    the second.
+    """Seconds over which a stopping chatd moves its clients: it asks them to reconnect in the first half and
+    closes the rest in the second.
     """
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
-    """Processes. Raise it when one process keeps a core busy; more than one need Redis."""
+    """Number of processes. Raise it when one process keeps a core busy. More than one need Redis."""
     private_networks: list[str] = field(default_factory=lambda: ["127.0.0.0/8", "::1/128"])
     """Networks that chatd may call (`auth.backend_url`, `auth.jwks_url`, webhooks) although they are
     private. To them it may also speak plain HTTP.
@@ -52,17 +51,17 @@ class Hub(Struct, frozen=True, forbid_unknown_fields=True):
     """Accept `/ws?token=…&conversation_id=1`. Tokens in URLs reach access logs."""
     origins: list[str] = []
     """Browser origins that may connect: `https://app.example.com`, `https://*.example.org`,
-    `capacitor://localhost`. If the list is empty, pages of the host that the request names may. A list
-    replaces that rule, so name the origin of your own pages, too.
+    `capacitor://localhost`. If the list is empty, only pages from the host name of the WebSocket URL may
+    connect. A list replaces that rule, so name the origin of your own pages, too.
     """
     handshake_timeout: Seconds = 5.0
     """Seconds that a client has for the HTTP upgrade."""
     auth_timeout: Seconds = 10.0
     """Seconds that a connection has to authenticate."""
     ping_interval: Seconds = 25.0
-    """Seconds of silence after which chatd asks a client for a sign of life."""
+    """Seconds without a frame from a client after which chatd sends it a ping."""
     ping_timeout: Seconds = 10.0
-    """Seconds that the client then has to answer."""
+    """Seconds that the client has to answer the ping. After that, chatd closes the connection."""
 
 
 class Database(Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,22 +72,26 @@ class Database(Struct, frozen=True, forbid_unknown_fields=True):
     `postgresql://user:password@host/database`. PostgreSQL with standbys: `@host1:5432,host2:5432/`.
     """
     readers: Annotated[int, Meta(ge=1, le=64)] = 4
-    """Connections that read, beside the one that writes."""
+    """Number of connections that chatd reads with."""
 
 
 class Redis(Struct, frozen=True, forbid_unknown_fields=True):
-    """Needed for several nodes or workers, and for other services that listen."""
+    """Needed for several nodes or workers, and for other services that read chatd's events."""
 
     url: str = ""
     """`redis://127.0.0.1:6379/0`. If it is empty, this process serves all clients by itself."""
     ingest: bool = True
-    """Store the messages that others add to the stream `chat.ingest`. Who may XADD there may post."""
+    """Store the messages that other services add to the stream `chat.ingest`. Every Redis user that may XADD
+    to this stream can post as any user.
+    """
     accept_foreign: bool = False
-    """Deliver what others PUBLISH on `chat.messages`. chatd does not store it."""
+    """Deliver the messages that other services PUBLISH on `chat.messages`. chatd does not store them."""
     stream_length: Positive = 100_000
-    """Entries that `chat.stream` keeps, about."""
+    """Approximate number of entries that `chat.stream` keeps."""
     stream_bytes: Positive = 64 * 1024 * 1024
-    """Bytes of messages that `chat.stream` keeps, about. The bound that is reached first counts."""
+    """Approximate number of bytes that `chat.stream` keeps. Whichever of the two limits is
+    reached first counts.
+    """
 
 
 Algorithm = Literal["HS256", "RS256", "ES256", "EdDSA"]
@@ -98,8 +101,8 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     """The tokens of your users: JWTs, or whatever your backend understands."""
 
     secret: str = ""
-    """The secret that signs tokens, shared with your backend if that signs them; at least 32 characters. If
-    it is empty, chatd makes one and keeps it in the database.
+    """The secret that signs tokens; at least 32 characters. If your backend signs the tokens, both use the same
+    secret. If it is empty, chatd makes one and keeps it in the database.
     """
     previous_secret: str = ""
     """A second secret that is accepted as well, while you replace the first."""
@@ -120,16 +123,16 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     token_ttl: Positive = 3600
     """Seconds that a token from `POST /api/ws/tokens` is valid, unless the request says otherwise."""
     backend_url: str = ""
-    """Ask your backend whose a token is: chatd POSTs `{"token"}` with `X-Internal-Token` to this address,
-    and your backend answers `{"user_id", "expires_in"}`.
+    """chatd asks your backend at this address to which user a token belongs. It POSTs `{"token"}` with
+    `X-Internal-Token`, and your backend answers `{"user_id", "expires_in"}`.
     """
     backend_timeout: Seconds = 3.0
     """Seconds that your backend has to answer."""
     backend_cache: Annotated[float, Meta(ge=0, le=3600)] = 10.0
-    """Seconds for which chatd remembers that your backend accepted a token. 0: it asks each time."""
+    """Seconds for which chatd remembers that your backend accepted a token. 0: chatd asks each time."""
 
 
-ANY_TYPE = "*"  # in rooms.client_types
+ANY_TYPE = "*"  # an entry of rooms.client_types
 TypeName = Annotated[str, Meta(min_length=1, max_length=32)]
 
 
@@ -137,48 +140,47 @@ class Rooms(Struct, frozen=True, forbid_unknown_fields=True):
     """Who may enter a room, and what clients may send there."""
 
     access: Literal["members", "open"] = "members"
-    """Who may enter a conversation: `members` (and users whose token lists it), or `open`, everybody with a
-    token.
+    """Who may enter a conversation. `members`: its members, and users whose token lists it. `open`: every user
+    with a valid token.
     """
     client_types: list[TypeName] = field(default_factory=lambda: ["text", "image", "video", "audio", "file"])
-    """Message types that clients may send. `*` allows any, as backends may."""
+    """Message types that clients may send. `*` allows every type. Backends may always send every type."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits. 0 means no limit. With several workers each has its share of `connections` and
-    `handshakes_per_second`, and counts the connections and sends of a user, and the connections of an
-    address, for itself.
+    """Limits. 0 means no limit. With several workers, each gets an equal share of `connections` and
+    `handshakes_per_second`. Each worker counts the connections and sends of a user, and the connections of an
+    address, separately.
     """
 
     connections: Count = 0
-    """WebSocket connections in all. A handshake beyond that gets 503."""
+    """All WebSocket connections. chatd answers further handshakes with 503."""
     connections_per_user: Count = 20
-    """Connections of one user. One beyond that is closed for good (`too_many_connections`)."""
+    """Connections of one user. chatd closes further ones for good (`too_many_connections`)."""
     connections_per_address: Count = 0
-    """Connections from one address. A handshake beyond that gets 503."""
+    """Connections from one address. chatd answers further handshakes with 503."""
     handshakes_per_second: Count = 500
-    """Handshakes in a second. One beyond that gets 503 with `Retry-After`. One address alone can use half
-    of them.
+    """Handshakes per second. chatd answers further ones with 503 and `Retry-After`. One address alone can use
+    half of them.
     """
     failed_logins_per_minute: Count = 10
-    """Failed logins from one address in a minute; this machine and proxies do not count. A failure beyond
-    that is closed with 4006.
+    """Failed logins per minute from one address. chatd closes further failed ones with 4006. Loopback addresses
+    and trusted proxies have no such limit.
     """
     rooms_per_connection: Positive = 200
-    """Subscriptions of one connection."""
+    """Rooms that one connection may subscribe to."""
     sends_per_second: Count = 10
-    """Messages, edits, deletes and reactions of one user in a second. A burst may have twice as many."""
+    """Messages, edits, deletes and reactions of one user per second. A burst may have twice as many."""
     frame_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 65536
-    """Bytes of a WebSocket frame from a client. A connection that sends a larger one is closed with 1009.
-    """
+    """Bytes of a WebSocket frame from a client. chatd closes a connection that sends a larger one with 1009."""
     content_chars: Annotated[int, Meta(ge=1, le=262_144)] = 8000
     """Characters of a message."""
     meta_bytes: Annotated[int, Meta(ge=0, le=262_144)] = 8192
     """Bytes of a message's `meta`, as JSON."""
     members_detail: Count = 100
-    """Members up to which a conversation shows the receipts of others and who is online."""
+    """Largest conversation, in members, that shows the receipts of others and who is online."""
     trusted_proxies: list[str] = []
-    """Addresses or networks whose `X-Forwarded-For` chatd believes: `127.0.0.1`."""
+    """Addresses or networks of proxies whose `X-Forwarded-For` chatd trusts: `127.0.0.1`."""
 
 
 Unasked = Literal["message.created", "user.online", "user.offline", "room.occupied", "room.vacated"]
@@ -191,44 +193,47 @@ class Webhooks(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = ""
     """Where chatd POSTs events. If it is empty, chatd reports nothing."""
     secret: str = ""
-    """Signs what chatd sends; at least 32 characters. Behind `whsec_` it is base64, as Standard Webhooks writes
-    a secret; any other is used as it is.
+    """The secret that signs chatd's requests; at least 32 characters. If it starts with `whsec_`, the rest is
+    the key in base64, as Standard Webhooks specifies; any other secret is the key as it is.
     """
     events: list[Unasked | Asked] = field(default_factory=lambda: list(get_args(Unasked)))
-    """Events that you want. There are also `message.updated`, `message.deleted`, `message.reacted`,
+    """Events that chatd reports. You can add `message.updated`, `message.deleted`, `message.reacted`,
     `member.added` and `member.removed`.
     """
     timeout: Seconds = 5.0
-    """Seconds that your backend has for one event."""
+    """Seconds that your backend has to answer one request."""
     attempts: Annotated[int, Meta(ge=1, le=100)] = 15
-    """Attempts until chatd gives an event up: 15 take some three hours, 21 nine hours."""
+    """Attempts after which chatd gives an event up. 15 take about three hours, 21 about nine hours."""
     kept: Positive = 100_000
-    """Events that may wait. While so many wait, chatd adds no more about presence."""
+    """Number of waiting events from which on chatd adds no more events about presence."""
     before_message_url: str = ""
-    """chatd asks here before it stores what a client sends or edits. Your backend may refuse or change it.
+    """chatd asks your backend at this address before it stores a message or an edit from a client. Your backend
+    may refuse or change it.
     """
     before_message_timeout: Seconds = 1.0
-    """Seconds that your backend has to judge."""
+    """Seconds that your backend has to answer."""
     before_message_failure: Literal["refuse", "accept"] = "refuse"
-    """What happens to a message that your backend did not judge: `refuse` (the client gets `unavailable`)
+    """What chatd does with a message if your backend gives no answer: `refuse` (the client gets `unavailable`)
     or `accept`.
     """
 
 
 class Retention(Struct, frozen=True, forbid_unknown_fields=True):
-    """What chatd removes, once an hour. A client that comes back with an older cursor starts over."""
+    """Old messages that chatd removes, once an hour. A client that comes back
+    with an older cursor starts over.
+    """
 
     days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0
-    """Remove messages that are older than so many days. 0: keep them, however old they are."""
+    """Remove messages that are older than this number of days. 0: keep messages of any age."""
     messages: Count = 0
-    """Keep only the newest so many messages of each conversation. 0: keep all."""
+    """Keep only this number of newest messages in each conversation. 0: keep all."""
 
 
 class Logs(Struct, frozen=True, forbid_unknown_fields=True):
     """The log, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least level that is logged."""
+    """The lowest level that chatd logs."""
     format: Literal["auto", "json", "text"] = "auto"
     """`json`, `text`, or `auto`: text on a terminal, JSON elsewhere."""
 

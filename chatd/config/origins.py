@@ -1,7 +1,7 @@
-"""Origins: what `hub.origins` may name, and whether a page of an origin may come. Pure.
+"""Checks the entries of `hub.origins`, and decides whether a page of an origin may connect. No I/O.
 
-A browser writes an origin in one way alone (RFC 6454, §6.1): small letters, no port that the scheme implies, no
-user, no path. It is compared as a string, so that in the configuration it must be written in the same way.
+A browser writes an origin in exactly one way (RFC 6454 §6.1): lower case, no default port of the scheme, no
+user, no path. chatd compares origins as strings, so the configuration must write them in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-OPAQUE = "null"  # of a sandboxed frame, and of a file in most browsers
+OPAQUE = "null"  # what browsers send for a sandboxed frame, and most of them for a local file
 _PORTS = {"http": 80, "https": 443}
 _SHAPE = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<wild>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[^/?#@:\[\]*\s]*)(?P<port>:[0-9]+)?"
@@ -19,28 +19,28 @@ _EXAMPLES = "https://chat.example.com, https://*.example.com or capacitor://loca
 
 
 def mistake(text: str) -> str | None:
-    """What is wrong with an entry of `hub.origins`, for its operator."""
+    """Why `text` is not a valid entry of `hub.origins`, with a better one; None if it is valid."""
     if text == OPAQUE:
         return None
     found = _SHAPE.fullmatch(text)
     usual = _usual(text)
     if found is None:
         better = f"; write {usual}" if usual and _SHAPE.fullmatch(usual) else f"; write {_EXAMPLES}"
-        return f"{text!r} is no origin as browsers send it{better}"
+        return f"{text!r} is not an origin as browsers send it{better}"
     scheme, host, port = found["scheme"], found["host"], found["port"]
     if usual != text:
-        return f"{text!r} is no origin as browsers send it; write {usual}"
+        return f"{text!r} is not an origin as browsers send it; write {usual}"
     if scheme in _PORTS and (not host or not host.isascii() or host.startswith(".")):
-        return f"{text!r} names no host; write {_EXAMPLES}, and a name with other letters as its xn--… form"
+        return f"{text!r} has no valid host; write {_EXAMPLES}, and an international name in its xn--… form"
     if port and not 0 < int(port[1:]) <= 65535:
-        return f"{text!r} has a port that there is not"
+        return f"{text!r} has a port that does not exist; write 1 to 65535"
     if found["wild"] and (scheme not in _PORTS or host.startswith("[") or "." not in host):
-        return f"{text!r}: a * stands for names below a domain of your own, as in https://*.example.com"
+        return f"{text!r}: a * stands only for the names below your own domain, as in https://*.example.com"
     return None
 
 
 def _usual(text: str) -> str | None:
-    """The same as a browser would write it."""
+    """`text` as a browser writes it; None if it has no scheme."""
     scheme, separator, rest = text.strip().partition("://")
     place = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2].lower()
     scheme = scheme.lower()
@@ -49,7 +49,7 @@ def _usual(text: str) -> str | None:
 
 
 class AllowedOrigins:
-    """Those that `hub.origins` names; where it names none, the host that was asked for, on any port."""
+    """The origins in `hub.origins`. If there are none: the host of the request itself, on any port."""
 
     def __init__(self, listed: Sequence[str]) -> None:
         self._exact = frozenset(one for one in listed if "*" not in one)
@@ -66,7 +66,7 @@ class AllowedOrigins:
 
     @staticmethod
     def _is_below(origin: str, scheme: str, rest: str) -> bool:
-        """Names of any depth, and nothing but a name: no user, no path."""
+        """Whether the * stands for one or more labels of a host name. It must not match a user or a path."""
         if not (origin.startswith(scheme) and origin.endswith(rest)):
             return False
         return re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", origin[len(scheme) : -len(rest)]) is not None

@@ -1,4 +1,4 @@
-"""What may be wrong with values that are well formed, and what an address means."""
+"""Checks values that have the right type but cannot work, alone or together; and reads addresses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from chatd.config import origins
 from chatd.config.options import Auth, Config, Webhooks
 from chatd.core import callbacks
 
-# What chatd reads must be what it has just written, so it talks to the one server that takes writes.
+# chatd must read what it has just written, so every connection must lead to the primary.
 TARGETS = ("read-write", "primary")
-_WRITE_URL = "write https://host/path, or http:// for an address in server.private_networks."
+_WRITE_URL = (
+    "is not an HTTP URL; write https://host/path, or http:// for an address in server.private_networks."
+)
 
 
 def split_bind(bind: str) -> tuple[str, int]:
-    """`"127.0.0.1:8080"` → `("127.0.0.1", 8080)`; `"[::1]:8080"` and `":8080"` (every address) work too."""
+    """Split `"127.0.0.1:8080"`, `"[::1]:8080"` or `":8080"` (every address) into host and port.
+
+    Raises ValueError.
+    """
     host, colon, port = bind.rpartition(":")
     if not colon or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65535:
         raise ValueError(bind)
@@ -24,15 +29,15 @@ def split_bind(bind: str) -> tuple[str, int]:
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What is wrong with values that are well formed."""
+    """One sentence for each mistake, which starts with `section.key: `."""
     for key, bind in (("api.bind", config.api.bind), ("hub.bind", config.hub.bind)):
         try:
             host, _ = split_bind(bind)
         except ValueError:
-            yield f"{key}: {bind!r} is no address; write host:port, as in 127.0.0.1:8080 (65535 at most)."
+            yield f"{key}: {bind!r} is not an address; write host:port, as in 127.0.0.1:8080 (at most 65535)."
             continue
         if config.demo and not is_loopback(host):
-            yield f"{key}: the demo has a known token, so it listens on this machine alone; use 127.0.0.1."
+            yield f"{key}: everybody knows the demo's token, so it listens on this machine only; use 127.0.0.1."
     yield from _wrong_auth(config.auth)
     yield from _wrong_webhooks(config.webhooks)
     for network in config.server.private_networks:
@@ -43,11 +48,14 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
     yield from _wrong_database(config.database.url)
     if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
-        yield "redis.url: write redis://host:6379/0, rediss://… for TLS, or unix:///path/to/redis.sock."
+        yield (
+            "redis.url: is not a Redis URL; write redis://host:6379/0, rediss://… for TLS, or"
+            " unix:///path/to/redis.sock."
+        )
     if config.server.workers > 1 and not config.redis.url:
-        yield "server.workers: more than one need redis.url, for they tell each other of messages through it."
+        yield "server.workers: several workers exchange messages through Redis; set redis.url or use 1."
     if config.redis.accept_foreign and not config.redis.url:
-        yield "redis.accept_foreign: needs redis.url."
+        yield "redis.accept_foreign: has no effect without Redis; set redis.url."
     for origin in config.hub.origins:
         if wrong := origins.mistake(origin):
             yield f"hub.origins: {wrong}."
@@ -58,19 +66,22 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def _wrong_database(url: str) -> Iterator[str]:
     if {_scheme(one) for one in _each_host(url)} not in ({"sqlite"}, {"postgresql"}):
-        yield "database.url: write sqlite:///path/to/chatd.db or postgresql://user:password@host/database."
+        yield (
+            "database.url: is not a database URL; write sqlite:///path/to/chatd.db or"
+            " postgresql://user:password@host/database."
+        )
     elif url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
-        yield "database.url: a database in memory would lose every message; name a file, sqlite:///chatd.db."
+        yield "database.url: a database in memory loses every message at a stop; write a file, sqlite:///chatd.db."
     for target in parse_qs(url.partition("?")[2]).get("target_session_attrs", ()):
         if target not in TARGETS:
             yield (
-                f"database.url: target_session_attrs={target} may lead to a standby, which takes no writes and"
+                f"database.url: target_session_attrs={target} may lead to a standby, which is read-only and"
                 " lags behind; write read-write, or leave it out."
             )
 
 
 def _each_host(url: str) -> Iterator[str]:
-    """A URL for each host that one of PostgreSQL names: postgresql://user@first:5432,second:5432/database."""
+    """One URL for each host of postgresql://user@first:5432,second:5432/database."""
     scheme, _, rest = url.partition("://")
     user, at, hosts = rest.partition("/")[0].rpartition("@")
     return (f"{scheme}://{user}{at}{host}" for host in hosts.split(","))
@@ -82,11 +93,14 @@ def _wrong_auth(auth: Auth) -> Iterator[str]:
             yield f"auth.{key}: {_WRITE_URL}"
     public = [name for name in auth.algorithms if name != "HS256"]
     if not auth.algorithms:
-        yield 'auth.algorithms: names none, so no token would be valid; write ["HS256"].'
+        yield 'auth.algorithms: is empty, so no token would be valid; write ["HS256"].'
     if public and not (auth.key_files or auth.jwks_url):
         yield f"auth.algorithms: {public[0]} needs a public key; set auth.key_files or auth.jwks_url."
     if (auth.key_files or auth.jwks_url) and not public:
-        yield "auth.algorithms: add RS256, ES256 or EdDSA, for HS256 alone uses no key file and no key server."
+        yield (
+            "auth.algorithms: HS256 uses neither auth.key_files nor auth.jwks_url; add RS256, ES256 or EdDSA,"
+            " or remove those."
+        )
 
 
 def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
@@ -95,18 +109,20 @@ def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
             yield f"webhooks.{key}: {_WRITE_URL}"
     if (webhooks.url or webhooks.before_message_url) and len(webhooks.secret) < 32:
         yield (
-            "webhooks.secret: your backend knows by it that a call is ours; set it to at least 32 characters"
-            " (openssl rand -hex 32)."
+            "webhooks.secret: your backend uses it to verify that a request comes from chatd; set it to at"
+            " least 32 characters (openssl rand -hex 32)."
         )
     if not _is_key(webhooks.secret):
         yield (
-            f"webhooks.secret: after {callbacks.PREFIX} there must be {callbacks.KEY_BYTES} bytes or more in"
-            f' base64 (echo "{callbacks.PREFIX}$(openssl rand -base64 32)").'
+            f"webhooks.secret: after {callbacks.PREFIX} it needs at least {callbacks.KEY_BYTES} bytes in base64"
+            f' (echo "{callbacks.PREFIX}$(openssl rand -base64 32)").'
         )
 
 
 def _is_key(secret: str) -> bool:
-    """A secret without the prefix is a key as it is."""
+    """Whether a secret that starts with `whsec_` has a valid key after it.
+    Every other secret is a valid key.
+    """
     try:
         return not secret.startswith(callbacks.PREFIX) or len(callbacks.key_of(secret)) >= callbacks.KEY_BYTES
     except ValueError:
@@ -126,7 +142,7 @@ def _is_network(text: str) -> bool:
 
 
 def _scheme(url: str) -> str:
-    """Of a URL that can be read to its port; empty for any other."""
+    """The URL's scheme; empty if the URL or its port is not valid."""
     try:
         parts = urlsplit(url)
         return parts.scheme if parts.port is None or parts.port else ""
@@ -135,7 +151,7 @@ def _scheme(url: str) -> str:
 
 
 def is_loopback_name(host: str) -> bool:
-    """Of a Host header, with a port or without one."""
+    """Whether the value of a Host header, with or without a port, is a loopback name or address."""
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:

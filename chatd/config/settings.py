@@ -1,7 +1,7 @@
-"""The configuration in force: one object for everybody, which a reload changes while the daemon runs.
+"""The current configuration: one object that all parts of the daemon share, and that a reload changes.
 
-Read `settings.now` where it is used, and keep no part of it for longer than a connection. Who must make
-something of it first (networks, buckets, keys) follows it.
+Read `settings.now` at the place of use, and keep no part of it for longer than a connection. Code that derives
+something from the configuration (networks, token buckets, keys) registers a callback with `follow`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 from chatd.config import SECTIONS, Config
 
-# Section → keys that a reload changes; None: all of them. What is not here wants a restart: it is about ports,
-# databases and tasks, which exist already.
+# Section → keys that a reload can change; None: all keys. Every other key needs a restart, because it is about
+# ports, databases and tasks, which exist already.
 RELOADABLE: dict[str, frozenset[str] | None] = {
     "api": frozenset(["internal_token", "previous_internal_token"]),
     "hub": frozenset(["origins", "auth_timeout", "handshake_timeout"]),
@@ -45,7 +45,7 @@ class Settings:
         self._followers: list[Callable[[Config], None]] = []
 
     def follow(self, act: Callable[[Config], None]) -> None:
-        """Call it with the configuration: now, and after each change. It must not fail."""
+        """Call `act` with the configuration now and after each change. `act` must not raise."""
         self._followers.append(act)
         act(self.now)
 
@@ -56,8 +56,9 @@ class Settings:
 
 
 def merge(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
-    """What a reload makes of two configurations: the one in force from now on, the keys that change in it, and
-    those that would need a restart.
+    """Reload `new` over `old`. Returns (the configuration from now on, keys changed, keys that need a restart).
+
+    A key that needs a restart keeps its old value.
     """
     changed: list[str] = []
     restart: list[str] = []

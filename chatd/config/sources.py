@@ -1,4 +1,4 @@
-"""Where values come from: the file, what makes a demo, systemd's credentials, the environment."""
+"""Reads values from the file, the demo's presets, systemd's credentials and the environment."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from chatd.core.validation import suggestion
 DEMO_TOKEN = "secret"
 CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5)
 
-# The names of the original deployment, still understood: (variable, section, key).
+# Names that chatd's first deployment used; chatd still reads them: variable → (section, key).
 _ORIGINAL_NAMES = {"WS_INTERNAL_TOKEN": ("api", "internal_token")}
 _ORIGINAL_REDIS = "REDIS_HOST"
 ORIGINAL_NAMES = frozenset([*_ORIGINAL_NAMES, _ORIGINAL_REDIS])
 _PREFIX = "CHATD_"
 
 Data = dict[str, dict[str, Any]]
-Origins = dict[tuple[str, str], str]  # what gave a value that is none of ours, by section and key
+Origins = dict[tuple[str, str], str]  # (section, key) → the source of a value that is not the default
 
 _DEMO: Data = {
-    "database": {"url": "sqlite:///chatd-demo.db"},  # not in the way of a real one in the same directory
+    "database": {"url": "sqlite:///chatd-demo.db"},  # never a real database in the same directory
     "api": {"internal_token": DEMO_TOKEN},
     "hub": {"allow_query_token": True},
     "rooms": {"access": "open"},
@@ -40,11 +40,11 @@ def from_file(path: Path | None, found: list[str], origins: Origins) -> Data:
     except OSError as error:
         found.append(f"{path}: {error.strerror}.")
         return {}
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        found.append(f"{path}: this is not TOML: {error}.")
+    except (ValueError, RecursionError) as error:  # Python also refuses numbers of thousands of digits
+        found.append(f"{path}: is not valid TOML: {error}.")
         return {}
     loose = [key for key, value in data.items() if not isinstance(value, dict)]
-    found += [f"{key}: stands outside a section; put it under one, [api] say." for key in loose]
+    found += [f"{key}: is outside every section; put it into one, for example [api]." for key in loose]
     sections = {key: value for key, value in data.items() if key not in loose}
     _note(origins, sections, str(path))
     return sections
@@ -65,7 +65,7 @@ def from_credentials(environ: Mapping[str, str], found: list[str], origins: Orig
     data: Data = {}
     for path in sorted(Path(directory).glob("*.*")) if directory else []:
         section, _, key = path.name.partition(".")
-        # Units may carry credentials for other programs; what is none of ours is left alone.
+        # A unit may pass credentials for other programs: ignore names that are no option.
         if section in SECTIONS and key in SECTIONS[section].__struct_fields__:
             data.setdefault(section, {})[key] = _secret(path, str(path), found)
             origins[section, key] = str(path)
@@ -96,7 +96,7 @@ def from_environment(environ: Mapping[str, str], found: list[str], origins: Orig
 
 
 def _our_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    # Sorted, so that CHATD_X__Y_FILE wins over CHATD_X__Y on every machine alike.
+    # Sorted, so that CHATD_X__Y_FILE overrides CHATD_X__Y whatever their order in the environment.
     for name in sorted(environ):
         section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
         if name.startswith(_PREFIX) and separator:
@@ -104,7 +104,9 @@ def _our_variables(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]
 
 
 def _misspelt(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Variables that name an option with one underscore, CHATD_HUB_BIND say: nobody would ever read them."""
+    """Variables with one underscore, as CHATD_HUB_BIND, and the right name:
+    chatd would silently ignore them.
+    """
     for section, kind in SECTIONS.items():
         for key in kind.__struct_fields__:
             name = f"{_PREFIX}{section}_{key}".upper()
@@ -128,5 +130,5 @@ def _from_text(section: str, key: str, text: str) -> Any:
         try:
             return msgspec.convert(text, field.type, strict=False)
         except msgspec.ValidationError:
-            pass  # the section's own check says it with the key
+            pass  # `mistakes` reports it with the key
     return text
