@@ -279,9 +279,9 @@ def execute(path: Path, statement: str) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (lambda path: path.write_bytes(b"no database" * 1000), "this is no database of chatd"),
-    (lambda path: path.write_bytes(b""), "this is no database of chatd"),
-    (Path.unlink, "this is no database of chatd"),
+    (lambda path: path.write_bytes(b"no database" * 1000), "this is not a database of chatd"),
+    (lambda path: path.write_bytes(b""), "this is not a database of chatd"),
+    (Path.unlink, "this is not a database of chatd"),
     (spoil, "the file is damaged"),
     (lambda path: execute(path, "UPDATE alembic_version SET version_num = '9999'"), "version 9999, which"),
 ]
@@ -358,7 +358,7 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     for use in (migrate, open_store):
         with pytest.raises(ConfigError) as refused:
             use(Database(url=f"sqlite:///{file}"))
-        assert "version 9999, which this chatd does not know. Install the newer one." in str(refused.value)
+        assert "version 9999, which this chatd does not know. Install the newer chatd" in str(refused.value)
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -195,7 +195,7 @@ def test_a_postgresql_without_the_schema_says_what_to_run(postgres, tmp_path: Pa
     ("url", "sentence"),
     [
         ("postgresql://127.0.0.1:1/x", "connection"),
-        ("sqlite:////nowhere/at/all.db", "there is no directory /nowhere/at"),
+        ("sqlite:////nowhere/at/all.db", "the directory /nowhere/at"),
         ("sqlite:///x.db?timeout=abc", "database.url"),
         ("sqlite:///file:x?mode=memory&uri=true", "database.url"),
     ],

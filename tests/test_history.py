@@ -300,10 +300,10 @@ def overwrite(files: Files) -> None:
 
 
 GONE = {
-    take_away: "has been deleted or moved away while chatd was serving from it",
-    move_away: "has been deleted or moved away while chatd was serving from it",
-    replace: "was replaced by another file while chatd was serving from it",
-    overwrite: "was overwritten with another database (by cp, for example) while chatd was serving from it",
+    take_away: "has been deleted or moved away while chatd was using it",
+    move_away: "has been deleted or moved away while chatd was using it",
+    replace: "was replaced by another file while chatd was using it",
+    overwrite: "was overwritten with another database (by cp, for example) while chatd was using it",
 }
 
 

@@ -1,1 +1,1 @@
-"""The database: schema, the one writer, reads, the outbox. The only room that knows SQL."""
+"""The database: schema, the one writer, reads, queues. No other package uses SQL."""

@@ -1,7 +1,7 @@
-"""`among(column, name)`: the column is one of a list of integers, which is one parameter however long it is.
+"""`among(column, name)`: an SQL condition that `column` is in a list of integers, which is a single parameter.
 
-`column IN (…)` has a parameter for each: PostgreSQL takes 65,535 of them, and a room may have more people. The
-text of the statement is always the same, too, so that the driver has it prepared.
+`column IN (…)` has one parameter per integer. PostgreSQL allows 65,535 parameters, and a room may have more
+members. With a single parameter the statement's text is always the same, so the driver can prepare it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlalchemy.types import Boolean, TypeDecorator, TypeEngine
 
 
 class _Integers(TypeDecorator[Iterable[int]]):
-    """An array; in SQLite, which has none, JSON."""
+    """A list of integers: an array for PostgreSQL, JSON text for SQLite, which has no arrays."""
 
     impl = Text
     cache_ok = True
@@ -33,18 +33,18 @@ class _Integers(TypeDecorator[Iterable[int]]):
 
 
 class _Among(FunctionElement[bool]):
-    """Of a column and the integers."""
+    """The SQL expression; its clauses are the column and the parameter."""
 
     type = Boolean()
     inherit_cache = True
 
     def self_group(self, against: Any = None) -> _Among:
-        """As it is: SQLAlchemy would write `(…) = 1` for SQLite, which finds no index then."""
+        """Keep SQLAlchemy from writing `(…) = 1` for SQLite, which would not use an index then."""
         return self
 
 
 def among(column: Column[Any], name: str) -> ColumnElement[bool]:
-    """`name` is that of the parameter."""
+    """The condition. `name` is the name of the parameter that takes the integers."""
     return _Among(column, bindparam(name, type_=_Integers()))
 
 

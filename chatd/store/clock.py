@@ -1,4 +1,4 @@
-"""The clock by which rows become due: PostgreSQL's own, which all nodes share; with SQLite this machine's."""
+"""The clock that decides when rows are due: PostgreSQL's, which all nodes share; for SQLite, this machine's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sqlalchemy import Connection, text
 
 from chatd.core.model import timestamp
 
-LONG_AGO = "1970-01-01T00:00:00.000000Z"  # due whatever the clock says, and before everything else
+LONG_AGO = "1970-01-01T00:00:00.000000Z"  # makes a row due at once and before all others
 
 
 class Clock:
-    """One moment, read once: `clock(seconds)` is so much later."""
+    """The time at which it was made. `clock(seconds)` is that time plus `seconds`."""
 
     def __init__(self, connection: Connection) -> None:
         if connection.dialect.name == "sqlite":

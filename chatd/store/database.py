@@ -1,6 +1,8 @@
-"""The store as the daemon holds it: engines opened, schema at its version, facts made, writer and reader.
+"""Opens the database: checks or migrates the schema, makes the stored constants, builds the
+writer and the reader.
 
-`open_store` is called before the nursery opens; everything that can be wrong with a database is said there.
+The daemon calls `open_store` before it starts any task, so it reports every problem of the
+database at the start.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ log = structlog.get_logger()
 
 
 class Store:
-    """`token_secret` signs tokens unless the configuration has one."""
+    """The open database with its writer, reader and queues.
+
+    `token_secret` signs tokens if the configuration has no secret.
+    """
 
     def __init__(self, config: Database) -> None:
         sessions = self._sessions = Sessions()
@@ -75,7 +80,10 @@ class Store:
 
 
 def open_store(config: Database) -> Store:
-    """Raises OperatorError with what to change. Migrates SQLite; PostgreSQL only when told to."""
+    """Open the database. Migrates SQLite; PostgreSQL needs `chatd migrate`, because other nodes may use it.
+
+    Raises OperatorError, which says what to change.
+    """
     with opened(config) as engine:
         if is_sqlite(engine):
             _report(_upgrade(config, engine))
@@ -85,63 +93,65 @@ def open_store(config: Database) -> Store:
 
 
 def migrate(config: Database) -> tuple[str | None, str]:
-    """The schema's revision before and after. Raises OperatorError."""
+    """Migrate the schema to this version. Returns its revision before and after. Raises OperatorError."""
     with opened(config) as engine:
         revisions = _upgrade(config, engine)
-        _make_facts(engine)  # so that `chatd token` works before the first daemon does
+        _make_facts(engine)  # so that `chatd token` works before the first start of a daemon
         return revisions
 
 
 def token_secret(config: Database) -> str:
-    """What signs tokens where the configuration names nothing. Raises OperatorError."""
+    """The secret in the database, which signs tokens if the configuration has none. Raises OperatorError."""
     facts = schema.facts
     with looked_at(config) as engine, engine.connect() as connection:
         found = connection.scalar(select(facts.c.value).where(facts.c.key == "token_secret"))
     if found is None:
         raise OperatorError(
-            "database.url: chatd has never served from this database, so no token would be valid."
+            "database.url: no `chatd serve` has used this database yet, so no token would be valid."
         )
     return str(found)
 
 
 @contextmanager
 def looked_at(config: Database, *, newest: bool = False) -> Iterator[Engine]:
-    """An engine for the block that cannot write. `newest`: what is looked for needs this version's schema.
+    """A read-only engine for the block. `newest`: the block needs the schema of this version.
 
-    Raises OperatorError also for a database that is none of chatd's. It makes, migrates and changes none.
+    It creates, migrates and changes nothing. Raises OperatorError, also if the database is not one of chatd's.
     """
     require(config)
-    with _told(), _disposed(looking_engine(config.url)) as engine:
+    with _as_operator_errors(), _disposed(looking_engine(config.url)) as engine:
         with engine.connect() as connection:
             found = migrations.current(connection)
         if found is None:
             raise OperatorError(
-                "database.url: this is no database of chatd, or chatd has never served from it."
+                "database.url: this is not a database of chatd, or no `chatd serve` has used it yet."
             )
         if newest and found != migrations.head():
             raise OperatorError(
-                f"database.url: the schema is at version {found}; this needs version {migrations.head()}, which"
-                " `chatd migrate` makes of it, or `chatd serve` of an SQLite database."
+                f"database.url: the schema is at version {found}, and this command needs version"
+                f" {migrations.head()}. Run `chatd migrate`; for SQLite, `chatd serve` migrates, too."
             )
         yield engine
 
 
 def require(config: Database) -> None:
-    """Raises OperatorError where opening the store would make a new SQLite database."""
+    """Raises OperatorError if the SQLite file does not exist: SQLite would create an empty one."""
     name = urls.parse(config.url).database
     if config.url.startswith("sqlite") and not Path(name or "").exists():
         raise OperatorError(
-            f"database.url: there is no {name} here yet, so no token would be valid."
-            " Run this where `chatd serve` runs, with the same configuration."
+            f"database.url: the file {name} does not exist, so no token would be valid."
+            " Run this command where `chatd serve` runs, with the same configuration."
         )
 
 
 @contextmanager
 def opened(config: Database) -> Iterator[Engine]:
-    """An engine for the block. What a database or its URL is refused for becomes a sentence."""
+    """An engine for the block that may write. Raises OperatorError for every
+    error of the database or its URL.
+    """
     if file := copies.file_of(config.url):
         keep_private(file)
-    with _told(), _disposed(writing_engine(config.url)) as engine:
+    with _as_operator_errors(), _disposed(writing_engine(config.url)) as engine:
         if not is_sqlite(engine):
             require_sessions(engine)
         yield engine
@@ -149,7 +159,7 @@ def opened(config: Database) -> Iterator[Engine]:
 
 @contextmanager
 def changed(config: Database, *, newest: bool = True) -> Iterator[Engine]:
-    """The same for commands that change a database that is there: one of chatd's, which they do not migrate."""
+    """Like `opened`, but only for an existing database of chatd, which it does not migrate."""
     with looked_at(config, newest=newest):
         pass
     with opened(config) as engine:
@@ -165,8 +175,8 @@ def _disposed(engine: Engine) -> Iterator[Engine]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What a database or its URL is refused for becomes a sentence."""
+def _as_operator_errors() -> Iterator[None]:
+    """Turns errors of the database or its URL into OperatorError."""
     try:
         yield
     except (
@@ -174,7 +184,7 @@ def _told() -> Iterator[None]:
         psycopg.Error,
         TypeError,
         ValueError,
-    ) as error:  # the last two: options that no driver knows
+    ) as error:  # TypeError and ValueError: the URL has an option that the driver does not know
         raise OperatorError(f"database.url: {_first_line(error)}") from error
 
 
@@ -187,14 +197,14 @@ def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:
 
 
 def _copy_before(config: Database, engine: Engine) -> None:
-    """An SQLite database as it was before a migration, beside it: going back is a copy, not a migration."""
+    """Copy an SQLite database before a migration, so that an operator can go back to the old version."""
     file = copies.file_of(config.url)
     with engine.connect() as connection:
         found = migrations.current(connection)
     if file is None or found in (None, migrations.head()):
         return
     target = file.with_name(f"{file.name}.before-{found}-to-{migrations.head()}")
-    target.unlink(missing_ok=True)  # of an attempt that did not get as far as this
+    target.unlink(missing_ok=True)  # an earlier attempt may have left it before its migration failed
     copies.copy(file, target)
     log.info("schema_copied", file=str(target))
 
@@ -216,32 +226,34 @@ def _refuse_newer(engine: Engine) -> None:
     if found is not None and not migrations.known(found):
         raise ConfigError(
             f"database.url: the schema is at version {found}, which this chatd does not know."
-            " Install the newer one."
+            " Install the newer chatd that made it."
         )
 
 
 def _check_directory(url: str) -> None:
     directory = Path(urls.parse(url).database or "").absolute().parent
     if not directory.is_dir():
-        raise ConfigError(f"database.url: there is no directory {directory}. Make it, or name another file.")
+        raise ConfigError(
+            f"database.url: the directory {directory} does not exist. Create it, or change the path."
+        )
 
 
 def _report(upgrade: tuple[str | None, str]) -> None:
     before, after = upgrade
     if before is None:
-        log.info("database_created", reason="there was none under database.url, so everything begins anew")
+        log.info("database_created", reason="database.url named no existing database, so this one starts empty")
     elif before != after:
         log.info("schema_migrated", before=before, after=after)
 
 
 def _make_facts(engine: Engine) -> str:
-    """The epoch and the secret that signs tokens, unless they are there. Returns the secret."""
+    """Store the epoch and the secret that signs tokens, unless they exist. Returns the secret."""
     _fact(engine, "epoch", secrets.token_hex(8))
     return _fact(engine, "token_secret", secrets.token_hex(32))
 
 
 def _fact(engine: Engine, key: str, fresh: str) -> str:
-    """A value that is made once and shared by all nodes."""
+    """The value stored under `key`. If there is none, store `fresh`; of several nodes, the first one wins."""
     table = schema.facts
     into = sqlite.insert if is_sqlite(engine) else postgresql.insert
     with engine.begin() as connection:

@@ -1,11 +1,12 @@
-"""The file of an SQLite database, watched: what is written into one that has gone is lost at the next start.
+"""Watches the file of an SQLite database, so that chatd acknowledges no write into a file that is gone.
 
-SQLite itself goes on with a file that was deleted, or moved away for another, for as long as it has it open.
-It finds the log beside it (`-wal`) by its name alone: whoever opens the new file plays the old log into it.
+SQLite keeps using an open file that was deleted or moved away; all that it writes there is lost at the next
+start. SQLite also finds the write-ahead log (`-wal`) by its name only: the process that opens a new file under
+the old name would apply the old log to it.
 
-`cp` puts another database into the very same file, and SQLite would write pages of the old one between those of
-the new. So the header says which file this is: `application_id` is random for each database and each copy that
-chatd makes, and `user_version` grows with each start. An older one came from somewhere else.
+`cp` overwrites the same file with another database, and SQLite would mix pages of both. To notice that, chatd
+stamps the header: `application_id` is random for each database and for each copy that chatd makes, and each
+start adds one to `user_version`. A file with another id or a smaller version is not the one that chatd opened.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from chatd.store.failures import is_damage, primary
 from chatd.store.private import PRIVATE
 
 Identity = tuple[int, int]
-# Of the file's first page (https://www.sqlite.org/fileformat2.html): magic, user_version, application_id.
+# The start of the file (https://www.sqlite.org/fileformat2.html): magic, user_version, application_id.
 _HEADER = struct.Struct(">16s44xI4xI")
 _MAGIC = b"SQLite format 3\0"
-ADVICE = "stop chatd, look at the file with `chatd doctor`, and put a backup in its place: `chatd restore`"
+ADVICE = "stop chatd, check the file with `chatd doctor`, and replace it with a backup: `chatd restore`"
 
 log = structlog.get_logger()
 _damaged = Recurring("database_damaged")
@@ -46,7 +47,7 @@ class Stamp(NamedTuple):
 
 
 class DatabaseFile:
-    """The file that was under the name when this was made. For PostgreSQL there is nothing to watch."""
+    """The file that had the database's name at the start. Does nothing for PostgreSQL."""
 
     def __init__(self, url: str) -> None:
         parsed = urls.parse(url)
@@ -54,13 +55,13 @@ class DatabaseFile:
         self._path = Path(named).absolute() if named else None
         self._identity = _identity(self._path) if self._path is not None else None
         self._log: Identity | None = None
-        self._stamps: tuple[Stamp | None, Stamp] | None = None  # of the file at our start; ours
+        self._stamps: tuple[Stamp | None, Stamp] | None = None  # (in the file at the start, of this start)
         self._descriptor: int | None = None
-        self._written: tuple[int, int] | None = None  # when the file was written last, and its size
-        self.damaged = False  # SQLite has said so since the start
+        self._written: tuple[int, int] | None = None  # the file's (mtime in ns, size) at the last check
+        self.damaged = False  # whether SQLite has reported damage since the start
 
     def stamp(self, engine: Engine) -> None:
-        """Begin to serve from it: a copy that was made before has an older stamp from now on."""
+        """Give the file a new stamp, so that every copy made before this start has an older one."""
         if self._path is None:
             return
         with engine.begin() as connection:
@@ -69,22 +70,22 @@ class DatabaseFile:
             lineage = lineage or secrets.randbelow(2**31 - 1) + 1
             connection.exec_driver_sql(f"PRAGMA user_version = {generation}")
             connection.exec_driver_sql(f"PRAGMA application_id = {lineage}")
-        with closing(engine.raw_connection()) as pooled:  # into the file itself, if no reader is in the way
+        with closing(engine.raw_connection()) as pooled:  # moves the stamp from the log to the file, if it can
             pooled.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
-        # One descriptor for as long as SQLite has the file open: to close any descriptor of a file ends all
-        # POSIX locks that the process holds on it (https://www.sqlite.org/howtocorrupt.html §2.2). Another
-        # process would then take itself for the last, and delete the log of a database that is in use.
+        # Keep one descriptor as long as SQLite has the file open. If a process closes any descriptor of a file,
+        # it loses all its POSIX locks on it (https://www.sqlite.org/howtocorrupt.html §2.2). Another process
+        # would then believe that nobody else uses the database, and delete the log.
         self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self._stamps = _stamp_of(self._descriptor), Stamp(generation, lineage)
 
     def close(self) -> None:
-        """Call it when no engine has a connection any more."""
+        """Close the descriptor. Call this only after the engines have closed all connections: see `stamp`."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def check(self) -> None:
-        """Raises DatabaseGone. Takes microseconds, or as long as the file system does."""
+        """Raises DatabaseGone if the file was deleted, replaced or overwritten. Costs one `stat`."""
         if self._path is None or self._identity is None:
             return
         found = _stat(self._path)
@@ -98,12 +99,15 @@ class DatabaseFile:
 
     def _gone(self, what: str) -> DatabaseGone:
         return DatabaseGone(
-            f"The database {self._path} {what} while chatd was serving from it. Nothing more is acknowledged;"
-            " the next start serves from the file that is there then."
+            f"The database {self._path} {what} while chatd was using it. chatd acknowledges no more writes;"
+            " the next start uses the file that has this name then."
         )
 
     def _is_overwritten(self, found: os.stat_result) -> bool:
-        """In WAL mode SQLite itself seldom writes to the file, so its header is seldom read here."""
+        """Whether the header has a foreign stamp. Reads it only if the file was written since the last check.
+
+        That is rare: in WAL mode SQLite writes to the file only at checkpoints.
+        """
         written = found.st_mtime_ns, found.st_size
         if self._stamps is None or self._descriptor is None or written == self._written:
             return False
@@ -115,7 +119,7 @@ class DatabaseFile:
         return False
 
     def guard(self, engine: Engine) -> None:
-        """Let no connection of an engine's open another file, make one, or write into what has come for it."""
+        """Make the engine check the file before each connect and commit, so that it never uses another file."""
         if is_sqlite(engine):
             event.listen(engine, "do_connect", self._refuse)
             event.listen(engine, "connect", self._refuse)
@@ -140,18 +144,23 @@ class DatabaseFile:
             raise OperationalError("COMMIT", None, error) from error
 
     def leave(self, engine: Engine) -> None:
-        """Bring what is in the log into the file that has gone, for somebody may have moved it away and need
-        it, and move the log out of the way of the file that came for it."""
+        """Stop using a file that is gone: save the log, and remove it from the name where
+        the new file would use it.
+
+        If the old file still exists somewhere (moved away), the log's content goes into it, since somebody may
+        need it. Otherwise the log is kept as `-wal.left`.
+        """
         if self._path is None:
             return
         wal, left = _beside(self._path, "-wal"), _beside(self._path, "-wal.left")
         if self._log is None or _identity(wal) != self._log:
-            return  # it is another file's already
+            return  # the log under this name belongs to another file already
         with suppress(OSError):
-            if _identity(self._path) == self._identity:  # overwritten: it must not come into what is there now
+            if _identity(self._path) == self._identity:
+                # The file was overwritten. The log must not be applied to its new content.
                 left.touch(PRIVATE)
                 shutil.copyfile(wal, left)
-                os.truncate(wal, 0)  # connections that are still open would bring it there
+                os.truncate(wal, 0)  # connections that are still open would apply it when they close
                 wal.unlink()
                 log.error("log_left", file=str(left), reason="the database that it belongs to was overwritten")
             elif _empty_log(engine):
@@ -163,7 +172,10 @@ class DatabaseFile:
 
 
 def _empty_log(engine: Engine) -> bool:
-    """Whether all of it is in the file. A new connection would be to another file: the pool has one."""
+    """Move the whole log into the file; whether that worked.
+
+    It takes a connection from the pool, because a new one would open another file.
+    """
     try:
         with closing(engine.raw_connection()) as pooled:
             driver: Any = pooled.driver_connection
@@ -177,7 +189,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _stamp_of(descriptor: int) -> Stamp | None:
-    """None where the file is no SQLite database."""
+    """The stamp in the file's header; None if the file is not an SQLite database."""
     start = os.pread(descriptor, _HEADER.size, 0)
     if len(start) < _HEADER.size:
         return None
@@ -191,7 +203,7 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """None where there is no such file. Other errors of a file system say nothing about the file."""
+    """None if the file does not exist. Raises other OSErrors, which do not mean that the file is gone."""
     try:
         return os.stat(path)
     except FileNotFoundError:

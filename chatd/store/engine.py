@@ -1,6 +1,6 @@
-"""Engines: one that writes, one that reads, with the settings that the guarantees rest on.
+"""Builds SQLAlchemy's engines, one for writing and one for reading, with the settings that the guarantees need.
 
-Every setting has its reason beside it. Used by the writer, the reads, the outbox and the migrations.
+Each setting has its reason next to it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from chatd.observe import metrics
 from chatd.store import sessions, urls
 from chatd.store.sessions import Sessions
 
-# A foreign process may hold SQLite's lock (a backup, say) for so long before we answer `unavailable`.
+# Seconds that chatd waits while another process holds SQLite's lock, before it answers `unavailable`.
 SQLITE_BUSY_SECONDS = 5
-# KiB that the writer keeps of the file: SQLite's own 2 MiB do not hold the index ends of 300 busy rooms.
+# KiB of the writer's page cache. SQLite's default of 2 MiB is too small for the index pages of 300 busy rooms.
 SQLITE_WRITER_CACHE = 16 * 1024
-# Bytes of its log's file that stay when the log begins anew: it would keep the size that it once had for ever.
+# Bytes that the file of the write-ahead log may keep after a checkpoint. Without this it never shrinks.
 SQLITE_LOG_KEPT = 16 * 1024 * 1024
 
-# Connections that write: the writer's, the outbox's, which may wait for Redis, and those of webhooks, retention
-# and attendance. SQLite has one more, for its log.
+# Writing connections: of the writer, the outbox (which may wait for Redis), webhooks, retention and attendance.
+# SQLite needs one more for checkpoints.
 WRITING_SESSIONS = 5
 
 _COMMON: dict[str, Any] = {
     "max_overflow": 0,
     "pool_timeout": 5,
-    "hide_parameters": True,  # an error in the log tells no message's text
+    "hide_parameters": True,  # keeps the text of messages out of logged errors
     "json_serializer": lambda value: msgspec.json.encode(value).decode(),
     "json_deserializer": msgspec.json.decode,
 }
@@ -43,20 +43,23 @@ def is_sqlite(engine: Engine) -> bool:
 
 
 def writing_engine(url: str, shared: Sessions | None = None) -> Engine:
-    """Each has a thread of its own, so the writer never waits for a connection.
+    """An engine with one connection for each thread that writes, so the writer never waits for a connection.
 
-    `shared`: the sessions of another engine, which end together with this one's.
+    `shared` holds the sessions of other engines: after a failover, all of them end together.
     """
     engine = _engine(url, shared, name="write", pool_size=WRITING_SESSIONS + 1, isolation="READ COMMITTED")
     if is_sqlite(engine):
-        # A deferred transaction that turns into a write fails at once when another wrote meanwhile.
+        # A plain BEGIN would fail at its first write, without waiting, if another process
+        # wrote in the meantime.
         _begin_with(engine, "BEGIN IMMEDIATE")
         event.listen(engine, "connect", _set_up_sqlite_writer)
     return engine
 
 
 def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> Engine:
-    """Every transaction is one snapshot: rights, head and missed changes belong together."""
+    """An engine whose transactions each see one snapshot, so that rights, head
+    and missed changes fit together.
+    """
     engine = _engine(url, shared, name="read", pool_size=readers, isolation="REPEATABLE READ")
     if is_sqlite(engine):
         _begin_with(engine, "BEGIN")
@@ -64,7 +67,7 @@ def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> En
 
 
 def looking_engine(url: str) -> Engine:
-    """For commands that only look: it cannot write, makes no file, leaves SQLite its journal mode."""
+    """A read-only engine for commands. It creates no file and does not change SQLite's journal mode."""
     parsed = urls.parse(url)
     if parsed.get_backend_name() != "sqlite":
         engine = _engine(url, None, name="read", pool_size=1, isolation="REPEATABLE READ")
@@ -96,27 +99,28 @@ def _create(url: str, shared: Sessions, pool_size: int, isolation: str) -> Engin
         return engine
     asked = sessions.connect_arguments(parsed.query)
     engine = create_engine(parsed, connect_args=asked, isolation_level=isolation, **common)
-    # Many rows make one statement: psycopg would send a pipeline of many, within which no deadline counts.
+    # Insert many rows with one statement. psycopg would use a pipeline, in which
+    # PostgreSQL's timeouts do not count.
     engine.dialect.use_insertmanyvalues_wo_returning = True
     shared.watch(engine, partial(session_beside, engine, asked))
     return engine
 
 
 def session_beside(engine: Engine, asked: dict[str, Any]) -> psycopg.Connection[Any]:
-    """A session of PostgreSQL that belongs to no pool."""
+    """Open a session to PostgreSQL outside the engine's pool; `asked` are arguments for libpq."""
     _, parameters = engine.dialect.create_connect_args(engine.url)
     return psycopg.connect(**(dict(parameters) | asked))
 
 
 def require_sessions(engine: Engine) -> None:
-    """Raises OperatorError where a pooler keeps no sessions."""
+    """Raises OperatorError if a pooler in transaction mode stands before PostgreSQL."""
     asked = sessions.connect_arguments(engine.url.query)
     sessions.require_sessions(partial(session_beside, engine, asked))
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # sqlite3 would begin transactions by rules of its own
-    # WAL: readers and the writer do not wait for each other. FULL: a commit is on the disk (G1).
+    connection.isolation_level = None  # else Python's sqlite3 begins transactions by itself
+    # WAL: readers and the writer do not block each other. FULL: a commit is on disk when it returns (G1).
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -124,16 +128,18 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 def _set_up_sqlite_writer(connection: Any, _record: Any) -> None:
     connection.execute(f"PRAGMA cache_size = -{SQLITE_WRITER_CACHE}")
     connection.execute(f"PRAGMA journal_size_limit = {SQLITE_LOG_KEPT}")
-    connection.execute("PRAGMA secure_delete = ON")  # zeros over what is deleted, as is Debian's default
+    connection.execute("PRAGMA secure_delete = ON")  # overwrites deleted rows with zeros, for erasure
 
 
 def _end_transaction(connection: Any, _record: Any) -> None:
-    if connection is not None and connection.in_transaction:  # its COMMIT failed: the disk was full, say
+    if connection is not None and connection.in_transaction:  # its COMMIT failed, for example on a full disk
         connection.rollback()
 
 
 def _begin_with(engine: Engine, statement: str) -> None:
-    """`only_reads` is an option of a connection (see `scans`)."""
+    """Begin each transaction with `statement`, or with BEGIN on a connection with the option
+    `only_reads` (`scans`).
+    """
 
     def begin(connection: Connection) -> None:
         only_reads = connection.get_execution_options().get("only_reads")

@@ -1,4 +1,4 @@
-"""What a database says of an error, for the log: its own words, and none of the row that it was about."""
+"""The text of a database's error for the log, without data from the rows concerned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlite3
 def primary(error: BaseException) -> str | None:
     """The primary message of SQLite or PostgreSQL, without parameters and details.
 
-    None where somebody else says something: a driver's own complaint may quote a message's text.
+    None if the error comes from the driver itself, whose text may quote the content of a message.
     """
     found = getattr(error, "orig", None) or error
     if isinstance(found, sqlite3.Error):
@@ -18,6 +18,6 @@ def primary(error: BaseException) -> str | None:
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Whether SQLite has found that its file is not what it has written."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind, the rest says more
+    """Whether SQLite reports that its file is damaged or not a database."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary result code
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

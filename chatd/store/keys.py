@@ -1,7 +1,7 @@
-"""Keys of several columns as one parameter: a JSON list of lists that a statement joins with.
+"""Keys of several columns as one parameter: a JSON list of lists, which a statement joins with.
 
-Each key is one search of an index then, and the statement is the same for any number of them. For
-`(a, b) IN (…)` SQLite walks the whole table.
+The database then looks up each key in an index, and the statement is the same for any number of keys. With
+`(a, b) IN (…)` SQLite scans the whole table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WITH_TEXT: Kinds = (BigInteger, BigInteger, String)
 
 
 def listed(dialect: str, kinds: Kinds) -> tuple[FromClause, list[ColumnElement[Any]]]:
-    """What to join with for the parameter `keys`, and its columns."""
+    """The table to join with, made of the parameter `keys`, and its columns, of these `kinds`."""
     rows = _SOURCES[dialect]().table_valued("value", name="keys")
     item = _ITEMS[dialect]
     return rows, [item(rows.c.value, place, kind) for place, kind in enumerate(kinds)]

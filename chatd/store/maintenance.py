@@ -1,4 +1,6 @@
-"""What an operator's commands do with a database, each with an engine of its own, beside a daemon or not."""
+"""The database's part of the operator's commands. Each opens an engine of its own, whether a
+daemon runs or not.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,15 @@ from chatd.store.upkeep import copies
 from chatd.store.upkeep.erasure import Erasure, export, forget
 from chatd.store.upkeep.retention import PAUSE, Pruner, Rules, remove_leftovers
 
-RELAYED_BY_ANYBODY = "maintenance"  # the node of an outbox row that no node calls its own
+RELAYED_BY_ANYBODY = "maintenance"  # a node name that no node has: every node relays such rows of the outbox
 
 
 def backup(config: Database, target: Path) -> None:
-    """Copy an SQLite database. Raises OperatorError; for PostgreSQL with what to run instead."""
+    """Copy an SQLite database to `target`. Raises OperatorError; for PostgreSQL it says what to run instead."""
     file = copies.file_of(config.url)
     if file is None:
         raise OperatorError(
-            f"PostgreSQL has tools of its own: pg_dump --format=custom --file={target}"
+            f"For PostgreSQL use its own tools: pg_dump --format=custom --file={target}"
             f" '{_without_password(config.url)}'"
         )
     require(config)
@@ -34,30 +36,36 @@ def backup(config: Database, target: Path) -> None:
 
 
 def restore(config: Database, source: Path) -> Path | None:
-    """Put a copy in the place of an SQLite database; where the old one is now. Raises OperatorError."""
+    """Replace an SQLite database with the copy `source`. Returns where the old one is now.
+    Raises OperatorError.
+    """
     file = copies.file_of(config.url)
     if file is None:
         raise OperatorError(
-            f"PostgreSQL has tools of its own: pg_restore --clean --if-exists {source}"
+            f"For PostgreSQL use its own tools: pg_restore --clean --if-exists {source}"
             f" --dbname='{_without_password(config.url)}', and then chatd restore --new-epoch"
         )
     return copies.replace(file, source)
 
 
 def new_epoch(config: Database) -> None:
-    """Let clients that keep no marks start over: what they have seen may not be what the database holds.
+    """Give the database a new epoch, after which clients without marks drop what they have and load it again.
 
+    It is needed after a restore, because the database may lack messages that clients have.
     Raises OperatorError.
     """
     facts = schema.facts
     with changed(config, newest=False) as engine, engine.begin() as connection:
         renewed = update(facts).where(facts.c.key == "epoch").values(value=secrets.token_hex(8))
         if not connection.execute(renewed).rowcount:
-            raise OperatorError("database.url: chatd has never served from this database.")
+            raise OperatorError("database.url: no `chatd serve` has used this database yet.")
 
 
 def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, dry: bool) -> int:
-    """How many messages went, or are to go. `tell` gets (so far, all) now and then. Raises OperatorError."""
+    """Remove messages by `rules`; with `dry`, only count them. Returns the number of messages.
+
+    After each step `tell` gets (removed so far, to remove in all). Raises OperatorError.
+    """
     if dry:
         with looked_at(config, newest=True) as engine:
             return Pruner(engine, rules).find()
@@ -74,7 +82,7 @@ def prune(config: Database, rules: Rules, tell: Callable[[int, int], None], *, d
 
 
 def exported(config: Database, user_id: int) -> Iterator[dict[str, Any]]:
-    """Raises OperatorError."""
+    """All data about a user, row by row. Raises OperatorError."""
     with looked_at(config, newest=True) as engine:
         yield from export(engine, user_id)
 
@@ -88,9 +96,9 @@ def erase(
     redis: bool,
     anew: bool,
 ) -> tuple[int, bool]:
-    """(messages erased, whether SQLite's log is free of their bytes). Raises OperatorError.
+    """Erase a user. Returns (messages erased, whether SQLite's log no longer holds their bytes).
 
-    For `tell` and `settle` see `Erasure`, for `anew` see `forget`.
+    `Erasure` explains `tell` and `settle`, `forget` explains `anew`. Raises OperatorError.
     """
     with changed(config) as engine:
         node = RELAYED_BY_ANYBODY if redis else None
@@ -99,5 +107,5 @@ def erase(
 
 
 def _without_password(url: str) -> str:
-    """libpq asks for it, or finds it in ~/.pgpass."""
+    """The URL for pg_dump and pg_restore, which ask for the password or read it from ~/.pgpass."""
     return urls.parse(url).set(drivername="postgresql", password=None).render_as_string()

@@ -1,4 +1,6 @@
-"""SQLite's files are for their owner alone: they hold every message, and what signs tokens."""
+"""Keeps SQLite's files private to their owner, because they hold all messages and
+the secret that signs tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ import structlog
 
 PRIVATE = 0o600
 OTHERS = 0o007
-COMPANIONS = ("-wal", "-shm", "-journal")  # files that SQLite takes for a database's own, by their names
+COMPANIONS = ("-wal", "-shm", "-journal")  # suffixes of the files that SQLite keeps next to a database
 
 log = structlog.get_logger()
 
 
 def keep_private(path: Path) -> None:
-    """Make the file, empty, if it is not there: SQLite would let the umask decide.
+    """Create the file, empty and private, if it does not exist; SQLite would let the umask decide its mode.
 
-    SQLite gives `-wal` and `-shm` the mode of the file. What others may read or write is closed to them, and to
-    the group, which the same umask let in; what a group alone may do somebody has wanted. SQLite complains of
-    what cannot be done here.
+    If others may read or write an existing file, the umask has decided so, and nobody but the owner keeps
+    access. If only the group has access, an operator has decided so, and it keeps it. SQLite gives `-wal` and
+    `-shm` the mode of the file. Errors are ignored here, because SQLite reports them when it opens the file.
     """
     with suppress(OSError):
         _make(path)
@@ -32,7 +34,7 @@ def keep_private(path: Path) -> None:
 def _make(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE)
     try:
-        os.fchmod(descriptor, PRIVATE)  # a umask may have taken even that
+        os.fchmod(descriptor, PRIVATE)  # the umask may have removed the owner's rights as well
     finally:
         os.close(descriptor)
 

@@ -1,4 +1,4 @@
-"""Rows to nouns: the one place that knows which column is which key of the flat message."""
+"""Turns rows into messages. Only this module knows which column is which field of a message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy import RowMapping, case
 from chatd.core.model import Message
 from chatd.store.schema import conversations, messages
 
-# All that a flat message is made of.
+# The columns that `message` needs.
 MESSAGE_COLUMNS = [
     messages.c[name]
     for name in (
@@ -19,7 +19,7 @@ MESSAGE_COLUMNS = [
     )
 ]  # fmt: skip
 
-# The mark of a conversation's last change. A version before marks moves `last_seq` on without one.
+# The mark of a conversation's last change. Versions of chatd before marks raise `last_seq` and set no mark.
 MARK_OF_LAST = case((conversations.c.marked_seq == conversations.c.last_seq, conversations.c.mark)).label(
     "mark"
 )
@@ -46,7 +46,7 @@ def message(row: RowMapping | Mapping[str, Any]) -> Message:
 
 
 def removed_message(row: RowMapping) -> Message:
-    """What is told of one that retention has removed."""
+    """A message that retention has removed, as a deleted one, for clients that have missed its removal."""
     return Message(
         conversation_id=row["conversation_id"],
         id=row["message_id"],
@@ -62,5 +62,5 @@ def removed_message(row: RowMapping) -> Message:
 
 
 def _uncounted(reactions: dict[str, Any]) -> dict[str, int] | None:
-    """Of the emojis that more users gave than are named."""
+    """Counts of the emojis for which `reactions` does not list all users; None if there are none."""
     return {emoji: count for emoji, (count, users) in reactions.items() if count > len(users)} or None

@@ -1,6 +1,6 @@
-"""The tables, in the names of the original Laravel schema so that a backend can read them.
+"""The tables. They have the names of the original Laravel schema, so that a Laravel backend can read them.
 
-Migrations are in `migrations/`; the writer and the reads build their statements from here.
+The writer and the reads build their statements from these tables. The migrations are in `migrations/`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from chatd.core.model import timestamp
 
 
 class Timestamp(TypeDecorator[str]):
-    """A moment: in Python the string of the wire, in PostgreSQL timestamptz, in SQLite UTC text."""
+    """A time: in Python the string of the wire, in PostgreSQL timestamptz, in SQLite UTC text."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -45,8 +45,8 @@ class Timestamp(TypeDecorator[str]):
         return _from_sqlite_text if dialect.name == "sqlite" else _from_moment
 
 
-# SQLite's text is what SQLAlchemy's DateTime writes there, without the detour over a datetime: a message has
-# four of them. `2026-01-01T00:00:00.000000Z` ⇄ `2026-01-01 00:00:00.000000`.
+# The same text that SQLAlchemy's DateTime writes to SQLite, `2026-01-01 00:00:00.000000`, but made without a
+# datetime object: each message has four times, and parsing them would be slow.
 
 
 def _sqlite_text(value: str | None) -> str | None:
@@ -65,7 +65,7 @@ def _from_moment(value: datetime | None) -> str | None:
     return None if value is None else timestamp(value)
 
 
-# SQLite gives out row ids by itself only to a column that is exactly INTEGER PRIMARY KEY.
+# SQLite assigns ids by itself only to a column whose type is exactly INTEGER PRIMARY KEY.
 Serial = BigInteger().with_variant(Integer, "sqlite")
 
 metadata = MetaData()
@@ -75,12 +75,15 @@ conversations = Table(
     metadata,
     Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("last_seq", BigInteger, nullable=False, server_default="0"),
-    Column("low_seq", BigInteger, nullable=False, server_default="0"),  # the log is cut up to here
-    # Counts who comes and goes; and what it was when somebody was last removed or banned.
+    # Retention has removed the log up to `low_seq`.
+    Column("low_seq", BigInteger, nullable=False, server_default="0"),
+    # `members_version` grows with each change of the members; `removed_version` is its value
+    # at the last removal or ban.
     Column("members_version", BigInteger, nullable=False, server_default="0"),
     Column("removed_version", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", Timestamp, nullable=False),
-    # The mark of the last change. Only if `marked_seq` is `last_seq`: a version before marks writes neither.
+    # The mark of the change `marked_seq`. It is the last one only if that equals `last_seq`: versions of chatd
+    # before marks write neither column.
     Column("mark", String(8)),
     Column("marked_seq", BigInteger),
 )
@@ -96,19 +99,18 @@ messages = Table(
     Column("meta", JSON(none_as_null=True)),
     Column("created_at", Timestamp, nullable=False),
     Column("updated_at", Timestamp, nullable=False),
-    Column("seq", BigInteger, nullable=False),  # the one of its creation
+    Column("seq", BigInteger, nullable=False),  # the seq of the change that created the message
     Column("client_id", String(64)),
     Column("request_hash", LargeBinary(16), nullable=False),
     Column("reply_to", BigInteger),
     Column("edited_at", Timestamp),
     Column("deleted_at", Timestamp),
-    Column(
-        "reactions", JSON(none_as_null=True)
-    ),  # of `chat_reactions`, in short: {emoji: [count, [first users]]}
-    # Durable idempotency. Rows without a client_id do not collide: NULLs are distinct.
+    # A summary of `chat_reactions`: {emoji: [count, [first users]]}.
+    Column("reactions", JSON(none_as_null=True)),
+    # The idempotency key. Rows without a client_id do not collide, because NULLs are distinct.
     UniqueConstraint("chat_conversation_id", "user_id", "client_id", name="chat_messages_client_id"),
     Index("chat_messages_page", "chat_conversation_id", "id"),
-    sqlite_autoincrement=True,  # an id is never used twice, even after its row is erased
+    sqlite_autoincrement=True,  # SQLite never uses an id twice, even after its row was deleted
 )
 
 changes = Table(
@@ -118,11 +120,12 @@ changes = Table(
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("kind", String(16), nullable=False),
     Column("message_id", BigInteger, nullable=False),
-    Column("mark", String(8)),  # random, of its transaction; NULL in changes older than marks
+    Column("mark", String(8)),  # random, the same for all changes of a transaction; NULL if older than marks
     sqlite_with_rowid=False,
 )
 
-# What retention has removed: the keys by which a retry is known, for ever …
+# Idempotency keys of messages that retention has removed. They are kept for good, so that a
+# late retry is found.
 client_ids = Table(
     "chat_client_ids",
     metadata,
@@ -136,7 +139,7 @@ client_ids = Table(
     sqlite_with_rowid=False,
 )
 
-# … and messages of which the log still tells: `last_seq` is their last change.
+# Messages that retention has removed, but whose changes are still in the log. `last_seq` is their last change.
 removed = Table(
     "chat_removed_messages",
     metadata,
@@ -175,9 +178,8 @@ users = Table(
     "chat_users",
     metadata,
     Column("user_id", BigInteger, primary_key=True, autoincrement=False),
-    Column(
-        "valid_after", BigInteger, nullable=False, server_default="0"
-    ),  # unix seconds: older tokens are void
+    # Tokens from before this moment, in unix seconds, are void.
+    Column("valid_after", BigInteger, nullable=False, server_default="0"),
     Column("banned_until", Timestamp),
 )
 
@@ -197,7 +199,7 @@ outbox = Table(
     Column("id", Serial, primary_key=True),
     Column("node", String(32), nullable=False),
     Column("created_at", Timestamp, nullable=False),
-    Column("payloads", LargeBinary, nullable=False),  # one JSON event a line
+    Column("payloads", LargeBinary, nullable=False),  # one JSON event per line
     sqlite_autoincrement=True,
 )
 
@@ -206,24 +208,24 @@ webhooks = Table(
     metadata,
     Column("id", Serial, primary_key=True),
     Column("event", String(32), nullable=False),
-    Column("body", LargeBinary, nullable=False),  # as it is sent
+    Column("body", LargeBinary, nullable=False),  # the body of the request
     Column("created_at", Timestamp, nullable=False),
-    Column("due_at", Timestamp, nullable=False),  # when to try, or to try again
+    Column("due_at", Timestamp, nullable=False),  # when the next attempt is due
     Column("attempts", Integer, nullable=False, server_default="0"),
-    Column("dead", Boolean, nullable=False, server_default=false()),  # given up
-    Column("error", String(200)),  # of the last attempt
+    Column("dead", Boolean, nullable=False, server_default=false()),  # chatd has given the event up
+    Column("error", String(200)),  # why the last attempt failed
     Index("chat_webhooks_due", "dead", "due_at"),
     sqlite_autoincrement=True,
 )
 
-# Places are those of chat.presence: users who are connected, rooms where somebody listens.
+# `chat.presence` explains `place`: a user with connections, or a room with subscribers.
 
 nodes = Table(
     "chat_nodes",
     metadata,
     Column("lease", String(32), primary_key=True),
     Column("node", String(32), nullable=False),  # its name on the bus
-    Column("beat", BigInteger, nullable=False),  # it moves while the node lives
+    Column("beat", BigInteger, nullable=False),  # the heartbeat: changes as long as the node is alive
 )
 
 present = Table(
@@ -241,9 +243,9 @@ attendance = Table(
     metadata,
     Column("place", BigInteger, primary_key=True, autoincrement=False),
     Column("id", BigInteger, primary_key=True, autoincrement=False),
-    Column("told", Boolean, nullable=False, server_default=false()),  # what the backend heard last: it is there
-    Column("version", BigInteger, nullable=False, server_default="0"),  # of that; 0: it has heard nothing
-    Column("due_at", Timestamp),  # when to hold it against `chat_present`; NULL: not in doubt
+    Column("told", Boolean, nullable=False, server_default=false()),  # the last event reported presence
+    Column("version", BigInteger, nullable=False, server_default="0"),  # of the last event; 0: there was none
+    Column("due_at", Timestamp),  # when to compare it with `chat_present`; NULL: nothing has changed
     Index("chat_attendance_due", "due_at"),
     sqlite_with_rowid=False,
 )

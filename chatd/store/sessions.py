@@ -1,9 +1,9 @@
-"""PostgreSQL's sessions: how each is set up, which server it leads to, and when it must not be used any more.
+"""PostgreSQL's sessions: sets each one up, knows which server it leads to, and ends those to an old primary.
 
-All sessions of a store lead to the same server, the one that takes writes. After a failover some may be left
-that lead to the old one: there they would read what is out of date, or write what nobody will find again. So
-what ends one session for such a reason ends all of them, and every new one is held against those before it.
-Used by `engine`; the writer and the reader ask `strayed` before they give an answer.
+All sessions of a store must lead to the same server, the primary. After a failover some may still lead to the
+old one, where they would read outdated data and their writes would be lost. Therefore an error that shows a
+failover ends all sessions, and each new session is compared with the earlier ones. The writer and the reader
+call `strayed` before they return an answer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sqlalchemy.exc import DisconnectionError
 
 from chatd.core.errors import OperatorError
 
-# PostgreSQL's own deadlines. A node that is stopped in mid-transaction, or whose host has vanished, holds its
-# locks until the last ones end its session. They count between two statements, but not within a pipeline.
+# PostgreSQL's own timeouts. A node that stops within a transaction, or whose host vanishes, keeps its locks
+# until the idle timeout or TCP's keepalive ends its session. They do not count within a pipeline.
 SETTINGS = {
-    "timezone": "UTC",  # the year 9999 must not become 10000 on the way back
+    "timezone": "UTC",  # in another zone, FOR_EVER would come back as a time in the year 10000
     "statement_timeout": "5s",
     "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "5s",
@@ -35,50 +35,53 @@ SETTINGS = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
-# Of the settings of synchronous_commit only these two keep what was acknowledged whatever ends (G1).
+# The only values of synchronous_commit that keep an acknowledged write whatever server fails (G1).
 DURABLE = ("on", "remote_apply")
 CONNECT: dict[str, Any] = {
     "application_name": "chatd",
-    "target_session_attrs": "read-write",  # of several hosts, and of one address that leads to a standby
+    "target_session_attrs": "read-write",  # finds the primary among several hosts, and refuses a standby
     "connect_timeout": 5,  # seconds, for each host
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds until a write to a vanished host fails
 }
-ANSWER_SECONDS = 5.0  # for a server that has let us in, and then falls silent
-# SQLSTATEs that say: this server is not for you. It takes no writes, stops, starts, or has lost the database.
+ANSWER_SECONDS = 5.0  # how long `look` waits for a server that accepts the connection and then does not answer
+# SQLSTATEs of a server that chatd must not use: it is read-only, stops, starts, or the database was dropped.
 NOT_FOR_US = frozenset({"25006", "57P01", "57P02", "57P03", "57P04", "57P05"})
-# PostgreSQL 14 and newer report these by themselves whenever they change: to look at them costs nothing.
+# PostgreSQL 14 and newer report these parameters by themselves when they change, so reading
+# them needs no query.
 _STANDBY, _READ_ONLY = b"in_hot_standby", b"default_transaction_read_only"
-# Right at once after a promotion (pg_control_checkpoint() tells the old timeline until the next checkpoint),
-# and every role may ask it.
+# This is right immediately after a promotion, and every role may query it. pg_control_checkpoint() was
+# rejected: it returns the old timeline until the next checkpoint.
 _TIMELINE = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int"
 
 log = structlog.get_logger()
 
 
 class Strayed(Exception):
-    """A session leads to a server that takes no writes any more, or to another one than the newest does."""
+    """A session leads to a server that has become read-only, or to an older primary than the newest session."""
 
     def __init__(self, message: str = "another server has taken over") -> None:
         super().__init__(message)
 
 
 class Sessions:
-    """Of all engines that share this. A session is used as long as its generation is the newest."""
+    """The sessions of all engines that share this object. A session is usable while its
+    generation is the newest.
+    """
 
     def __init__(self) -> None:
-        self.doubted = False  # whether it is time to `look`
+        self.doubted = False  # whether the caller should `look`
         self._lock = threading.Lock()
         self._generation = 0
-        self._timeline: int | None = None  # the newest session's, and
-        self._sure = False  # whether nothing was wrong with that server since
-        self._lines: dict[socket.socket, int] = {}  # of the open sessions, with their generations
+        self._timeline: int | None = None  # the timeline of the newest session
+        self._sure = False  # whether that server has had no error since
+        self._lines: dict[socket.socket, int] = {}  # the socket of each open session → its generation
         self._connect: Callable[[], psycopg.Connection[Any]] | None = None
 
     def watch(self, engine: Engine, connect: Callable[[], psycopg.Connection[Any]]) -> None:
-        """`connect` opens a session beside the engine's own."""
+        """Track the sessions of `engine`. `connect` opens a session outside its pool."""
         self._connect = connect
         event.listen(engine, "connect", self._set_up)
         event.listen(engine, "checkout", self._check_out)
@@ -86,13 +89,13 @@ class Sessions:
         event.listen(engine, "handle_error", self._judge)
 
     def doubt(self) -> None:
-        """Somebody has waited too long for an answer."""
+        """A caller has waited too long for an answer: perhaps another server has taken over."""
         self.doubted = self._connect is not None
 
     def look(self) -> None:
-        """See whether another server has taken over. Blocks for some seconds at most.
+        """Check whether another server has taken over, and if so, end the sessions to the old one.
 
-        If one has, the sessions that lead to the old one end, also those that wait for it just now.
+        That also ends the waits of threads for the old server. Blocks for some seconds at most.
         """
         self.doubted = False
         assert self._connect is not None
@@ -121,10 +124,10 @@ class Sessions:
             self._lines[line] = info["generation"]
 
     def _check_out(self, driver: Any, record: Any, _proxy: Any) -> None:
-        # One that was opened for this is the best there is: SQLAlchemy gives up where it is refused, too. If it
-        # has strayed already, who uses it finds out, or the next one does.
+        # A fresh session is not checked: SQLAlchemy gives up if a check refuses it, too, and there is no better
+        # one. If it has strayed, `strayed` finds that out before an answer is returned.
         if not record.info.pop("fresh", False) and self.has_strayed(driver, record.info):
-            raise DisconnectionError("this session leads to a server that another one has taken over from")
+            raise DisconnectionError("this session leads to an old primary, which another server has replaced")
 
     def _close(self, _driver: Any, record: Any) -> None:
         line = record.info.pop("line", None)
@@ -136,25 +139,25 @@ class Sessions:
     def _judge(self, context: Any) -> None:
         if getattr(context.original_exception, "sqlstate", None) in NOT_FOR_US:
             context.is_disconnect = True
-        connection = context.connection  # None where there was none yet
+        connection = context.connection  # None if the error came before there was a connection
         if context.is_disconnect and connection is not None and not connection.invalidated:
             with self._lock:
-                # What an older one says is no news: all of its kind end, and newer ones are of another server.
+                # An error of an older generation is no news: its sessions end already, and
+                # newer ones lead elsewhere.
                 if connection.info.get("generation") == self._generation:
                     self._generation += 1
                     self._sure = False
 
     def _compare(self, timeline: int | None) -> int:
-        """The generation of a session that has found this timeline."""
+        """The generation of a new session whose server has this timeline."""
         with self._lock:
             before = self._timeline
             if timeline is None or timeline == before:
                 self._sure = True
                 return self._generation
             if before is not None and timeline < before and self._sure:
-                return (
-                    self._generation - 1
-                )  # an old primary that still runs; the sessions before are the right ones
+                # The session leads to an old primary that still runs; the earlier sessions are right.
+                return self._generation - 1
             self._timeline, self._sure = timeline, True
             if before is not None:
                 self._generation += 1
@@ -162,7 +165,7 @@ class Sessions:
             return self._generation
 
     def _cut_off_older(self, timeline: int, before: int) -> None:
-        """Somebody may wait there for an answer that never comes."""
+        """Shut down the sockets to the old server, on which threads may wait for an answer that never comes."""
         old = [line for line, generation in self._lines.items() if generation < self._generation]
         for line in old:
             with suppress(OSError):
@@ -171,7 +174,9 @@ class Sessions:
 
 
 def strayed(connection: Connection) -> bool:
-    """Whether what was read there may be out of date, and what is committed there lost. False for SQLite."""
+    """Whether this session leads to an old primary: reads may be outdated and
+    commits lost. False for SQLite.
+    """
     sessions: Sessions | None = connection.info.get("sessions")
     if sessions is None:
         return False
@@ -179,15 +184,16 @@ def strayed(connection: Connection) -> bool:
 
 
 def unreplicated(connection: Connection) -> bool:
-    """Whether its last commit was not waited for: it is on the disk, but perhaps not on the standby's."""
+    """Whether the last commit returned before the standby had it: it is on this server's disk only."""
     return bool(connection.info.pop("unreplicated", False))
 
 
 def require_sessions(connect: Callable[[], psycopg.Connection[Any]]) -> None:
-    """Raises OperatorError where a pooler gives one session of the server to several of ours.
+    """Raises OperatorError if a pooler in transaction mode shares one session of the server
+    among several of ours.
 
-    Two sessions that are open at once have two processes of the server; behind a pooler in transaction mode the
-    second is given the one that the first has just let go of.
+    Two open sessions normally have two server processes, with two process ids. A pooler in transaction mode
+    gives the second one the server process that the first has just released.
     """
     with connect() as one, connect() as other:
         for driver in (one, other):
@@ -195,14 +201,14 @@ def require_sessions(connect: Callable[[], psycopg.Connection[Any]]) -> None:
         seen = [_pid(driver) for driver in (one, one, other, other, one)]
     if len(set(seen)) != 2 or seen[0] != seen[1] or seen[0] != seen[4] or seen[2] == seen[0]:
         raise OperatorError(
-            "database.url: a pooler in transaction mode answers there (PgBouncer?). chatd keeps settings and"
-            " prepared statements in its sessions, and would lose them: name PostgreSQL itself, or set"
-            " pool_mode = session for this database. chatd has a small pool of its own."
+            "database.url: leads to a pooler in transaction mode (PgBouncer?). chatd keeps settings and"
+            " prepared statements in its sessions and would lose them. Write the address of PostgreSQL"
+            " itself, or set pool_mode = session for this database. chatd has a small pool of its own."
         )
 
 
 def prepare(driver: Any) -> None:
-    """Settings are given by a statement: a pooler refuses them, or drops them, among the startup parameters."""
+    """Apply the settings with a statement, because a pooler refuses or drops them as startup parameters."""
     asked = ", ".join(f"set_config('{name}', '{value}', false)" for name, value in SETTINGS.items())
     durable = ", ".join(f"'{value}'" for value in DURABLE)
     commit = "set_config('synchronous_commit', 'on', false)"
@@ -213,7 +219,7 @@ def prepare(driver: Any) -> None:
 
 
 def _timeline(driver: Any) -> int | None:
-    """The number of times that a standby was promoted, and one. None where a managed server does not tell."""
+    """PostgreSQL's timeline: 1 plus the number of promotions. None if a managed server does not show it."""
     try:
         found: int = driver.execute(_TIMELINE).fetchone()[0]
     except psycopg.Error:
@@ -228,7 +234,7 @@ def _timeline(driver: Any) -> int | None:
 
 @contextmanager
 def _cut_off_after(driver: psycopg.Connection[Any], seconds: float) -> Iterator[None]:
-    """The server's own timeouts do not end the wait for a server that hangs."""
+    """Shut the session's socket after `seconds`. If the server itself hangs, its own timeouts do not help."""
 
     def cut_off() -> None:
         with suppress(OSError):
@@ -250,13 +256,15 @@ def _pid(driver: psycopg.Connection[Any]) -> int:
     return int(row[0])
 
 
-def _notice(info: dict[str, Any], told: Diagnostic) -> None:
-    """Somebody has ended a commit's wait for the standby. PostgreSQL calls that a success, with a warning."""
-    if told.source_function == "SyncRepWaitForLSN":
+def _notice(info: dict[str, Any], notice: Diagnostic) -> None:
+    """Note that a commit's wait for the standby was cancelled, which PostgreSQL reports as
+    success with a warning.
+    """
+    if notice.source_function == "SyncRepWaitForLSN":
         info["unreplicated"] = True
 
 
 def connect_arguments(given: Iterable[str]) -> dict[str, Any]:
-    """For libpq: `CONNECT` without what the URL says itself."""
+    """Arguments for libpq: those of `CONNECT` that the URL does not give itself."""
     said = set(given)
     return {name: value for name, value in CONNECT.items() if name not in said}

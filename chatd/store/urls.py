@@ -1,4 +1,4 @@
-"""`database.url`: SQLAlchemy's form, and libpq's where it names several hosts."""
+"""Reads `database.url`: the form of SQLAlchemy, and that of libpq, which may name several hosts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sqlalchemy.exc import ArgumentError
 
 from chatd.core.errors import ConfigError
 
-# postgresql://user:password@first:5432,second:5432/database, which make_url does not know.
+# postgresql://user:password@first:5432,second:5432/database, which SQLAlchemy's make_url does not understand.
 _SEVERAL = re.compile(r"(?P<scheme>[\w+]+)://(?:(?P<user>.*)@)?(?P<hosts>[^/@?]+,[^/@?]+)(?P<rest>[/?].*)?")
 _DEFAULT_PORT = "5432"
 
 
 def parse(url: str) -> URL:
-    """Raises ConfigError with what is wrong."""
+    """Read a URL; PostgreSQL's gets the driver psycopg. Raises ConfigError."""
     try:
         parsed = _parse(url)
     except (ArgumentError, ValueError):
-        raise ConfigError("database.url: this is no URL; write sqlite:///chatd.db or postgresql://…") from None
+        raise ConfigError("database.url: is not a URL; write sqlite:///chatd.db or postgresql://…") from None
     return parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
 
 

@@ -81,7 +81,7 @@ def check(path: Path) -> str:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             revision = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.Error as error:
-        raise OperatorError(f"{path}: this is no database of chatd ({_reason(error)}).") from error
+        raise OperatorError(f"{path}: this is not a database of chatd ({_reason(error)}).") from error
     if found != "ok":
         raise OperatorError(f"{path}: the file is damaged: {found}")
     if revision is None or not migrations.known(revision[0]):
