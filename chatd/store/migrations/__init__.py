@@ -1,4 +1,4 @@
-"""Schema versions, by Alembic. SQLite is brought up to date at start, PostgreSQL by `chatd migrate`."""
+"""Schema versions, with Alembic. chatd migrates SQLite at its start; `chatd migrate` migrates PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
 _HERE = Path(__file__).parent
-# Two nodes that migrate at once take turns: any number that nothing else in the database uses.
+# An advisory lock, so that two nodes do not migrate at once. The number is arbitrary.
 _ADVISORY_LOCK = 0x63686174
 
 
 def upgrade(engine: Engine) -> tuple[str | None, str]:
-    """Bring the schema to this version's. Returns the revision before and after."""
+    """Migrate the schema to this version of chatd. Returns the revision before (None: empty) and after."""
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")

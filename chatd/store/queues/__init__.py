@@ -1,1 +1,1 @@
-"""Rows that wait for somebody to act on them: the bus's outbox, webhooks, presence."""
+"""Queues in the database: the bus's outbox, webhooks, presence."""

@@ -1,6 +1,7 @@
-"""Committed groups that the bus may not have taken: read them, pass them on, remove them.
+"""The outbox: committed groups that may not be published on the bus yet. Reads, publishes and removes them.
 
-A row lives from its commit until Redis has it. What an outage or a crash left behind is relayed from here.
+The commit of a group writes its row, and the row goes when Redis has the group. After an outage or a crash, a
+node publishes the rows that are left.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from chatd.core.model import timestamp
 from chatd.store import schema
 from chatd.store.engine import is_sqlite
 
-FOREIGN_AGE = 30.0  # seconds after which a row's own node is taken to be dead
-EXPIRY = 24 * 3600.0  # seconds after which a row helps nobody any more: listeners read the database
-RELAY_ROWS = 50  # groups in one go, and
-RELAY_BYTES = 4 * 1024 * 1024  # no more than so many, unless it is one
+FOREIGN_AGE = 30.0  # seconds; an older row's node is probably dead, so any node publishes it
+EXPIRY = 24 * 3600.0  # seconds; an older row is useless, because listeners have read the database since
+RELAY_ROWS = 50  # most groups published in one turn
+RELAY_BYTES = 4 * 1024 * 1024  # most bytes published in one turn, unless a single group is larger
 
 
 class Left(Struct, frozen=True):
@@ -37,9 +38,7 @@ Publish = Callable[[Left], None]
 
 
 class Settled:
-    """Ids of rows that the bus has taken. The bus adds to them, the writer removes the rows with its next
-    commit.
-    """
+    """Ids of published rows. The bus adds them, and the writer removes the rows with its next commit."""
 
     def __init__(self) -> None:
         self._ids: set[int] = set()
@@ -62,23 +61,24 @@ class Outbox:
         self._thread = trio.CapacityLimiter(1)
 
     async def relay(self, publish: Publish, *, node: str, above: int = 0) -> tuple[int, int]:
-        """Pass on this node's own rows above an id, and any node's that are old enough.
+        """Publish this node's rows above an id, and rows of any node that are older than `FOREIGN_AGE`.
 
-        `publish` runs in the thread, row by row; where it raises, this row and those after it stay where they
-        are. Returns how many rows were passed on and the highest id among this node's own.
+        `publish` runs in a thread, once per row. If it raises, that row and those after it
+        stay. Returns (number of rows published, the highest id among this node's own).
+        Raises Unavailable, and whatever `publish` raises.
         """
         return await trio.to_thread.run_sync(self._relay, publish, node, above, limiter=self._thread)
 
     def settle(self, ids: Iterable[int]) -> None:
-        """The bus has taken these groups: their rows go with a later commit."""
+        """Note that the bus has published these groups: a later commit removes their rows."""
         self.settled.add(ids)
 
     async def expire(self) -> int:
-        """Remove what is too old to be of use; returns how many groups that were."""
+        """Remove rows older than `EXPIRY`; returns their number. Raises Unavailable."""
         return await trio.to_thread.run_sync(self._expire, limiter=self._thread)
 
     async def backlog(self) -> tuple[int, float]:
-        """How many groups are left, of all nodes, and the age of the oldest in seconds. Raises Unavailable."""
+        """(number of rows of all nodes, age of the oldest in seconds). Raises Unavailable."""
         return await trio.to_thread.run_sync(self._backlog, limiter=self._thread)
 
     def _backlog(self) -> tuple[int, float]:
@@ -100,9 +100,9 @@ class Outbox:
                     for row in rows:
                         publish(row)
                         done.append(row)
-                except Exception as error:  # those before it shall not be published again
+                except Exception as error:  # raise it later: first remove the rows that were published
                     failure = error
-        except (SQLAlchemyError, OSError) as error:  # the last: no descriptor left to connect with
+        except (SQLAlchemyError, OSError) as error:  # OSError: no file descriptor left for a connection
             raise Unavailable() from error
         if failure is not None:
             raise failure
@@ -110,10 +110,10 @@ class Outbox:
 
     @contextmanager
     def _claimed(self, node: str, above: int, done: list[Left]) -> Iterator[list[Left]]:
-        """The next rows. When the block ends, `done` are removed.
+        """The next rows. When the block ends, the rows in `done` are removed.
 
-        PostgreSQL locks them meanwhile, so that two nodes do not relay the same. SQLite has one lock for
-        everything, which must not be held while Redis is waited for.
+        In PostgreSQL the block holds locks on the rows, so that two nodes do not publish the same ones. SQLite
+        has one lock for the whole database, and the block must not hold it while it waits for Redis.
         """
         if is_sqlite(self._engine):
             with self._engine.begin() as connection:
@@ -137,7 +137,7 @@ class Outbox:
 
 
 def _next(connection: Connection, node: str, above: int) -> list[Left]:
-    """A node's own rows above an id, and any node's that are old enough: what nobody else is relaying."""
+    """The rows that `relay` publishes next; without those that another node has locked."""
     table = schema.outbox
     own = (table.c.node == node) & (table.c.id > above)
     sizes = (

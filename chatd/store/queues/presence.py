@@ -1,12 +1,12 @@
-"""Who is connected where, as the backend is to know it: leases of nodes, what each has, what was told.
+"""Presence for the backend's webhook: leases of nodes, what each node has, what the backend was told last.
 
-    chat_nodes        a lease per running node. Its node raises `beat`; the others look whether it moves
-    chat_present      what each lease has: written by its node alone, removed with the lease
-    chat_attendance   per user and room: what the backend was told last, and when to look whether that is true
+    chat_nodes        one lease per running node. The node raises `beat` as its heartbeat; the others watch it
+    chat_present      the users and rooms that each lease has. Only its node adds rows; they go with the lease
+    chat_attendance   per user and room: the state last reported to the backend, and when to check it
 
-Every change of `chat_present` puts its key into doubt, in the same transaction. Once a doubt is due, whichever
-node comes first holds what was told against what is true, and writes the webhook and what it tells together. So
-no event depends on who notices, or on who is still there afterwards.
+Every change of `chat_present` marks its key as due for a check (a doubt), in the same transaction. When the
+check is due, the first node that comes compares the reported state with the true one, and writes the webhook
+and the newly reported state in one transaction. So no event depends on one node that would have to survive.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from chatd.store.clock import LONG_AGO, Clock
 from chatd.store.keys import INTEGERS, PAIRS, as_parameter, listed
 from chatd.store.schema import attendance, nodes, present, webhooks
 
-SLICE = 500  # keys in one transaction: some 10 ms, in which SQLite's writer waits
+SLICE = 500  # keys in one transaction: about 10 ms, during which SQLite's writer has to wait
 ENDING = -1  # the beat of a lease that is being removed
-FAR = 60.0  # seconds: what is due later than that was written by a clock that was ahead
-FORGOTTEN = 24 * 3600 * 1000  # ms that the version of what has gone is kept, so that a later one is higher
+FAR = 60.0  # seconds; a check due later than that was written by a clock that was ahead: do it at once
+FORGOTTEN = 24 * 3600 * 1000  # ms to keep the version of a user or room that is gone: the next must be higher
 
-Key = tuple[int, int]  # place, id: as in chat.presence
-# (place, id, present, version) → the event and its body; None for what the backend does not want to hear.
+Key = tuple[int, int]  # (place, id), see chat.presence
+# (place, id, present, version) → the event and its body; None if the backend does not want this event.
 Announce = Callable[[int, int, bool, int], tuple[str, bytes] | None]
 T = TypeVar("T")
 
 
 class LeaseLost(Exception):
-    """This lease was taken for dead, or the database has gone back in time: begin again with another."""
+    """Another node has ended this lease as dead, or the database was restored. The node must take a new one."""
 
 
 class Lease(Struct):
-    """This node's. `attempted` may have been committed or not, where the answer was lost."""
+    """The lease of this node. After a lost answer, the database may hold `beat` or `attempted`."""
 
     name: str
     node: str
@@ -62,7 +62,7 @@ class Lease(Struct):
 
 
 class Seen(Struct, frozen=True):
-    """Another node's lease. `ending`: somebody is removing it."""
+    """The lease of another node. `ending`: a node is removing it."""
 
     name: str
     node: str
@@ -74,7 +74,7 @@ class Seen(Struct, frozen=True):
 
 
 class Change(Struct, frozen=True):
-    """`due_in`: seconds until it may be told."""
+    """A user or room has come or gone on this node. `due_in`: seconds until the backend may be told."""
 
     key: Key
     present: bool
@@ -82,7 +82,11 @@ class Change(Struct, frozen=True):
 
 
 class Turned(Struct, frozen=True):
-    """`told` webhooks were written. `more`: doubts are due that did not fit. `doubts`: some are left at all."""
+    """The result of a turn.
+
+    `others`: the leases of other nodes. `told`: the number of webhooks written. `more`: further checks are due
+    now. `doubts`: there are checks left, due or not.
+    """
 
     others: list[Seen]
     told: int
@@ -96,9 +100,9 @@ class PresenceTable:
         self._thread = trio.CapacityLimiter(1)
 
     async def turn(self, lease: Lease, changes: Sequence[Change], announce: Announce | None) -> Turned:
-        """Renew the lease, write what has changed, tell what is due (not without `announce`), see the others.
+        """Renew the lease, write `changes`, do the checks that are due, and read the other leases.
 
-        Raises LeaseLost, Unavailable.
+        Without `announce` it does no checks. Raises LeaseLost, Unavailable.
         """
         lease.attempted = lease.beat + 1
         turned = await self._in_thread(_turn, lease, changes, announce)
@@ -106,14 +110,15 @@ class PresenceTable:
         return turned
 
     async def end(self, name: str, beat: int, due_in: float) -> bool:
-        """Remove a part of a lease and what it has. True when nothing is left to do, also where it is alive.
+        """End a lease whose beat stands still, and remove up to `SLICE` of its rows.
 
-        Raises Unavailable.
+        Returns True if nothing is left to do: the lease is gone, or it turns out to be alive. The removed keys
+        are checked in `due_in` seconds. Raises Unavailable.
         """
         return await self._in_thread(_end, name, beat, due_in)
 
     async def tidy(self) -> None:
-        """Forget who has been gone for long. Raises Unavailable."""
+        """Remove the rows of users and rooms that have been gone for `FORGOTTEN`. Raises Unavailable."""
         await self._in_thread(_tidy)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -155,8 +160,8 @@ def _write(connection: Connection, lease: str, changes: Sequence[Change], clock:
         connection.execute(_APPEAR[dialect], as_parameter(there) | {"lease": lease})
     if gone := [change.key for change in changes if not change.present]:
         connection.execute(_VANISH[dialect], as_parameter(gone) | {"lease": lease})
-    # The first statement is about all keys, so that their rows are locked in one order: no two nodes wait for
-    # each other. Those that are due later are put off by the statements after it.
+    # The first statement locks the rows of all keys in one order, so two nodes cannot deadlock. The statements
+    # after it postpone the keys that are due later.
     for due_in in sorted({change.due_in for change in changes}):
         _doubt(connection, [change.key for change in changes if change.due_in >= due_in], clock(due_in))
 
@@ -166,13 +171,14 @@ def _doubt(connection: Connection, keys: Collection[Key], due_at: str) -> None:
 
 
 def _settle(connection: Connection, clock: Clock, announce: Announce) -> tuple[int, bool]:
-    """(how many webhooks were written, whether more doubts are due)"""
+    """Do the checks that are due. Returns (webhooks written, whether more checks are due)."""
     dialect = connection.dialect.name
     due = [*_due(connection, LONG_AGO, clock()), *_due(connection, clock(FAR), FOR_EVER)]
     if not due:
         return 0, False
     keys = [(row.place, row.id) for row in due]
-    # After the doubts are locked: who changes one of these keys now waits, and puts it into doubt again.
+    # Read this after the locks on the due rows: a node that changes one of these keys now waits for this
+    # transaction, and then makes the key due again.
     true = {(row.place, row.id) for row in connection.execute(_WHO[dialect], as_parameter(keys))}
     events: list[tuple[str, bytes]] = []
     settled: list[tuple[int, int, int, int]] = []
@@ -185,7 +191,9 @@ def _settle(connection: Connection, clock: Clock, announce: Announce) -> tuple[i
         settled.append((place, id, int(there), version))
     if told := [row for row in settled if row[3]]:
         connection.execute(_SETTLED[dialect], as_parameter(told))
-    if never := [row[:2] for row in settled if not row[3]]:  # it came and went before anything was told
+    if never := [
+        row[:2] for row in settled if not row[3]
+    ]:  # it came and went before the backend was told anything
         connection.execute(_FORGET[dialect], as_parameter(never))
     if events:
         at = clock()
@@ -199,7 +207,7 @@ def _due(connection: Connection, since: str, until: str) -> Sequence[Any]:
 
 
 def _end(connection: Connection, name: str, beat: int, due_in: float) -> bool:
-    """A node that is alive after all has raised its beat, or finds its lease ended and takes another."""
+    """A node that is alive after all has raised its beat, so nothing matches; or it finds its lease ended."""
     theirs = (nodes.c.lease == name) & nodes.c.beat.in_([beat, ENDING])
     if not connection.execute(update(nodes).where(theirs).values(beat=ENDING)).rowcount:
         return True
@@ -221,10 +229,12 @@ def _tidy(connection: Connection) -> None:
     connection.execute(delete(attendance).where(key.in_(some.limit(10 * SLICE)), long_gone))
 
 
-# Statements, by the name of the dialect. Each writes its keys in one order: no two nodes wait for each other.
+# Statements, by dialect. Each writes its keys in the same order, so two nodes cannot deadlock.
 
 _INTO: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
-_ALWAYS = literal_column("1") == literal_column("1")  # SQLite takes ON CONFLICT for a join's ON without a WHERE
+_ALWAYS = literal_column("1") == literal_column(
+    "1"
+)  # without a WHERE, SQLite parses ON CONFLICT as the ON of a join
 _MOMENT = attendance.c.due_at.type
 
 
@@ -249,7 +259,7 @@ def _forgetting(dialect: str) -> Any:
 
 
 def _doubting(dialect: str) -> Any:
-    """Debounced: the last change counts."""
+    """Make keys due. A later change of the same key postpones its check (debounce)."""
     rows, (place, id) = listed(dialect, PAIRS)
     due_at = bindparam("due_at", type_=_MOMENT)
     found = select(place, id, due_at).select_from(rows).where(_ALWAYS).order_by(place, id)
@@ -279,7 +289,7 @@ _APPEAR, _VANISH, _DOUBT, _WHO, _SETTLED, _FORGET = (
 )
 _DUE = (
     select(attendance.c.place, attendance.c.id, attendance.c.told, attendance.c.version)
-    # One range at a time: for two of them SQLite would walk over everybody who was ever seen.
+    # One range per query: with two ranges SQLite would scan the whole table.
     .where(attendance.c.due_at.between(bindparam("since", type_=_MOMENT), bindparam("until", type_=_MOMENT)))
     .order_by(attendance.c.due_at)
     .limit(bindparam("most"))

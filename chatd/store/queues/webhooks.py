@@ -1,7 +1,7 @@
-"""Events for the backend's webhook that were not delivered yet: claim some, note what became of them.
+"""The queue of events for the backend's webhook: claims some for delivery, and records how that went.
 
-An event is written in the transaction of what it tells of; `chatd.backend.webhooks` delivers. An event that was
-never tried is due since `LONG_AGO`, so that it comes before all others, also when a clock is set back.
+The transaction that makes a change also writes its event; `chatd.backend.webhooks` delivers it. An event that
+was never tried is due since `LONG_AGO`, so it comes before all others even if a clock is set back.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from chatd.core.errors import Unavailable
 from chatd.store.clock import LONG_AGO, Clock
 from chatd.store.schema import webhooks
 
-DEAD_KEPT = 7 * 24 * 3600.0  # seconds that an event which was given up is kept, for people to look at
+DEAD_KEPT = 7 * 24 * 3600.0  # seconds that a given-up event is kept, so that an operator can inspect it
 ERROR_CHARS = 200
 
 T = TypeVar("T")
 
 
 class Waiting(Struct, frozen=True):
-    """`attempts` were made before."""
+    """A claimed event. `attempts`: the number of attempts before this one."""
 
     id: int
     event: str
@@ -46,7 +46,7 @@ class Waiting(Struct, frozen=True):
 
 
 class Failed(Struct, frozen=True):
-    """`again_in`: seconds; None: given up."""
+    """A failed attempt. `again_in`: seconds until the next one; None: the event is given up."""
 
     id: int
     error: str
@@ -57,18 +57,22 @@ class WebhookQueue:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)
-        # Leases of claims whose COMMIT was not answered: nobody has these events, if it was committed.
+        # Leases of claims whose COMMIT got no answer. If it was committed, no delivery has
+        # these events: free them.
         self._unsure: set[str] = set()
 
     async def claim(self, most: int, lease: float, *, again: bool) -> list[Waiting]:
-        """The next that are due: those that failed before (`again`), or those never tried.
+        """Claim up to `most` due events: with `again` those that failed before, else those never tried.
 
         Nobody else gets them for `lease` seconds. Raises Unavailable.
         """
         return await self._claiming(_claim, most, lease, again)
 
     async def claim_some(self, lease: float, *, again: bool) -> list[Waiting]:
-        """The oldest and the newest of each kind: where all fail, one of these may not."""
+        """Claim the oldest and the newest due event of each kind. Raises Unavailable.
+
+        This is for a backend that fails: it may fail on one kind of event, or on one old event, only.
+        """
         return await self._claiming(_claim_some, lease, again)
 
     async def _claiming(self, work: Callable[..., list[Waiting]], *arguments: Any) -> list[Waiting]:
@@ -82,11 +86,14 @@ class WebhookQueue:
         return found
 
     async def settle(self, done: Sequence[int], failed: Sequence[Failed], untried: Sequence[int] = ()) -> None:
-        """`untried` are free again. Raises Unavailable: what was delivered may be delivered again then."""
+        """Record the results of claimed events, given by id. `untried` events become free again.
+
+        Raises Unavailable; events that were delivered may then be delivered again (at-least-once).
+        """
         await self._in_thread(_settle, done, failed, untried)
 
     async def counts(self) -> tuple[int, int]:
-        """(waiting, given up), after what is too old has gone. Raises Unavailable."""
+        """Remove given-up events that are too old, and count (waiting, given up). Raises Unavailable."""
         return await self._in_thread(_count)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -112,7 +119,7 @@ def _claim(
     _free(connection, webhooks.c.due_at.in_(unsure), clock, unsure)
     wanted = _due(clock, again)
     if again:
-        wanted &= webhooks.c.due_at > LONG_AGO  # the index leads past those that were never tried
+        wanted &= webhooks.c.due_at > LONG_AGO  # lets the index skip the events that were never tried
     return _take(connection, wanted, most, clock(lease), attempted)
 
 

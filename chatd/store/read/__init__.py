@@ -1,1 +1,1 @@
-"""What is read from the database, and how many reads share one query."""
+"""Reads from the database. Many requests of the same kind share one query."""

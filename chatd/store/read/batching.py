@@ -1,5 +1,6 @@
-"""Many requests for the same kind of read, answered by few reads, and fairly: users take turns, and who asks
-for what takes long waits for it behind everybody else.
+"""Answers many requests for the same kind of read with few transactions, and fairly.
+
+Users take turns, and a user whose requests take long has to wait while others get theirs.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from sqlalchemy import Connection
 from chatd.core.errors import Unavailable
 from chatd.store.read.reader import DEADLINE, Reader
 
-AT_ONCE = 2  # gathered reads on their way: one that takes long does not hold up all the others
-GATHER = 0.005  # seconds to wait for others, if the last came no longer ago: a crowd is on its way
-GATHERED = 200  # the weight of one of them: 10 ms of SQL, some of which keeps the loop from the interpreter
+AT_ONCE = 2  # batches that are read at the same time, so that a slow one does not delay all others
+GATHER = 0.005  # seconds that a request waits for others if one came within the same time before it
+GATHERED = 200  # largest weight of a batch: about 10 ms of SQL, part of which holds the GIL
 
-SHARE = 0.25  # of one reader's time that a user may have in the long run
-FREE = 0.25  # seconds of a reader's time that a user may have at once
-DEBT_MOST = 1.0  # seconds; a database that stalls makes nobody wait for long afterwards
-DEBTORS = 1000  # beyond it those who have paid are forgotten
-NOT_WORTH = 0.001  # seconds that are not written down
+SHARE = 0.25  # share of one reader's time that a user may take in the long run
+FREE = 0.25  # seconds of a reader's time that a user may take at once
+DEBT_MOST = 1.0  # seconds; bounds a user's wait after a time in which the database was slow
+DEBTORS = 1000  # from this number of users on, those without a debt are removed
+NOT_WORTH = 0.001  # seconds; shorter reads are free
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
 class _Turn(Generic[Request, Answer]):
-    """A request that waits. `come` is set when it is over, or when its task is the one to read next."""
+    """A waiting request. `come` is set when it has a result, or when its task should read the next batch.
+
+    `failed`: the read ended with Unavailable. `alone`: the batch failed, so the request must be read by itself.
+    """
 
     __slots__ = ("alone", "answer", "come", "failed", "owner", "request", "weight")
 
@@ -46,13 +50,13 @@ class _Turn(Generic[Request, Answer]):
 
 
 class _Debts:
-    """What each user has had of the readers' time, less what time has forgiven."""
+    """The reader time that each user has taken, minus `SHARE` of the time that has passed since."""
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[float, float]] = {}  # seconds, as of a moment
+        self._of: dict[int, tuple[float, float]] = {}  # user → (debt in seconds, the time of that value)
 
     def wait(self, owner: int, now: float) -> float:
-        """0.0, or the seconds until this user may have a read again."""
+        """Seconds until this user may read again; 0.0: now."""
         return max(0.0, (self._now(owner, now) - FREE) / SHARE) if owner in self._of else 0.0
 
     def charge(self, owner: int, seconds: float, now: float) -> None:
@@ -68,14 +72,14 @@ class _Debts:
 
 
 class _Shared(NamedTuple):
-    """Equal requests of one user: one answer is enough."""
+    """Equal requests of one user, which share one answer."""
 
     first: _Turn[Any, Any]
     turns: list[_Turn[Any, Any]]
 
 
 class _Queue:
-    """Who waits, by user. A user has one read on its way at most."""
+    """The waiting requests, by user. Each user has at most one request in a running read."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[int, deque[_Turn[Any, Any]]] = OrderedDict()
@@ -98,7 +102,7 @@ class _Queue:
                 del self._waiting[turn.owner]
 
     def patience(self, owner: int) -> float:
-        """Seconds until it is worth a look again, unless somebody says so before."""
+        """Seconds after which the user's debt allows a read; infinity if another event must wake it."""
         return self._debts.wait(owner, trio.current_time()) or inf
 
     def next(self) -> _Turn[Any, Any] | None:
@@ -106,7 +110,7 @@ class _Queue:
         return next((turns[0] for owner, turns in self._waiting.items() if self._may_read(owner, now)), None)
 
     def take(self) -> list[_Shared]:
-        """What is to be read next: one request of each user in turn, until it is enough for one read."""
+        """Take the next batch: one request of each user in turn, up to the weight `GATHERED`."""
         now = trio.current_time()
         taken: list[_Shared] = []
         passed: list[tuple[int, deque[_Turn[Any, Any]]]] = []
@@ -146,11 +150,13 @@ class _Queue:
 
 
 class Batcher(Generic[Request, Answer]):
-    """One read for all requests that came while another was on its way, as the writer commits in groups.
+    """Answers all requests that arrive during a running read with the next read, as the
+    writer commits in groups.
 
-    A transaction and a thread cost more than what one login reads: when thousands come back at once, dozens
-    share them. Whoever finds no read on its way begins one, in its own task; if that is cancelled, another of
-    those who wait begins again. At most one request of each connection waits.
+    A transaction and a thread cost more than the queries of one login, so when thousands of
+    clients reconnect, dozens of logins share them. There is no task for the reading: a
+    request that finds no read running starts one in its own task. If that task is cancelled,
+    another waiting request starts over. Each connection has at most one waiting request.
     """
 
     def __init__(
@@ -160,14 +166,18 @@ class Batcher(Generic[Request, Answer]):
         weight: Callable[[Request], int],
         owner: Callable[[Request], int],
     ) -> None:
-        """`many` answers each request, in their order; an answer is never None. `owner`: the user."""
+        """`many` answers requests in their order, each with an answer that is not None.
+        `owner` returns the user.
+        """
         self._read, self._many, self._weight, self._owner = read, many, weight, owner
         self._queue = _Queue()
         self._on_their_way = 0
         self._last_asked = -GATHER
 
     async def __call__(self, request: Request) -> Answer:
-        """Raises Unavailable, or what `many` raises for this request alone."""
+        """The answer to a request. Raises Unavailable, and what `many`
+        raises if it reads this request alone.
+        """
         mine: _Turn[Request, Answer] = _Turn(request, self._owner(request), self._weight(request))
         self._queue.add(mine)
         now, before = trio.current_time(), self._last_asked
@@ -203,7 +213,7 @@ class Batcher(Generic[Request, Answer]):
         except Unavailable:
             for turn in _turns(taken):
                 turn.failed = True
-        except Exception:  # one of them is bad: the others shall not suffer
+        except Exception:  # one request made the batch fail: read each by itself
             for turn in _turns(taken):
                 turn.alone = True
         finally:
@@ -211,7 +221,7 @@ class Batcher(Generic[Request, Answer]):
             self._queue.done(taken, trio.current_time() - started)
             for turn in _turns(taken):
                 turn.come.set()
-            self._queue.put_back([turn for turn in _turns(taken) if not turn.over])  # we were cancelled
+            self._queue.put_back([turn for turn in _turns(taken) if not turn.over])  # this task was cancelled
 
     def _pass_on(self) -> None:
         if self._on_their_way < AT_ONCE and (turn := self._queue.next()):

@@ -1,6 +1,6 @@
-"""What the database is asked: the log, pages of history, heads, rights. Snapshots are in `snapshots`.
+"""Reads the log, pages of history, heads and rights. `snapshots` has the reads for a client that enters rooms.
 
-Plain functions of a connection, run by `Reader` in threads; each call sees one moment.
+These are plain functions of a connection. `Reader` runs each in a thread, within one snapshot of the database.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from chatd.store.rows import message, removed_message
 
 
 class Heads(Struct, frozen=True):
-    """Where a conversation stands. `mark` is that of its last change; the log is cut up to `low_seq`."""
+    """The counters of a conversation.
+
+    `seq` and `mark` are those of its last change. Retention has removed the log up to `low_seq`.
+    """
 
     seq: int = 0
     low_seq: int = 0
@@ -31,9 +34,10 @@ class Heads(Struct, frozen=True):
 
 
 class Missing(Struct, frozen=True):
-    """What follows a position; no changes where those are too many.
+    """The changes after a position; none if there are too many.
 
-    `same`: that position is in this history. If it is not, the changes do not follow it.
+    `same`: the position belongs to the present history of the database. If not, there are no
+    changes to follow it.
     """
 
     changes: list[Change]
@@ -47,22 +51,26 @@ class Page(Struct, frozen=True):
 
 
 class Standing(Struct, frozen=True):
-    """What is held against a user's tokens: unix seconds, and a moment or None."""
+    """The restrictions of a user. Tokens from before `valid_after` (unix seconds) are void.
+
+    `banned_until` is a time; None: not banned.
+    """
 
     valid_after: int = 0
     banned_until: str | None = None
 
 
 def revision(connection: Connection) -> str:
-    """The version of its schema, as it is now."""
+    """The present version of the schema."""
     return str(connection.scalar(statements.REVISION))
 
 
 def epoch_of(connection: Connection) -> str:
-    """The name of a history, for cursors without a mark: random, and the timeline of PostgreSQL's server.
+    """The name of the database's present history, for cursors without a mark.
 
-    A standby that is promoted begins another timeline. The first one goes without saying: an epoch from before
-    chatd told timelines is valid until then. It is read once for each session, for it cannot change within one.
+    It is the random value of the database plus PostgreSQL's timeline, because a promoted standby may lack
+    changes and starts a new timeline. Timeline 1 adds nothing, so that epochs of older versions of chatd, which
+    knew no timelines, stay valid. A session reads its epoch once, since its timeline cannot change.
     """
     if (known := connection.info.get("epoch")) is not None:
         return str(known)
@@ -74,9 +82,9 @@ def epoch_of(connection: Connection) -> str:
 def changes_after(
     connection: Connection, conversation_id: int, after: int, space: int = limits.REPLAY_BYTES
 ) -> tuple[list[Change], bool]:
-    """The log after a seq, with the messages as they are now; False if there is more than fits.
+    """(changes after a seq, whether these are all). Each change has its message as it is now.
 
-    A first change is there whatever its size.
+    The changes take at most `space` bytes and number at most REPLAY_CHANGES; the first one is always included.
     """
     asked = {"conversation_id": conversation_id, "after": after, "most": limits.REPLAY_CHANGES + 1}
     found: list[Change] = []
@@ -85,7 +93,7 @@ def changes_after(
         kind = Kind(row["kind"])
         if row["id"] is not None:
             changed: Message | None = message(row)
-        else:  # retention has removed it: for whoever was away it was deleted
+        else:  # retention has removed the message: report it as deleted
             removed = _removed_after(connection, asked) if removed is None else removed
             kind, changed = Kind.DELETED, removed.get(row["message_id"])
         if changed is None:
@@ -106,7 +114,7 @@ def _removed_after(connection: Connection, asked: dict[str, int]) -> dict[int, M
 
 
 def missing(connection: Connection, conversation_id: int, after: int, mark: str | None) -> Missing:
-    """The log after a change, which has this mark."""
+    """The changes after the change `after`, which must have this mark."""
     found = heads(connection, [conversation_id]).get(conversation_id, Heads())
     marks = marks_of(connection, [(conversation_id, after)]) if found.low_seq <= after < found.seq else {}
     if not is_of(conversation_id, after, mark, found, marks):
@@ -116,7 +124,9 @@ def missing(connection: Connection, conversation_id: int, after: int, mark: str 
 
 
 def _chained(changes: Sequence[Change], previous: str | None, heads: Heads) -> Iterator[Change]:
-    """Read from the database, each change is known to follow the one before."""
+    """Give each change the mark of the one before: they were read from one log,
+    so each follows the one before.
+    """
     for change in changes:
         version = heads.removed_version
         yield msgspec.structs.replace(change, members_version=version, previous=previous)
@@ -127,7 +137,7 @@ Marks = dict[tuple[int, int], str | None]
 
 
 def marks_of(connection: Connection, wanted: Sequence[tuple[int, int]]) -> Marks:
-    """Of changes, by (conversation_id, seq). What is not in the log is not among them."""
+    """The marks of changes: (conversation_id, seq) → mark. Changes that are not in the log are left out."""
     if not wanted:
         return {}
     rows = connection.execute(statements.MARKS[connection.dialect.name], keys.as_parameter(wanted))
@@ -135,10 +145,11 @@ def marks_of(connection: Connection, wanted: Sequence[tuple[int, int]]) -> Marks
 
 
 def is_of(conversation_id: int, after: int, mark: str | None, heads: Heads, marks: Marks) -> bool:
-    """Whether the change `after` of this conversation has this mark. `marks` has it, unless it is the last.
+    """Whether the change `after` of this conversation has this mark, that is, belongs to the present history.
 
-    Retention leaves the change at its cut in the log for this. A version before marks did not, and its changes
-    have none.
+    `marks` must have the change's mark, except for the last change, whose mark is in
+    `heads`. Retention keeps the change at `low_seq` in the log for this purpose. Versions of
+    chatd before marks did not keep it; there the mark is None.
     """
     if after in (0, heads.seq):
         return mark == (heads.mark if after else None)
@@ -156,7 +167,10 @@ def history(
     limit: int,
     space: int = limits.REPLAY_BYTES,
 ) -> Page:
-    """A page in ascending id: the newest, or next to a message id; cut where it has too many bytes."""
+    """A page of messages in ascending id: those before or after a message id, or the newest.
+
+    It has at most `limit` messages and `space` bytes of JSON, but at least one message if there is any.
+    """
     asked = {"conversation_id": conversation_id, "before": before, "after": after, "most": limit + 1}
     query = statements.NEWEST_MESSAGES if before is None else statements.MESSAGES_BEFORE
     if after is not None:
@@ -187,7 +201,9 @@ def history_for(
 
 
 def check_rights(connection: Connection, conversation_id: int, user_id: int, entitled: bool) -> None:
-    """A row decides; without one the token or an open deployment does."""
+    """Raises NotFound if the user may not read the conversation. `entitled`:
+    what holds without a members' row.
+    """
     if not may(states(connection, conversation_id, [user_id]).get(user_id), entitled):
         raise NotFound(field="conversation_id")
 
@@ -204,7 +220,7 @@ def states(connection: Connection, conversation_id: int, user_ids: Sequence[int]
 def rights(
     connection: Connection, conversation_id: int, user_ids: Sequence[int]
 ) -> tuple[int, dict[int, State]]:
-    """(members_version, states) in one snapshot."""
+    """(members_version, user → state) of a conversation, from one snapshot."""
     head = heads(connection, [conversation_id]).get(conversation_id)
     return head.members_version if head else 0, states(connection, conversation_id, user_ids)
 

@@ -1,6 +1,6 @@
-"""What a backend asks about people: who is in a conversation, how far they have read, what is unread.
+"""Reads about members, for the API: members of a conversation, their cursors, unread counts.
 
-Plain functions of a connection, run by `Reader` in threads; each call sees one moment.
+These are plain functions of a connection. `Reader` runs each in a thread, within one snapshot of the database.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from chatd.store.read import statements
 from chatd.store.read.lookups import heads
 from chatd.store.read.snapshots import Cursor
 
-MEMBERS_MOST = 10_000  # members of one conversation that are looked at
+MEMBERS_MOST = 10_000  # members of one conversation that are read at most
 
 
 class Member(Struct, frozen=True):
@@ -25,7 +25,9 @@ class Member(Struct, frozen=True):
 
 
 class ConversationState(Struct, frozen=True):
-    """A conversation: its head, the ids of `MEMBERS_MOST` members, the first of them, their cursors."""
+    """A conversation: its last seq, up to `MEMBERS_MOST` member ids, details of the first
+    members, their cursors.
+    """
 
     seq: int
     member_ids: list[int]
@@ -34,7 +36,7 @@ class ConversationState(Struct, frozen=True):
 
     @property
     def crowded(self) -> bool:
-        """There are more than are named."""
+        """Whether `members` does not have all members."""
         return len(self.members) < len(self.member_ids)
 
 
@@ -45,7 +47,7 @@ class Unread(Struct, frozen=True):
 
 
 def member_ids(connection: Connection, conversation_id: int, most: int) -> tuple[int, list[int]]:
-    """The members_version, and at most so many members as of it."""
+    """(members_version, at most `most` member ids), from one snapshot."""
     head = heads(connection, [conversation_id]).get(conversation_id)
     asked = {"conversation_id": conversation_id, "most": most}
     ids = [row.user_id for row in connection.execute(statements.MEMBERS, asked)]
@@ -53,7 +55,9 @@ def member_ids(connection: Connection, conversation_id: int, most: int) -> tuple
 
 
 def conversation_state(connection: Connection, conversation_id: int, detail: int) -> ConversationState:
-    """Raises NotFound. Past `detail` members (0: any number) only the first are named, without cursors."""
+    """The state of a conversation. With more than `detail` members (0: no limit) it has no cursors and only the
+    first `detail` members. Raises NotFound.
+    """
     head = heads(connection, [conversation_id]).get(conversation_id)
     if head is None:
         raise NotFound(field="conversation_id")
@@ -68,7 +72,7 @@ def conversation_state(connection: Connection, conversation_id: int, detail: int
 
 
 def cursors_of_message(connection: Connection, message_id: int) -> tuple[int, list[Cursor]]:
-    """(author, where everybody in its conversation stands). Raises NotFound."""
+    """(the message's author, the cursors of its conversation). Raises NotFound."""
     found = connection.execute(statements.CONVERSATION_OF_MESSAGE, {"id": message_id}).first()
     if found is None:
         raise NotFound(field="id")

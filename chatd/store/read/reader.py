@@ -1,7 +1,4 @@
-"""Reads in threads.
-
-Above them, `chat` asks; what is read are the plain functions of `reads` and `snapshots`.
-"""
+"""Runs the functions of `lookups`, `members` and `snapshots` in threads."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ from chatd.observe.logs import Recurring
 from chatd.store.failures import primary
 from chatd.store.sessions import Strayed, strayed
 
-DEADLINE = 10.0  # seconds; a read that takes longer is given up, its thread ends when the driver does
+DEADLINE = 10.0  # seconds after which a caller gives a read up; its thread ends when the driver returns
 
-_LOST = (DBAPIError, PoolTimeout, Strayed, OSError)  # the last: there is no descriptor left to connect with
+_LOST = (DBAPIError, PoolTimeout, Strayed, OSError)  # OSError: no file descriptor left for a connection
 
 T = TypeVar("T")
 
@@ -29,15 +26,19 @@ _unavailable = Recurring("read_unavailable")
 
 
 class Reader:
-    """Runs reads in threads, as many at once as there are connections, so that waiting is cancellable."""
+    """Runs reads in threads, as many at once as there are connections. Callers can be
+    cancelled while they wait.
+    """
 
     def __init__(self, engine: Engine, readers: int, overdue: Callable[[], None] = lambda: None) -> None:
-        """`overdue` is told of reads that took too long."""
+        """`overdue` is called after each read that exceeds `DEADLINE`."""
         self._engine, self._overdue = engine, overdue
         self._limiter = trio.CapacityLimiter(readers)
 
     async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
-        """`read(connection, *arguments)` in one snapshot. Raises Unavailable."""
+        """Run `read(connection, *arguments)` within one snapshot. Raises
+        Unavailable, and what `read` raises.
+        """
         started = trio.current_time()
         try:
             with trio.move_on_after(DEADLINE):
@@ -51,7 +52,7 @@ class Reader:
 
     @property
     def in_use(self) -> int:
-        """Connections that read just now."""
+        """The number of connections that are reading now."""
         return self._limiter.borrowed_tokens
 
     def _run(self, read: Callable[..., T], arguments: tuple[Any, ...], again: bool = True) -> T:
@@ -62,10 +63,10 @@ class Reader:
                     raise Strayed
                 return answer
         except _LOST as error:
-            # A pooled connection that died while idle says so at its first use; a read can be repeated.
+            # A pooled connection that died while idle fails at its next use, and a read can be repeated safely.
             ended = isinstance(error, Strayed) or getattr(error, "connection_invalidated", False)
             if again and ended:
                 return self._run(read, arguments, again=False)
-            told = primary(error) or type(getattr(error, "orig", error)).__name__
-            _unavailable.warn(read=read.__name__, error=told)
+            reason = primary(error) or type(getattr(error, "orig", error)).__name__
+            _unavailable.warn(read=read.__name__, error=reason)
             raise Unavailable() from error

@@ -1,7 +1,7 @@
-"""Conversations as of one moment, for whoever enters them: rights, head, what was missed, receipts.
+"""Snapshots of conversations for a client that enters them: rights, head, missed changes, receipts.
 
-Plain functions of a connection, run by `Reader` in threads. Several requests are answered as of the same
-moment, with as many queries as one.
+These are plain functions of a connection, which `Reader` runs in threads. Several requests share one snapshot
+of the database and need no more queries than a single one.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from chatd.store.read.lookups import (
     standings,
 )
 
-ROOM_BYTES, RECEIPT_BYTES = 200, 50  # what a room and a receipt take of an answer, without messages
-KEPT_LOGS = 20  # of rooms, while others are read: 5 MiB at most
+ROOM_BYTES, RECEIPT_BYTES = 200, 50  # approximate JSON size of a room without messages, and of a receipt
+KEPT_LOGS = 20  # rooms whose logs are cached during one read: 5 MiB at most
 
 
 class Entry(Struct, frozen=True):
-    """Somebody wants to enter rooms, (conversation_id, position, entitled).
+    """A user's request to enter rooms, each as (conversation_id, position, entitled).
 
-    `entitled`: enough unless a row says otherwise. `epoch`: of positions without a mark; None: not told.
-    `brief`: no more than `ANSWER_BYTES` of changes are wanted of all rooms together. What does not fit is left
-    for later. `portion`: they were live in the room, and are told bit by bit what they have missed of it.
+    `entitled`: the user may enter unless a members' row says otherwise. `epoch`: the client's epoch, for
+    positions without a mark; None: the client did not send one. `brief`: include at most `ANSWER_BYTES` of
+    changes for all rooms together, and leave the others for a later read. `portion`: the user has a live
+    subscription that lags behind, so read the missed changes in portions.
     """
 
     user_id: int
@@ -54,7 +55,7 @@ class Entry(Struct, frozen=True):
 
 
 class Cursor(Struct, frozen=True):
-    """How far somebody has read and received a conversation: message ids, 0 for nothing."""
+    """How far a user has read and received a conversation, as message ids; 0: nothing."""
 
     user_id: int
     read: int
@@ -62,10 +63,11 @@ class Cursor(Struct, frozen=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """A conversation for one user at one moment, with what was missed since a position.
+    """A conversation for one user, with the changes since the client's position.
 
-    `mark` is that of the change `seq`. `same`: the position is in this history. `epoch`: of where it was read.
-    `later`: there is more to be read: a portion ends at `seq`; otherwise all that was missed is left out.
+    `mark` is the mark of the change `seq`. `same`: the position belongs to the present history of the database,
+    whose name is `epoch`. `recovered`: `changes` are all that the client has missed, up to `seq`. `later`:
+    there is more to read; a portion ends at `seq`, and any other snapshot has no missed changes at all.
     """
 
     conversation_id: int
@@ -80,11 +82,11 @@ class Snapshot(Struct, frozen=True):
     unread: int
     receipts: list[Cursor]
     later: bool = False
-    member: bool = True  # False for who is here without a row of `chat_members`
+    member: bool = True  # False if the user has no row in `chat_members`
 
     @property
     def size(self) -> int:
-        """Bytes on the wire without the changes, about."""
+        """Approximate bytes of JSON without the changes."""
         return ROOM_BYTES + RECEIPT_BYTES * len(self.receipts)
 
 
@@ -92,7 +94,9 @@ Found = dict[int, Snapshot | NotFound]
 
 
 class Entered(Struct, frozen=True):
-    """What is held against a user, and the rooms, as of one moment of the history that `epoch` names."""
+    """The user's restrictions (None: there are none) and the rooms, from one
+    snapshot of the history `epoch`.
+    """
 
     standing: Standing | None
     epoch: str
@@ -100,7 +104,7 @@ class Entered(Struct, frozen=True):
 
 
 def logins(connection: Connection, entries: Sequence[Entry]) -> list[Entered]:
-    """The answer to each."""
+    """The answers to logins, in the order of `entries`."""
     standing = standings(connection, list({entry.user_id for entry in entries}))
     epoch = epoch_of(connection)
     found = snapshots(connection, entries)
@@ -108,7 +112,7 @@ def logins(connection: Connection, entries: Sequence[Entry]) -> list[Entered]:
 
 
 def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
-    """For each, its rooms; NotFound where the user may not look."""
+    """For each entry, its rooms: a snapshot, or NotFound if the user may not enter."""
     conversations = _conversations(connection, entries)
     allowed = [
         [
@@ -128,7 +132,7 @@ def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
 
 
 class _Conversation(Struct, frozen=True):
-    """A row of `ROOMS`. `quiet`: few enough members for the receipts of all."""
+    """A row of `ROOMS`. `quiet`: the room has few enough members to show all receipts."""
 
     id: int
     state: State | None
@@ -147,7 +151,7 @@ Conversations = dict[tuple[int, int], _Conversation]
 
 
 def _conversations(connection: Connection, entries: Sequence[Entry]) -> Conversations:
-    """By (number of the entry, conversation_id)."""
+    """(number of the entry, conversation_id) → conversation."""
     wanted = [(number, entry.user_id, id) for number, entry in enumerate(entries) for id, _, _ in entry.rooms]
     if not wanted:
         return {}
@@ -158,7 +162,7 @@ def _conversations(connection: Connection, entries: Sequence[Entry]) -> Conversa
 
 
 def _to_prove(entries: Sequence[Entry], conversations: Conversations) -> Iterator[tuple[int, int]]:
-    """The changes whose marks decide. That of the last one is known."""
+    """The changes, as (conversation_id, seq), whose marks `is_same` needs. The last change's mark is known."""
     for number, entry in enumerate(entries):
         for id, position, _ in entry.rooms:
             row, after = conversations[number, id], position.after
@@ -224,13 +228,13 @@ def _snapshot(
 
 
 def _own_cursor(user_id: int, row: _Conversation) -> Iterable[Cursor]:
-    """In a crowded room the receipts of all would be most of the answer."""
+    """The user's own cursor, for a crowded room, in which all receipts would be most of the answer."""
     if row.read_id or row.delivered_id:
         yield Cursor(user_id, row.read_id, row.delivered_id)
 
 
 def _reduced(snapshot: Snapshot, user_id: int) -> Snapshot:
-    """What is left of a snapshot that does not fit into an answer: nobody else's receipts."""
+    """A snapshot without the receipts of others, for an answer that has no space for them."""
     own = [cursor for cursor in snapshot.receipts if cursor.user_id == user_id]
     return msgspec.structs.replace(snapshot, receipts=own)
 
@@ -240,7 +244,7 @@ def _bytes(changes: Sequence[Change]) -> int:
 
 
 class _Found(Struct, frozen=True):
-    """What was missed, as a snapshot has it."""
+    """The missed changes; the fields are those of `Snapshot`."""
 
     changes: Sequence[Change] = []
     recovered: bool = True
@@ -249,7 +253,7 @@ class _Found(Struct, frozen=True):
 
 
 class _Missed:
-    """What was missed since a cursor, read once for all who come back to a room with the same one."""
+    """Reads missed changes. Clients that come back to a room with the same position share one read."""
 
     def __init__(self, connection: Connection, epoch: str, marks: Marks) -> None:
         self.epoch = epoch
@@ -258,9 +262,9 @@ class _Missed:
         self._pages: dict[int, Page] = {}
 
     def is_same(self, row: _Conversation, position: Position, epoch: str | None) -> bool:
-        """Whether a position is in this history: its mark decides, and without one the epoch.
+        """Whether a position belongs to the present history. Its mark decides; without a mark the epoch does.
 
-        A mark below the cut of retention cannot be checked; `of` starts it over in any case.
+        A mark from before `low_seq` cannot be checked; there it does not matter, because `of` starts over.
         """
         if position.after is None:
             return True
@@ -272,7 +276,10 @@ class _Missed:
         return is_of(row.id, position.after, position.mark, heads, self._marks)
 
     def of(self, row: _Conversation, after: int | None, same: bool, space: int | None) -> _Found:
-        """Without `space` all of it, to be sent in pieces; else what fits into so many bytes."""
+        """The changes after a position: all of them if `space` is None, else those that fit into `space` bytes.
+
+        Instead, the newest messages if the position is not in this history, or too many changes follow it.
+        """
         head = row.last_seq
         if after is None or (same and after == head):
             return _Found()
@@ -285,7 +292,7 @@ class _Missed:
         return self._newest_within(row.id, limits.ANSWER_BYTES if space is None else space)
 
     def portion(self, row: _Conversation, after: int | None, same: bool) -> _Found:
-        """The next of it; for somebody who has missed very much, what `of` finds."""
+        """The next portion of the missed changes; what `of` returns if the client has missed too much."""
         head = row.last_seq
         if after is not None and same and row.low_seq <= after < head <= after + limits.BEHIND_CHANGES:
             changes, complete = self._read_log(row.id, after, limits.PORTION_BYTES)
@@ -310,7 +317,7 @@ class _Missed:
         return self._logs[key]
 
     def _newest_within(self, conversation_id: int, space: int) -> _Found:
-        """The newest messages, as many as fit."""
+        """The newest messages that fit into `space` bytes."""
         page = self._newest(conversation_id)
         kind = Kind.CREATED
         changes = [Change(conversation_id, m.seq, kind, change_payload(kind, m.seq, m)) for m in page.messages]
@@ -329,7 +336,7 @@ class _Missed:
 
 
 def newest(changes: Sequence[Change], space: int) -> Sequence[Change]:
-    """The last of them that fit into so many bytes."""
+    """The last changes that fit into `space` bytes."""
     start = len(changes)
     while start and (space := space - len(changes[start - 1].payload) - 1) >= 0:
         start -= 1

@@ -1,6 +1,6 @@
-"""The queries of `reads`, built once: building one costs more than running it.
+"""The queries of the reads, built once at import, because building one costs more than running it.
 
-Parameters named in the plural are lists.
+Parameters whose names are plural are lists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STATES = select(members.c.user_id, members.c.state).where(
     members.c.conversation_id == _one("conversation_id"), among(members.c.user_id, "user_ids")
 )
 
-# The log, with the messages as they are now; without those that retention has removed.
+# The log with the messages as they are now. Messages that retention has removed are NULL.
 _log = (
     select(changes.c.message_id)
     .where(changes.c.conversation_id == _one("conversation_id"), changes.c.seq > _one("after"))
@@ -53,7 +53,7 @@ REMOVED_AFTER = select(removed).where(
 
 
 def _marks(dialect: str) -> Select[Any]:
-    """Of changes: `keys` are (conversation, seq)."""
+    """The marks of changes; `keys` are (conversation, seq)."""
     listed, (conversation, seq) = keys.listed(dialect, keys.PAIRS)
     mine = (changes.c.conversation_id == conversation) & (changes.c.seq == seq)
     return select(changes.c.conversation_id, changes.c.seq, changes.c.mark).select_from(
@@ -68,15 +68,15 @@ NEWEST_MESSAGES = _page.order_by(messages.c.id.desc()).limit(_one("most"))
 MESSAGES_BEFORE = NEWEST_MESSAGES.where(messages.c.id < _one("before"))
 MESSAGES_AFTER = _page.where(messages.c.id > _one("after")).order_by(messages.c.id).limit(_one("most"))
 
-# Of several conversations at once: a client that comes back to hundreds of rooms costs as many queries as one
-# that comes back to one.
+# The queries take several conversations at once, so a client with hundreds of rooms costs no
+# more queries than one with a single room.
 CURSORS = (
     select(reads.c.conversation_id, reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
     .where(among(reads.c.conversation_id, "conversation_ids"))
     .order_by(reads.c.conversation_id, reads.c.user_id)
 )
 
-# Counted up to `most`, and looked for no further than this: a room of a million messages costs no more.
+# Newest messages that an unread count looks at: more would make a room of a million messages slow.
 UNREAD_SCAN = 10_000
 
 
@@ -105,10 +105,10 @@ _members = _count(
 
 
 def _rooms(dialect: str) -> Select[Any]:
-    """Where conversations stand, and where users stand in them: `keys` are (request, user, conversation).
+    """Conversations and the state of users in them; `keys` are (request, user, conversation).
 
-    Also for those that nobody has written to yet: a backend may have written already who is banned there.
-    `members` counts no further than it matters.
+    A conversation without a row yet has a result, too, because the backend may have banned users from it
+    already. The number of members is exact only up to `members_detail` + 1.
     """
     listed, (request, user, conversation) = keys.listed(dialect, keys.INTEGERS)
     own = members.alias()
@@ -133,7 +133,7 @@ def _rooms(dialect: str) -> Select[Any]:
 
 
 def _unread_in(dialect: str) -> Select[Any]:
-    """Of users in conversations: `keys` are (anything, user, conversation)."""
+    """Unread counts; `keys` are (ignored, user, conversation)."""
     listed, (_, user, conversation) = keys.listed(dialect, keys.INTEGERS)
     joined = listed.join(conversations, conversations.c.id == conversation).outerjoin(
         reads, (reads.c.conversation_id == conversation) & (reads.c.user_id == user)
@@ -141,7 +141,7 @@ def _unread_in(dialect: str) -> Select[Any]:
     return select(conversation, conversations.c.last_seq, _unread(user, listed)).select_from(joined)
 
 
-# By the name of the dialect.
+# By dialect.
 UNREAD = {dialect: _unread_in(dialect) for dialect in ("sqlite", "postgresql")}
 ROOMS = {dialect: _rooms(dialect) for dialect in ("sqlite", "postgresql")}
 
@@ -158,7 +158,7 @@ CONVERSATION_OF_MESSAGE = select(messages.c.chat_conversation_id, messages.c.use
     messages.c.id == _one("id")
 )
 
-# Members, and whoever else has a cursor and was not sent away.
+# Members, and other users with a cursor, unless they were removed or banned.
 _gone = (
     select(members.c.user_id)
     .where(members.c.conversation_id == _one("conversation_id"), members.c.state != State.ACTIVE.value)
