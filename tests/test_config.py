@@ -14,8 +14,9 @@ import pytest
 from chatd import config
 from chatd.core.errors import ConfigError
 from chatd.ops.showing import as_toml
+from chatd.store import urls
 from tests.daemon import Daemon
-from tests.services import RedisServer
+from tests.services import RedisServer, free_port
 
 SAMPLE = Path(__file__).parent.parent / "chatd.toml"
 
@@ -194,7 +195,6 @@ def test_a_postgresql_without_the_schema_says_what_to_run(postgres, tmp_path: Pa
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("postgresql://127.0.0.1:1/x", "connection"),
         ("sqlite:////nowhere/at/all.db", "the directory /nowhere/at"),
         ("sqlite:///x.db?timeout=abc", "database.url"),
         ("sqlite:///file:x?mode=memory&uri=true", "database.url"),
@@ -207,6 +207,32 @@ def test_a_database_that_cannot_be_opened_is_said_in_a_sentence(
     assert ended.returncode in (1, 78)
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.service
+def test_no_postgresql_at_the_start_is_told_with_all_its_hosts(tmp_path: Path) -> None:
+    first, second = free_port(), free_port()
+    url = f"postgresql://chatd:secret-word@127.0.0.1:{first},127.0.0.1:{second}/chatd"
+    ended = Daemon(tmp_path, database__url=url).command("serve")
+    assert ended.returncode == 75
+    (line,) = ended.stderr.splitlines()
+    assert f"no PostgreSQL at 127.0.0.1:{first}, 127.0.0.1:{second} (Connection refused)" in line
+    assert "Start it there" in line
+    assert "secret-word" not in line
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("postgresql://h/db", ["h:5432"]),
+        ("postgresql:///db", ["the local socket"]),
+        ("postgresql://u:p@h1,[::1]:6/db", ["h1:5432", "[::1]:6"]),
+        ("postgresql:///db?host=/run/postgresql", ["/run/postgresql"]),
+        ("postgresql:///db?host=h1&host=h2&port=6", ["h1:6", "h2:6"]),
+    ],
+)
+def test_the_servers_of_a_url(url: str, named: list[str]) -> None:
+    assert urls.servers(url) == named
 
 
 @pytest.mark.service

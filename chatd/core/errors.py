@@ -270,6 +270,12 @@ class OperatorError(Exception):
     exit_code = 1
 
 
+class DatabaseAway(OperatorError):
+    """No server of `database.url` can be used now. Trying again may help."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class DatabaseGone(OperatorError):
     """The open SQLite file was deleted, replaced or overwritten."""
 

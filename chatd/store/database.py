@@ -19,11 +19,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.config import Database
-from chatd.core.errors import ConfigError, OperatorError
+from chatd.core.errors import ConfigError, DatabaseAway, OperatorError
 from chatd.core.model import Group
 from chatd.store import migrations, schema, urls
 from chatd.store.database_file import DatabaseFile
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
+from chatd.store.failures import is_unanswered, why_unanswered
 from chatd.store.private import keep_private
 from chatd.store.queues.outbox import Outbox
 from chatd.store.queues.presence import PresenceTable
@@ -119,7 +120,7 @@ def looked_at(config: Database, *, newest: bool = False) -> Iterator[Engine]:
     It creates, migrates and changes nothing. Raises OperatorError, also if the database is not one of chatd's.
     """
     require(config)
-    with _as_operator_errors(), _disposed(looking_engine(config.url)) as engine:
+    with _as_operator_errors(config.url), _disposed(looking_engine(config.url)) as engine:
         with engine.connect() as connection:
             found = migrations.current(connection)
         if found is None:
@@ -151,7 +152,7 @@ def opened(config: Database) -> Iterator[Engine]:
     """
     if file := copies.file_of(config.url):
         keep_private(file)
-    with _as_operator_errors(), _disposed(writing_engine(config.url)) as engine:
+    with _as_operator_errors(config.url), _disposed(writing_engine(config.url)) as engine:
         if not is_sqlite(engine):
             require_sessions(engine)
         yield engine
@@ -175,7 +176,7 @@ def _disposed(engine: Engine) -> Iterator[Engine]:
 
 
 @contextmanager
-def _as_operator_errors() -> Iterator[None]:
+def _as_operator_errors(url: str) -> Iterator[None]:
     """Turns errors of the database or its URL into OperatorError."""
     try:
         yield
@@ -185,7 +186,17 @@ def _as_operator_errors() -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:  # TypeError and ValueError: the URL has an option that the driver does not know
+        if is_unanswered(error):
+            raise DatabaseAway(_away(url, error)) from error
         raise OperatorError(f"database.url: {_first_line(error)}") from error
+
+
+def _away(url: str, error: Exception) -> str:
+    return (
+        f"database.url: chatd can use no PostgreSQL at {', '.join(urls.servers(url))}"
+        f" ({why_unanswered(error)}). Start it there, or name a server that runs and takes writes;"
+        " then start chatd again."
+    )
 
 
 def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:

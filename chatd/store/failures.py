@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+import psycopg
+
 
 def primary(error: BaseException) -> str | None:
     """The primary message of SQLite or PostgreSQL, without parameters and details.
@@ -15,6 +17,19 @@ def primary(error: BaseException) -> str | None:
         return str(found) if hasattr(found, "sqlite_errorcode") else None
     message = getattr(getattr(found, "diag", None), "message_primary", None)
     return str(message) if message else None
+
+
+def is_unanswered(error: BaseException) -> bool:
+    """Whether no server of PostgreSQL has let us in, or it went away: nobody has said an SQLSTATE."""
+    found = getattr(error, "orig", None) or error
+    return isinstance(found, psycopg.OperationalError) and found.sqlstate is None
+
+
+def why_unanswered(error: BaseException) -> str:
+    """The reasons of libpq, each once: it tries one server after the other."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    reasons = dict.fromkeys(line.rpartition("failed: ")[2].strip() for line in lines if "failed: " in line)
+    return "; ".join(reasons) or lines[0]
 
 
 def is_damage(error: BaseException | None) -> bool:

@@ -23,6 +23,28 @@ def parse(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg") if parsed.get_backend_name() == "postgresql" else parsed
 
 
+def servers(url: str) -> list[str]:
+    """`host:port` of each server that a PostgreSQL URL names; a directory stands for the socket in it."""
+    parsed = parse(url)
+    hosts = [parsed.host] if parsed.host else _listed(parsed, "host")
+    ports = _listed(parsed, "port") or [str(parsed.port or _DEFAULT_PORT)]
+    if not hosts:
+        return ["the local socket"]
+    return [_place(host, ports[min(number, len(ports) - 1)]) for number, host in enumerate(hosts)]
+
+
+def _listed(parsed: URL, name: str) -> list[str]:
+    """libpq's lists; SQLAlchemy makes a tuple of a parameter that comes several times."""
+    found = parsed.query.get(name, "")
+    return [one for part in ([found] if isinstance(found, str) else found) for one in part.split(",") if one]
+
+
+def _place(host: str, port: str) -> str:
+    if host.startswith("/"):
+        return host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _parse(url: str) -> URL:
     several = _SEVERAL.fullmatch(url)
     if several is None or not several["scheme"].startswith("postgresql"):
