@@ -249,12 +249,8 @@ ACCEPTED = (101, 4004)
 @pytest.mark.parametrize(
     ("header", "status", "code"),
     [
-        ("Host", None, None),
-        ("Connection", None, None),
         ("Upgrade", 400, None),
         ("Sec-WebSocket-Version", 426, None),
-        ("Sec-WebSocket-Protocol", None, None),
-        ("Sec-WebSocket-Extensions", None, None),
         ("Origin", 403, None),
         ("Sec-WebSocket-Key", *ACCEPTED),
         ("Authorization", *ACCEPTED),
@@ -303,8 +299,6 @@ async def test_a_bad_request_is_refused_at_once(
 @pytest.mark.parametrize(
     "request_",
     [
-        pytest.param(upgrade(Host=b"xn--a"), id="a host that is no punycode"),
-        pytest.param(upgrade(Host=b"xn--" + b"a" * 100), id="a host that is too long"),
         pytest.param(upgrade("//["), id="a path that looks like half an IPv6 host"),
         pytest.param(upgrade("http://[/ws"), id="half an IPv6 host"),
     ],
@@ -497,32 +491,6 @@ async def test_what_is_no_websocket_is_cut_at_once(
         await peer.gone(0 if fate.code is None else GOODBYE)
 
 
-async def test_two_hundred_thousand_empty_fragments_are_not_collected(
-    daemon: Target, conversation: int, bearer: bytes
-) -> None:
-    async with undisturbed(daemon, conversation), authenticated(daemon, bearer) as peer:
-        await peer.say(frame(TEXT))
-        await peer.say(frame(CONTINUATION) * 200_000)
-        await peer.fate(PROMPTLY)
-        await peer.gone(0)
-
-
-async def test_fragments_that_drip_are_not_collected_for_ever(
-    daemon: Target, conversation: int, bearer: bytes
-) -> None:
-    """Each is a sign of life and one read; a message of no bytes may take so many and no more."""
-    async with (
-        undisturbed(daemon, conversation),
-        authenticated(daemon, bearer) as peer,
-        trio.open_nursery() as nursery,
-    ):
-        await peer.say(frame(TEXT))
-        nursery.start_soon(peer.drip, frame(CONTINUATION) * 10_000, 0)
-        await peer.fate(10 * PROMPTLY)
-        await peer.gone(0)
-        nursery.cancel_scope.cancel()
-
-
 async def test_ten_megabytes_are_not_taken_in(daemon: Target, conversation: int, bearer: bytes) -> None:
     async with undisturbed(daemon, conversation), authenticated(daemon, bearer) as peer:
         with trio.fail_after(PROMPTLY + SLACK):
@@ -563,8 +531,8 @@ async def test_who_ignores_the_goodbye_is_left_without_it(
 
 
 async def test_all_of_this_at_once(daemon: Target, conversation: int, bearer: bytes) -> None:
-    words = [b"", UPGRADE[:40], GARBAGE, HUGE_HEADERS, upgrade(Host=b"\xff"), upgrade(Cookie=b"\xff")]
-    frames = [NESTED, GARBAGE, text("[]"), frame(TEXT) + frame(CONTINUATION) * 50_000, text(b"\xff" * 70_000)]
+    words = [b"", UPGRADE[:40], GARBAGE, HUGE_HEADERS, upgrade(Cookie=b"\xff")]
+    frames = [NESTED, GARBAGE, text("[]"), frame(TEXT, b"x" * 70_000), text(b"\xff" * 70_000)]
     words += [upgrade(Authorization=bearer) + attack for attack in frames]
     async with undisturbed(daemon, conversation), trio.open_nursery() as nursery:
         for attack in words * 10:
