@@ -113,14 +113,14 @@ def connected() -> socket.socket:
 def test_what_nobody_can_connect_to_is_refused(
     monkeypatch: pytest.MonkeyPatch, closing: ExitStack, given: partial[socket.socket]
 ) -> None:
-    with pytest.raises(OperatorError, match="`hub` is no listening TCP socket"):
+    with pytest.raises(OperatorError, match="`hub` is not a listening TCP socket"):
         taken(monkeypatch, closing, ("hub", given()))
 
 
 def test_what_is_no_socket_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     monkeypatch.setattr(systemd, "handed_over", lambda: [("api", descriptor)])
-    with pytest.raises(OperatorError, match="`api` is no listening TCP socket"):
+    with pytest.raises(OperatorError, match="`api` is not a listening TCP socket"):
         open_sockets(CONFIG)
     os.close(descriptor)
 

@@ -1,1 +1,1 @@
-"""The process: what runs in it, in which order it starts and ends, and what it owes its manager."""
+"""The process: which tasks run in it, in which order they start and end, and what it reports to its manager."""

@@ -1,6 +1,7 @@
-"""What serves the chat, put together: each part is given what it needs, and none of it waits for anything yet.
+"""Creates the parts of the daemon and gives each the others that it needs. No part runs yet.
 
-The bus is given its receiver last, when it begins to run: what it hears goes to parts that speak through it.
+The bus gets its receiver later, when it begins to run: the receiver passes signals to parts that themselves
+need the bus to be created.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def assemble(settings: Settings, store: Store, node: str) -> Parts:
     webhooks = WebhookDelivery(config.webhooks, store.webhooks, fetch)
     writer = _writer(config, store, node, bus, webhooks)
     leases = Leases()
-    # Over the memory bus there are no other nodes to tell.
+    # With the memory bus there are no other nodes.
     presence = Presence(node, bus.tell if config.redis.url else None, leases.life)
     chat = Chat(settings, store, writer, presence, bus.tell, fetch)
     wanted = config.webhooks.events if config.webhooks.url else ()
@@ -96,7 +97,7 @@ def _writer(config: Config, store: Store, node: str, bus: Bus, webhooks: Webhook
 
 
 def _services(settings: Settings, store: Store, chat: Chat, *, counts_rooms: bool) -> Services:
-    """What all sessions share."""
+    """Create what all sessions share."""
     rooms = Rooms()
     queue = FanoutQueue(rooms)
     registry = Registry(settings, chat.presence)

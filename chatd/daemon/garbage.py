@@ -1,8 +1,8 @@
-"""When Python looks for cycles: by the clock, among what is young, so that nobody waits long.
+"""Runs Python's garbage collector by the clock and mostly on young objects, so that its pauses are short.
 
-Python itself looks when a thousand objects more were made than went. Where 10,000 connections replace their
-few objects one for one, that takes minutes, and then there are 200,000 to look at: 200 ms without service.
-Nearly everything here goes with its last reference anyway; what Quart does for a request leaves cycles.
+Python itself collects when a thousand more objects were created than freed. 10,000 connections that replace
+their few objects one for one reach that after minutes, and then 200,000 objects are scanned: a pause of 200 ms.
+Nearly all objects are freed with their last reference anyway; requests in Quart leave reference cycles.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from time import perf_counter
 import structlog
 import trio
 
-PAUSE = 0.003  # seconds that one look shall take: the next comes sooner or later for it, between
-SOONEST, LATEST = 0.01, 0.25  # seconds
-# What is alive at a look gets a second one: most requests have been answered by then. Only what is alive then,
-# too, counts as old and is not looked at any more.
-SECOND_LATEST = 5.0  # seconds
+PAUSE = 0.003  # seconds that a young collection should take: the time to the next one is adapted to this
+SOONEST, LATEST = 0.01, 0.25  # bounds, in seconds, of the time between two young collections
+# Objects that survive a young collection are collected once more, when most requests have been answered. Those
+# that survive this too count as old: they are frozen, and young collections skip them.
+SECOND_LATEST = 5.0  # seconds until this second collection, at most
 
-# The old is looked at when so many requests and connections have come and gone. That takes half a second where
-# there are 10,000 connections, so the more seldom the less it frees.
+# Old objects are collected after so many requests and connections have ended. With 10,000 connections that
+# takes half a second, so the less a collection frees, the later the next one comes.
 DONE_FIRST, DONE_LEAST = 20_000, 5_000
-WORTH = 20_000  # blocks, some 2 MB
-SELDOM = 6 * 3600.0  # seconds, however little is done
+WORTH = 20_000  # blocks that make a collection worth its pause: about 2 MB
+SELDOM = 6 * 3600.0  # seconds between two old collections, at most
 
 log = structlog.get_logger()
 
@@ -34,20 +34,20 @@ log = structlog.get_logger()
 async def collect(
     done: Callable[[], int], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """For ever. `done` tells how many requests and connections of any kind have come and gone so far."""
+    """Collect until cancelled. `done` returns how many requests and connections have ended so far."""
     gc.disable()
     try:
         _everything()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_look_at_the_young)
-            nursery.start_soon(_look_at_the_old, done, done())
+            nursery.start_soon(_collect_young)
+            nursery.start_soon(_collect_old, done, done())
             task_status.started()
     finally:
         gc.unfreeze()
         gc.enable()
 
 
-async def _look_at_the_young() -> None:
+async def _collect_young() -> None:
     period = LATEST
     spent, second = 0.0, trio.current_time()
     while True:
@@ -55,7 +55,7 @@ async def _look_at_the_young() -> None:
         took = _timed(partial(gc.collect, 0))
         period = min(LATEST, max(SOONEST, period * min(2.0, PAUSE / took)))
         spent += took
-        # A second look takes no longer than the first ones together have taken.
+        # The second collection takes no longer than the first ones took together.
         if spent >= PAUSE or trio.current_time() - second >= SECOND_LATEST:
             await trio.lowlevel.checkpoint()
             gc.collect(1)
@@ -63,7 +63,7 @@ async def _look_at_the_young() -> None:
             spent, second = 0.0, trio.current_time()
 
 
-async def _look_at_the_old(done: Callable[[], int], before: int) -> None:
+async def _collect_old(done: Callable[[], int], before: int) -> None:
     most, last = DONE_FIRST, trio.current_time()
     while True:
         await trio.sleep(LATEST)
@@ -82,10 +82,10 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _everything() -> int:
-    """How many blocks of memory this freed.
+    """Collect all objects, old and young. Returns how many blocks of memory that freed.
 
-    `gc.collect()` returns less: a cycle through a generator goes when that is closed, before Python counts. For
-    a thousand of them it returns 0.
+    The result of `gc.collect()` is too low: closing a generator frees the cycle that it is part of before
+    Python counts. For a thousand such cycles it returns 0.
     """
     before = sys.getallocatedblocks()
     gc.unfreeze()

@@ -1,7 +1,8 @@
-"""The last step to a worker: put the sockets where systemd would, say that they are meant for it, become chatd.
+"""Starts a worker: places the listening sockets where systemd would, sets LISTEN_PID, and executes chatd.
 
-Run as a script by `workers`, which cannot know the pid of a process before that exists. It imports nothing of
-chatd, and it is no shell, for the unit forbids other programs.
+`workers` runs this as a script, because LISTEN_PID must be the worker's own pid, which its parent does not know
+beforehand. It imports nothing of chatd, so that it starts fast. It is not a shell script, because the systemd
+unit forbids other programs.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ def main(descriptors: list[int], program: list[str]) -> None:
     aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, last) for descriptor in descriptors]
     for number, descriptor in enumerate(aside, first):
         os.dup2(descriptor, number)
-    os.closerange(last, max(aside + descriptors) + 1)  # a worker that lets go of a socket has no second one
+    os.closerange(last, max(aside + descriptors) + 1)  # else closing a socket would leave its duplicate open
     os.environ["LISTEN_PID"] = str(os.getpid())
     os.execv(program[0], program)
 

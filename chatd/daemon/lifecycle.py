@@ -1,7 +1,7 @@
-"""The one nursery: what starts, in which order, and how it ends.
+"""The daemon's nursery: which tasks start, in which order, and how they stop.
 
-Stopping is a protocol, not a cancel: stop accepting, say goodbye to the clients over the drain window, finish
-the HTTP requests, flush the writer, each under a deadline; then cancel what is left.
+A stop goes through these steps, each with a deadline: stop accepting, close the clients' connections over the
+drain window, finish the HTTP requests, flush the writer. Then the remaining tasks are cancelled.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from chatd.store.database import Store
 from chatd.store.write.writer import Writer
 
 API_GRACE = 5.0  # seconds for HTTP requests, and a batch of chat.ingest, in progress
-ANSWER_GRACE = 2.0  # seconds for the answers to what was written last
-FLUSH_GRACE = 10.0  # seconds for what waits at the writer
-CANCEL_GRACE = 5.0  # seconds for the rest, before the process ends anyhow
-# A worker thread lets the loop wait this long for the interpreter, in seconds; Python's default is 5 ms.
+ANSWER_GRACE = 2.0  # seconds for the answers to the last writes
+FLUSH_GRACE = 10.0  # seconds for commands that wait at the writer
+CANCEL_GRACE = 5.0  # seconds for cancelled tasks, before the process ends without them
+# Seconds that the event loop waits for the interpreter's lock while a thread runs; Python's default is 5 ms.
 SWITCH_INTERVAL = 0.001
 
 log: FilteringBoundLogger = structlog.get_logger()
@@ -53,9 +53,9 @@ async def run(
     *,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OperatorError before it is ready, nothing foreseen after.
+    """Serve until SIGTERM or SIGINT. Raises OperatorError if it cannot start. Any error after that is a bug.
 
-    `read_again` reads the configuration anew, for SIGHUP.
+    SIGHUP calls `read_again` to read the configuration again.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     await Daemon(config, store, read_again).run(on_ready)
@@ -66,8 +66,8 @@ class Daemon:
         self._config, self._store, self._node = config, store, secrets.token_hex(6)
         self._api_socket, self._hub_sockets = open_sockets(config)
         self._addresses = [address_of(one) for one in (self._api_socket, *self._hub_sockets)]
-        self._stop = trio.Event()  # somebody has asked for the end
-        self._drained = trio.Event()  # the clients of the hub have been sent away
+        self._stop = trio.Event()  # set when a signal asks the daemon to stop
+        self._drained = trio.Event()  # set when the hub has closed all connections
         self._settings = Settings(config)
         self._parts = assemble(self._settings, store, self._node)
         self._reload = Reload(self._settings, self._parts.chat, read_again)
@@ -89,13 +89,13 @@ class Daemon:
         log.info("stopped")
 
     def _in_order(self) -> Iterator[tuple[Any, ...]]:
-        """(whether it is wanted, what runs, its arguments). What takes its time to end returns an event, which
-        says that it has.
+        """Yield (whether it is needed, the function to start, its arguments). A function that finishes work
+        after a stop returns an event to its starter, and sets it when that work is done.
         """
         config, store, parts, stop = self._config, self._store, self._parts, self._stop
         chat, redis = parts.chat, config.redis
         backlog = store.outbox.backlog if redis.url else None
-        first = os.environ.get("CHATD_WORKER_NUMBER", "1") == "1"  # of several workers, or alone
+        first = os.environ.get("CHATD_WORKER_NUMBER", "1") == "1"  # the first worker, or the only process
         yield True, process.watch_signals, stop, self._reload
         yield True, parts.writer.run
         yield True, parts.bus.run, parts.receiver
@@ -127,20 +127,20 @@ class Daemon:
         systemd.ready("serving")
 
     async def _end(self, finishing: Sequence[trio.Event]) -> None:
-        """The clients of the hub first, then what is in progress, then what waits at the writer."""
+        """Stop: close the hub's connections, finish the requests in progress, then flush the writer."""
         hub = self._parts.hub
         log.info("stopping", connections=len(hub.connections))
         longest = hub.drain_window() + DRAIN_GRACE + API_GRACE + FLUSH_GRACE + ANSWER_GRACE + CANCEL_GRACE
         systemd.stopping("draining", longest + 1)
         process.end_anyhow_after(longest)
         await hub.drain()
-        self._drained.set()  # not before: /readyz tells the proxy of the drain, and posts still find their room
+        self._drained.set()  # only now: during the drain the API serves /readyz and accepts messages
         await _wait_for(finishing, API_GRACE)
         await _flush(self._parts.writer)
-        await _wait_for(finishing, ANSWER_GRACE)  # what was committed just now is answered
+        await _wait_for(finishing, ANSWER_GRACE)  # for the answers to the commands that the flush has committed
 
     def _let_go(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting, and close the listening sockets."""
         self._parts.hub.let_go()
         self._leave.let_go()
 
@@ -160,7 +160,7 @@ def _kind_of_database(config: Config) -> str:
 
 
 def _warn_of_plaintext(config: Config) -> None:
-    """Tokens go over this port: a proxy is to end TLS before it, and to be the only one who reaches it."""
+    """Warn if clients may send their tokens to this port without TLS, that is, without a trusted proxy."""
     host, _ = split_bind(config.hub.bind)
     if not is_loopback(host) and not config.limits.trusted_proxies:
         advice = "put a TLS proxy in front, and name it in limits.trusted_proxies"

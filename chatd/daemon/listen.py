@@ -1,4 +1,6 @@
-"""Listening sockets, opened before anything else so that a taken port is said in a sentence, or handed over."""
+"""Opens the listening sockets, or takes them over from systemd or a parent. This happens before anything else
+starts, so that a port that is in use ends chatd with a clear message.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +13,28 @@ from chatd.core.errors import OperatorError
 from chatd.daemon import systemd
 from chatd.net.gate import BACKLOG
 
-USER_TIMEOUT = 20_000  # milliseconds until unread bytes to a vanished peer end its connection
-# SO_SNDBUF in bytes; Linux doubles it, and so holds 180 KB at most for a client that does not read. By itself
-# it takes 4 MB. TCP_NOTSENT_LOWAT bounds only what was not sent yet: for a client that had read fast and then
-# stopped, the kernel still held 600 KB.
+USER_TIMEOUT = 20_000  # milliseconds until unacknowledged bytes to a vanished peer end its connection
+# SO_SNDBUF in bytes. Linux doubles it, and so holds 180 KB at most for a client that does not read; its default
+# allows 4 MB. TCP_NOTSENT_LOWAT was no alternative, because it bounds only bytes that were not sent yet: for a
+# client that read fast and then stopped, the kernel still held 600 KB.
 SEND_BUFFER = 64 * 1024
 
-# What a socket that is handed over is called: FileDescriptorName= of its unit, or the unit's own name.
+# Names of inherited sockets (FileDescriptorName= of the socket unit, or the unit's own name), and their use.
 NAMES = {"api": "api", "chatd-api.socket": "api", "hub": "hub", "chatd.socket": "hub"}
-# Without names the order tells: one is for the clients, which come from outside; two stand as in chatd.toml.
+# Without names the number of sockets decides: one socket is the hub's; two are in the order of chatd.toml.
 UNNAMED = {1: ["hub"], 2: ["api", "hub"]}
 
 
 def address_of(listening: socket.socket) -> str:
-    """`host:port`, as it is written in a bind."""
+    """Return the socket's address as `host:port`, in the form that a `bind` option has."""
     host, port = listening.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def open_sockets(config: Config) -> tuple[socket.socket, list[socket.socket]]:
-    """The socket of the API and those of the hub: handed over where they are, bound where not. All or none.
+    """Return the API's socket and the hub's sockets. Inherited sockets are used; the others are opened.
 
-    Raises OperatorError.
+    Raises OperatorError, and closes all of them then.
     """
     opened: dict[str, list[socket.socket]] = {"api": [], "hub": []}
     try:
@@ -51,29 +53,30 @@ def open_sockets(config: Config) -> tuple[socket.socket, list[socket.socket]]:
 
 
 def _named(handed_over: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The same with `api` and `hub` for names."""
+    """Replace the names of inherited sockets by `api` and `hub`."""
     if all(name in ("", "unknown") for name, _ in handed_over) and len(handed_over) in UNNAMED:
         names = UNNAMED[len(handed_over)]
         return [(name, descriptor) for name, (_, descriptor) in zip(names, handed_over, strict=True)]
     for name, _ in handed_over:
         if name not in NAMES:
             raise OperatorError(
-                f"A socket is handed over as {name!r}. Call it `hub` or `api`: FileDescriptorName= in its unit."
+                f"A socket is handed over as {name!r}. Name it `hub` or `api`: FileDescriptorName= in its unit."
             )
     return [(NAMES[name], descriptor) for name, descriptor in handed_over]
 
 
 def _adopt(name: str, descriptor: int) -> socket.socket:
-    """A socket that somebody else has bound, with the options of our own."""
+    """Take over an inherited socket and set chatd's options on it. Raises OperatorError."""
     wrong = (
-        f"What is handed over as `{name}` is no listening TCP socket: write ListenStream=host:port in its unit."
+        f"The socket handed over as `{name}` is not a listening TCP socket: "
+        "write ListenStream=host:port in its unit."
     )
     try:
         os.set_inheritable(descriptor, False)
         adopted = socket.socket(fileno=descriptor)
     except OSError as error:
         raise OperatorError(wrong) from error
-    # What else it could be: UDP, a path (its peers have no address), one connection (Accept=yes).
+    # It could also be UDP, a UNIX socket (whose peers have no address), or one connection (Accept=yes).
     is_tcp = adopted.family in (socket.AF_INET, socket.AF_INET6) and adopted.type == socket.SOCK_STREAM
     if not is_tcp or not adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         adopted.close()
@@ -84,16 +87,16 @@ def _adopt(name: str, descriptor: int) -> socket.socket:
 
 
 def _bound_waiting(name: str, listening: socket.socket) -> None:
-    """For how long, and for how many bytes, a peer that reads nothing may wait: its connections inherit it."""
+    """Bound the time and the bytes for a peer that does not read. Accepted connections inherit the options."""
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
     if name.startswith("hub"):
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def open_socket(key: str, bind: str) -> socket.socket:
-    """A bound, listening socket for `host:port`; without a host for every address, IPv6 and IPv4.
+    """Open a listening socket for `host:port`. Without a host it listens on all addresses, IPv6 and IPv4.
 
-    Raises OperatorError that names the key.
+    Raises OperatorError with the configuration key in its message.
     """
     host, port = split_bind(bind)
     try:
@@ -121,11 +124,11 @@ def open_socket(key: str, bind: str) -> socket.socket:
 def _advice(key: str, error: OSError | UnicodeError) -> str:
     variable = f"CHATD_{key.replace('.', '__')}".upper()
     if isinstance(error, UnicodeError):
-        return "this is no host name."
+        return "this is not a host name."
     if error.errno == errno.EADDRINUSE:
         return (
-            f"another program has this port. Stop that one, or choose another: {variable}=127.0.0.1:18080, say."
+            f"another program uses this port. Stop it, or choose another port: {variable}=127.0.0.1:18080, say."
         )
     if error.errno == errno.EACCES:
-        return "ports below 1024 need a right that this user does not have. Choose a higher one."
+        return "this user may not listen on ports below 1024. Choose a higher port."
     return f"{error.strerror or error}."

@@ -1,4 +1,6 @@
-"""What this process owes others: an end to who signals it, a sign of life to its manager and its parent."""
+"""How this process deals with its surroundings: it stops on a signal or when its parent is gone, pings the
+watchdog of its service manager, and reports its status there.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from structlog.typing import FilteringBoundLogger
 
 from chatd.daemon import systemd
 
-SAME_SIGNAL = 0.5  # seconds; shells and wrappers signal a process and then its group
-STATUS_PERIOD = 10.0  # seconds between two lines for `systemctl status`
-PARENT_PERIOD = 1.0  # seconds between a worker's looks whether its parent is there
+# Seconds in which a second signal counts as the first: shells and wrappers signal a process and then its group.
+SAME_SIGNAL = 0.5
+STATUS_PERIOD = 10.0  # seconds between two status lines for `systemctl status`
+PARENT_PERIOD = 1.0  # seconds between two checks whether a worker's parent still runs
 
 log: FilteringBoundLogger = structlog.get_logger()
 
@@ -27,7 +30,9 @@ async def watch_signals(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """The first signal asks to stop, the second ends the process at once. SIGHUP reloads the configuration."""
+    """The first SIGTERM or SIGINT asks the daemon to stop, the second ends the process at once. SIGHUP reloads
+    the configuration.
+    """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         asked_at = math.inf
@@ -44,7 +49,9 @@ async def watch_signals(
 
 
 def end_anyhow_after(seconds: float) -> None:
-    """A thread that is stuck in a driver cannot be cancelled, and would keep the nursery open for ever."""
+    """End the process in `seconds`, even if it has not stopped by then: a thread that is stuck in a database
+    driver cannot be cancelled, and would keep the nursery open for ever.
+    """
 
     def end() -> None:
         log.error("stop_took_too_long", seconds=seconds)
@@ -56,11 +63,11 @@ def end_anyhow_after(seconds: float) -> None:
 
 
 async def follow_parent(stop: trio.Event, let_go: Callable[[], None]) -> None:
-    """A worker whose parent was killed ends as with SIGTERM: nobody is left to end it, or to start it again.
-    But at first it lets go of its listening sockets, for the next parent needs the addresses at once.
+    """Stop this worker when its parent has ended, because no process is left that could stop or restart it.
+    Close its listening sockets first, because the next parent needs their addresses at once.
 
-    No signal is sent for it (PR_SET_PDEATHSIG): that one comes when the *thread* that started a process ends,
-    and trio starts processes in threads.
+    PR_SET_PDEATHSIG is not used: it sends its signal when the *thread* that started the process ends, and trio
+    starts processes in threads.
     """
     parent = os.environ.get("CHATD_WORKER_PARENT")
     if parent is None:
@@ -76,19 +83,21 @@ async def _end_of(parent: int) -> None:
         descriptor = os.pidfd_open(parent)
     except ProcessLookupError:
         return
-    except OSError:  # there is no descriptor left, or the system has none of these
-        while os.getppid() == parent:  # noqa: ASYNC110  # nobody sets an event any more
+    except OSError:  # no descriptor is free, or the kernel has no pidfd_open
+        while os.getppid() == parent:  # noqa: ASYNC110  # there is no event to wait for
             await trio.sleep(PARENT_PERIOD)
         return
     try:
-        if os.getppid() == parent:  # else it is another process that has its number now
+        if os.getppid() == parent:  # else another process has this pid now
             await trio.lowlevel.wait_readable(descriptor)
     finally:
         os.close(descriptor)
 
 
 async def ping_watchdog() -> None:
-    """It proves that the loop turns, and nothing else: no restart cures a database."""
+    """Ping systemd's watchdog while the event loop runs. The health checks play no part in this: a restart does
+    not help if the database is down.
+    """
     period = systemd.watchdog_period()
     while period is not None:
         systemd.notify("WATCHDOG=1")
@@ -96,7 +105,7 @@ async def ping_watchdog() -> None:
 
 
 async def tell_status(status: Callable[[], Awaitable[str]]) -> None:
-    """A line for `systemctl status`, as long as there is somebody to tell."""
+    """Send a status line for `systemctl status` regularly, if there is a service manager."""
     while systemd.manages():
         systemd.status(await status())
         await trio.sleep(STATUS_PERIOD)

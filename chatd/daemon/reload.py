@@ -1,4 +1,6 @@
-"""SIGHUP: the configuration is read anew, and what may change while chatd runs does; all of it, or nothing."""
+"""SIGHUP: chatd reads its configuration again and applies all options that may change while it runs, or none
+of them if the configuration has mistakes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ log = structlog.get_logger()
 
 
 class Reload:
-    """Call it to reload. Synchronous: a few small files are read, and nobody sees half a configuration."""
+    """Call the instance to reload. It is synchronous, so that no task sees half a configuration, and fast,
+    because it reads only a few small files.
+    """
 
     def __init__(self, settings: Settings, chat: Chat, read_again: Callable[[], Config]) -> None:
         self._settings, self._chat, self._read_again = settings, chat, read_again
@@ -27,7 +31,7 @@ class Reload:
         metrics.RELOADED_AT.set(time.time())
 
     def begin(self) -> None:
-        """The daemon is ready. Before, a reload would tell systemd that it is."""
+        """Allow reloads, because the daemon is ready. Earlier, a reload would report READY=1 to systemd."""
         self._serving = True
 
     def __call__(self) -> None:
@@ -38,7 +42,7 @@ class Reload:
         try:
             status = self._reload()
             metrics.RELOADED.set(1)
-        except Exception as error:  # nothing that a file can hold ends a daemon that serves
+        except Exception as error:  # no content of a file may end a daemon that serves
             metrics.RELOADED.set(0)
             mistakes = list(error.mistakes) if isinstance(error, ConfigError) else [repr(error)[:500]]
             log.error("reload_refused", mistakes=mistakes, advice="the old configuration stays in force")
@@ -47,11 +51,11 @@ class Reload:
         systemd.ready(status)
 
     def _reload(self) -> str:
-        """What became of it. Raises ConfigError before it has changed anything."""
+        """Reload, and return a status line. Raises ConfigError before it has changed anything."""
         config, changed, restart = merge(self._settings.now, self._read_again())
         tokens = self._chat.tokens_of(config)
         self._settings.change(config)
-        self._chat.use_tokens(tokens)  # whatever has changed: a key file may have another content
+        self._chat.use_tokens(tokens)  # even if no option has changed: a key file may have a new content
         log.info("reloaded", changed=changed)
         if restart:
             log.warning("restart_needed", keys=restart, advice="these take effect when chatd is restarted")

@@ -1,4 +1,6 @@
-"""Retention: once an hour, what is older or more than `[retention]` allows goes, bit by bit beside all else."""
+"""Retention: once an hour, deletes the messages that are older, or more, than `[retention]` allows. It deletes
+in small steps with pauses, so that other writes do not wait long.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from chatd.core.errors import Unavailable
 from chatd.observe import metrics
 from chatd.store.upkeep import retention
 
-FIRST = 60.0  # seconds after the start, when everybody has come back
-PERIOD = 3600.0  # seconds
+FIRST = 60.0  # seconds from the start to the first run, so that clients have reconnected by then
+PERIOD = 3600.0  # seconds between two runs
 
 log = structlog.get_logger()
 
@@ -21,7 +23,7 @@ class RetentionClock:
         self._settings, self._store, self._first = settings, store, first
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """For ever. A reload takes effect with the next round."""
+        """Run until cancelled. New settings take effect with the next round."""
         task_status.started()
         await trio.sleep(self._first)
         while True:
@@ -33,12 +35,12 @@ class RetentionClock:
                 await self._remove_leftovers()
             except Unavailable:
                 log.warning("retention_unavailable")
-            except Exception as error:  # what is old can wait; those who chat cannot
+            except Exception as error:  # a failed deletion must not end the daemon: the next round tries again
                 log.error("retention_failed", exc_info=error)
             await trio.sleep(PERIOD)
 
     async def _prune(self, rules: retention.Rules) -> None:
-        """Raises Unavailable."""
+        """Delete what the rules do not keep. Raises Unavailable."""
         count, began = 0, trio.current_time()
         pruner = await self._store.find(rules)
         while (removed := await self._store.step(pruner)) is not None:
@@ -49,7 +51,7 @@ class RetentionClock:
             log.info("retention", messages=count, seconds=round(trio.current_time() - began, 1))
 
     async def _remove_leftovers(self) -> None:
-        """Raises Unavailable."""
+        """Remove rows that deleted messages have left. Raises Unavailable."""
         removed = 1
         while removed:
             await trio.sleep(retention.PAUSE)

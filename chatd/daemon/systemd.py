@@ -1,7 +1,8 @@
-"""What the service manager is told (ready, stopping, a status line, that the event loop still turns), and what
-it hands over: listening sockets.
+"""The interface to the service manager: chatd reports that it is ready or stopping, its status and watchdog
+pings, and takes over listening sockets.
 
-Without a service manager every call does nothing, so nobody has to ask for one. `workers` is one, too.
+Without a service manager all calls do nothing, so callers need not check for one. To the worker processes,
+`workers` is the service manager.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import os
 import socket
 import time
 
-# Seconds. The manager empties its socket at once; should it hang, losing a line is better than a stuck loop.
+# Seconds. The manager normally reads its socket at once. If it hangs, a lost line is better than a blocked
+# loop.
 SEND_TIMEOUT = 1.0
-FIRST_FD = 3  # where the sockets that are handed over begin: after stdin, stdout and stderr
+FIRST_FD = 3  # the descriptor of the first inherited socket, after stdin, stdout and stderr; sd_listen_fds(3)
 
 
 def notify(*assignments: str) -> bool:
-    """Send assignments such as `READY=1` as one datagram; whether the service manager got them.
+    """Send assignments such as `READY=1` (sd_notify(3) lists them) as one datagram.
 
-    Nothing is raised: the daemon outlives a manager that does not listen. sd_notify(3) lists the assignments.
+    Returns whether they were sent. Raises nothing: a daemon must not fail because its manager does not listen.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
-    if address.startswith("@"):  # an abstract socket: the kernel wants a zero byte in the place of the @
+    if address.startswith("@"):  # an abstract socket: the kernel expects a zero byte instead of the @
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
@@ -36,22 +38,22 @@ def notify(*assignments: str) -> bool:
 
 
 def ready(status: str) -> None:
-    """Say that the service is up: what waits for it starts, and the watchdog begins to count."""
+    """Report that the service is ready: systemd starts units that wait for it, and its watchdog."""
     notify("READY=1", _status(status))
 
 
 def stopping(status: str, seconds: float) -> None:
-    """Say that the service has begun to stop, and may take so long: very many clients leave bit by bit."""
+    """Report that the service has begun to stop, and may take `seconds`: many clients need a long drain."""
     notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}", _status(status))
 
 
 def manages() -> bool:
-    """Whether there is somebody to tell."""
+    """Whether a service manager runs this process."""
     return "NOTIFY_SOCKET" in os.environ
 
 
 def reloading() -> None:
-    """Say that the configuration is being read: `ready` says that it is in force. systemd wants the moment."""
+    """Report that a reload has begun, with the time, which systemd requires. `ready` reports its end."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
@@ -61,9 +63,9 @@ def status(text: str) -> None:
 
 
 def watchdog_period() -> float | None:
-    """Seconds between two `WATCHDOG=1`: half of what the unit allows; None if nobody watches this process."""
+    """Return the seconds between two `WATCHDOG=1`: half of the unit's WatchdogSec=. None without a watchdog."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return None  # inherited from a parent that is watched itself
+        return None  # the variables were meant for the parent of this process
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     if not microseconds.isdecimal() or int(microseconds) == 0:
         return None
@@ -71,19 +73,19 @@ def watchdog_period() -> float | None:
 
 
 def handed_over() -> list[tuple[str, int]]:
-    """Name and descriptor of each socket that is handed to this process, as sd_listen_fds_with_names(3) has it.
+    """Return name and descriptor of each inherited socket, as sd_listen_fds_with_names(3) describes.
 
-    The variables are for one reader: they are unset, so that no other process takes the sockets for its own.
+    The variables are unset, so that no child process uses the sockets as its own.
     """
     given = {key: os.environ.pop(f"LISTEN_{key}", "") for key in ("PID", "FDS", "FDNAMES")}
     if given["PID"] != str(os.getpid()) or not given["FDS"].isdecimal():
-        return []  # inherited from a parent, for which they were meant
+        return []  # the variables were meant for the parent of this process
     count = int(given["FDS"])
     names = given["FDNAMES"].split(":") if given["FDNAMES"] else []
-    names += ["unknown"] * (count - len(names))  # as systemd calls what has no name
+    names += ["unknown"] * (count - len(names))  # systemd's word for a socket without a name
     return [(names[number], FIRST_FD + number) for number in range(count)]
 
 
 def _status(text: str) -> str:
-    # One line whatever the text: a line break would begin another assignment.
+    # A line break in the text would begin another assignment.
     return "STATUS=" + " ".join(text.split())

@@ -1,4 +1,4 @@
-"""One of the processes that `workers` keeps, as their parent sees it."""
+"""One worker process, as its parent knows it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ START_PATIENCE = 120.0  # seconds until a worker must be ready
 
 
 class Worker:
-    """One of the processes: what it said last, and until when it must say something again."""
+    """A worker's process, its last status, and the deadline for its next report."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -18,7 +18,7 @@ class Worker:
         self.ready = False
         self.status = "starting"
         self.missed_reload = False
-        self.next = False  # nobody serves, and this one is about to be started
+        self.next = False  # no worker serves, and this one is about to be started
         self.patience = trio.CancelScope()
 
     def begin(self, process: trio.Process) -> None:
@@ -32,11 +32,15 @@ class Worker:
         self.ready, self.status = False, "ended"
 
     def give(self, seconds: float) -> None:
-        """So much more time. A stop that takes long was announced: no later ping shortens it."""
+        """Move the deadline to `seconds` from now, but never to an earlier time: a worker that has announced a
+        long stop keeps that time when it pings.
+        """
         self.patience.deadline = max(self.patience.deadline, trio.current_time() + seconds)
 
     def reload(self) -> None:
-        """Now, or once it is ready: it may have read the old configuration, and would die of the signal."""
+        """Send SIGHUP now, or when the worker is ready. Before, the signal would kill it, and it may already
+        have read the old configuration.
+        """
         self.missed_reload = not self.ready
         if self.ready:
             self.signal(signal.SIGHUP)

@@ -1,7 +1,8 @@
-"""Several processes that serve one pair of sockets: this is their parent, and to them what systemd is to it.
+"""The parent of several worker processes that share the listening sockets. It is their service manager.
 
-It opens the sockets, starts `chatd serve` so many times with them, hears READY=1 and WATCHDOG=1 of each,
-restarts what ended, and passes signals on. To each other they are nodes, as on different hosts.
+It opens the sockets, starts `server.workers` processes of `chatd serve` with them, receives READY=1 and
+WATCHDOG=1 from each, restarts workers that have ended, and passes signals on. To each other the workers are
+nodes, as on different hosts.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from chatd.daemon import systemd
 from chatd.daemon.listen import open_sockets
 from chatd.daemon.worker import Worker
 
-WATCHDOG = 30.0  # seconds that a worker's loop may stand still, unless systemd gives this process another time
-ABORT_GRACE = 5.0  # seconds to write where it was stuck
-STOP_PATIENCE = 35.0  # seconds beyond the drain window, unless a worker asks for more: theirs are 25
-STOP_GRACE = 5.0  # seconds beyond what a worker asks for
+WATCHDOG = 30.0  # seconds that a worker's loop may block, unless systemd sets another time for this process
+ABORT_GRACE = 5.0  # seconds that a worker has to write its traceback after SIGABRT
+STOP_PATIENCE = 35.0  # seconds for a stop, beyond the drain window: a worker needs 25 at most, or asks for more
+STOP_GRACE = 5.0  # seconds in addition to the time that a worker asks for
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 10.0  # seconds until a restart, doubled each time
-ALONE_MOST = 1.0  # the same where no worker serves or starts: then one of them is tried again sooner
-LATE = 1.0  # seconds after a deadline: whoever notices it so late was away itself
-LONG_LIFE = 30.0  # seconds after which an end has nothing to do with the one before it
-LONGEST_DIRECTORY = 90  # bytes: the kernel takes 107 with the name of a socket in it
+ALONE_MOST = 1.0  # seconds until a restart, at most, while no worker serves or starts
+LATE = 1.0  # seconds after a deadline; if it is noticed later than this, this process itself did not run
+LONG_LIFE = 30.0  # seconds after which the backoff begins from the start
+LONGEST_DIRECTORY = 90  # bytes: a socket's path has 107 at most (unix(7)), including the name in the directory
 DATAGRAM = 4096  # bytes; a worker's messages have a few dozen
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -53,7 +54,7 @@ def is_worker() -> bool:
 
 
 def share(config: Config) -> Config:
-    """What a worker has of limits that are for all of them together."""
+    """Return the configuration with a worker's share of the limits that are for all workers together."""
     limits, workers = config.limits, int(os.environ.get("CHATD_WORKERS", "1"))
     limits = msgspec.structs.replace(
         limits,
@@ -66,9 +67,9 @@ def share(config: Config) -> Config:
 async def run(
     config: Config, read_again: Callable[[], Config], *, on_ready: Callable[[], None] = lambda: None
 ) -> int:
-    """Serve with `server.workers` processes until SIGTERM or SIGINT; returns the exit code.
+    """Serve with `server.workers` processes until SIGTERM or SIGINT, and return the exit code.
 
-    Raises OperatorError before it has started one.
+    Raises OperatorError if it cannot start any.
     """
     api_socket, hub_sockets = open_sockets(config)
     sockets = [("api", api_socket), *(("hub", one) for one in hub_sockets)]
@@ -77,7 +78,7 @@ async def run(
 
 
 class Workers:
-    """The workers, and how they start and end together."""
+    """The worker processes: starts, restarts and stops them."""
 
     def __init__(
         self,
@@ -92,11 +93,11 @@ class Workers:
         self._workers = [Worker(number) for number in range(1, config.server.workers + 1)]
         period = systemd.watchdog_period()
         self._watchdog = WATCHDOG if period is None else 2 * period
-        self._complete = False  # all were ready once: what ends from now on has a configuration that works
-        self._alone = BACKOFF_FIRST  # seconds until the next attempt where nobody serves
-        self._news = trio.Event()  # a worker has ended, or all are to stop; then another takes its place
+        self._complete = False  # all workers were ready once, so the configuration works
+        self._alone = BACKOFF_FIRST  # seconds until the next attempt while no worker serves
+        self._news = trio.Event()  # set, and replaced by a new one, when a worker has ended or all shall stop
         self._stop = trio.Event()
-        self._patience = trio.CancelScope()  # with all of them, once they are to stop
+        self._patience = trio.CancelScope()  # its deadline is set when all workers shall stop
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -117,7 +118,7 @@ class Workers:
     # One worker.
 
     async def _keep(self, worker: Worker) -> None:
-        """Start it, and start it again."""
+        """Start a worker, and start it again each time it ends."""
         backoff = Backoff(BACKOFF_FIRST, BACKOFF_MOST)
         while not self._stop.is_set():
             began = trio.current_time()
@@ -127,7 +128,7 @@ class Workers:
                     self._exit_code = self._exit_code or 1
                 return
             if not self._complete and not was_ready and code > 0:
-                # What it cannot start with, the others cannot either, and it has said in a sentence.
+                # It cannot start, so the others cannot either. It has already printed the reason.
                 self._exit_code = code
                 self._stop_all(signal.SIGTERM)
                 return
@@ -138,7 +139,7 @@ class Workers:
             await self._back_off(worker, again_in)
 
     async def _back_off(self, worker: Worker, seconds: float) -> None:
-        """Wait before the next start. Where nobody serves one of those who wait is next, and soon."""
+        """Wait before the next start. While no worker serves, one of those that wait is started sooner."""
         until = trio.current_time() + seconds
         try:
             while not self._stop.is_set() and trio.current_time() < until:
@@ -152,18 +153,18 @@ class Workers:
             worker.next = False
 
     def _tell(self) -> None:
-        """Those who back off look again whether somebody serves."""
+        """Wake the waiting workers, so that they check again whether any worker serves."""
         self._news.set()
         self._news = trio.Event()
 
     async def _live(self, worker: Worker) -> tuple[bool, int]:
-        """One life: whether it was ever ready, and its exit code, which is negative for a signal."""
+        """Run one process. Returns whether it was ever ready, and its exit code (negative for a signal)."""
         path = self._directory / f"worker-{worker.number}"
         try:
             with _notify_socket(path) as notified:
                 process = await self._start(worker, path)
                 return await self._accompany(worker, process, notified)
-        except OSError as error:  # no memory, no descriptor, no place in the table of processes: later perhaps
+        except OSError as error:  # no memory, descriptor or pid is free: a later attempt may succeed
             log.error("worker_not_started", worker=worker.number, error=str(error))
             return False, -1
 
@@ -171,7 +172,7 @@ class Workers:
         self, worker: Worker, process: trio.Process, notified: trio.socket.SocketType
     ) -> tuple[bool, int]:
         worker.begin(process)
-        if self._stop.is_set():  # which was while it started
+        if self._stop.is_set():  # it was set while the process started
             worker.signal(signal.SIGTERM)
         try:
             async with trio.open_nursery() as nursery:
@@ -180,7 +181,7 @@ class Workers:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                process.kill()  # nothing, if it has ended
+                process.kill()  # does nothing if the process has ended
                 await process.wait()
             was_ready = worker.ready
             worker.ended()
@@ -190,14 +191,14 @@ class Workers:
         return was_ready, process.returncode
 
     def _forget_numbers(self, worker: Worker) -> None:
-        """Its gauges. Somebody may tidy up where they lie: that is no reason to end."""
+        """Remove the gauges of an ended worker. If their files are gone already, continue."""
         try:
             mark_process_dead(worker.number, str(self._directory))  # type: ignore[no-untyped-call]
         except OSError as error:
             log.warning("metrics_not_removed", worker=worker.number, error=str(error))
 
     async def _watch(self, worker: Worker, process: trio.Process) -> None:
-        """Until it has ended, or has said nothing for too long and is ended."""
+        """Wait until the process has ended. Abort it if it misses the deadline for its next report."""
         while process.returncode is None:
             with worker.patience:
                 await process.wait()
@@ -205,11 +206,11 @@ class Workers:
             if process.returncode is None and now - worker.patience.deadline < LATE:
                 await self._abort(worker, process)
                 return
-            # All of us stood still, in a paused machine say: then it could not ping, and is not to blame.
+            # This process did not run either (the machine was paused, say), so the worker could not ping.
             worker.patience = trio.CancelScope(deadline=now + self._watchdog)
 
     async def _start(self, worker: Worker, notify: Path) -> trio.Process:
-        """The command line of this process once more, with an environment that makes it a worker."""
+        """Start this process's own command line, with an environment that makes it a worker."""
         descriptors = [str(one.fileno()) for _, one in self._sockets]
         return await trio.lowlevel.open_process(
             [
@@ -233,19 +234,19 @@ class Workers:
             "WATCHDOG_USEC": str(round(self._watchdog * 1e6)),
             "PROMETHEUS_MULTIPROC_DIR": str(self._directory),
         }
-        # A file that the environment names would win over it.
+        # A variable NAME_FILE would take precedence over NAME.
         theirs = {f"{name}_FILE" for name in ours} | {"WATCHDOG_PID"}
         return {name: value for name, value in os.environ.items() if name not in theirs} | ours
 
     async def _abort(self, worker: Worker, process: trio.Process) -> None:
-        """It hangs: make it write where, and end it."""
+        """A worker hangs: SIGABRT makes it write its traceback and end."""
         log.error("worker_hangs", worker=worker.number, ready=worker.ready)
         process.send_signal(signal.SIGABRT)
-        process.send_signal(signal.SIGCONT)  # a process that was stopped takes no other signal
+        process.send_signal(signal.SIGCONT)  # a process stopped by SIGSTOP handles the other signal only then
         with trio.move_on_after(ABORT_GRACE):
             await process.wait()
 
-    # What they say.
+    # The workers' reports.
 
     async def _hear(self, worker: Worker, notified: trio.socket.SocketType) -> None:
         while True:
@@ -273,7 +274,7 @@ class Workers:
             systemd.status(self._status())
 
     def _welcome(self) -> None:
-        """All are there for the first time."""
+        """Report READY=1 when all workers are ready for the first time."""
         if self._complete or self._stop.is_set() or not all(worker.ready for worker in self._workers):
             return
         self._complete = True
@@ -282,7 +283,7 @@ class Workers:
         self._on_ready()
 
     def _status(self) -> str:
-        """How many are ready, and what they say, with their numbers added up."""
+        """Return a status line: how many workers are ready, and the sum of their connections."""
         ready = sum(worker.ready for worker in self._workers)
         connections = sum(
             int(found[1]) for one in self._workers if (found := re.search(r"(\d+) connections", one.status))
@@ -290,10 +291,10 @@ class Workers:
         doing = "draining" if self._stop.is_set() else "serving"
         return f"{doing} {connections} connections, {ready} of {len(self._workers)} workers are ready"
 
-    # All of them.
+    # All workers together.
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Pass them on: the workers know which is the second one, and what it means."""
+        """Pass each signal on. A second SIGTERM or SIGINT reaches the workers too, which end at once then."""
         with trio.open_signal_receiver(*PASSED_ON) as signals:
             task_status.started()
             async for number in signals:
@@ -303,16 +304,16 @@ class Workers:
                     self._stop_all(number)
 
     def _reload(self) -> None:
-        """The workers read the configuration by themselves."""
+        """Check the configuration and report the result to systemd. The workers read it themselves."""
         systemd.reloading()
         status = self._status()
         try:
             self._read_again()
-        except Exception as error:  # nothing that a file can hold ends who serves
+        except Exception as error:  # no content of a file may end a daemon that serves
             mistakes = list(error.mistakes) if isinstance(error, ConfigError) else [repr(error)[:500]]
             log.error("reload_refused", mistakes=mistakes)
             status = f"the configuration was not reloaded: it has mistakes; {status}"
-        for worker in self._workers:  # also to refuse it: the numbers are theirs
+        for worker in self._workers:  # also a bad configuration: each worker counts the refusal in its metrics
             worker.reload()
         systemd.ready(status)
 
@@ -321,7 +322,7 @@ class Workers:
             self._stop.set()
             self._tell()
             log.info("workers_stopping")
-            # While this process listens the kernel takes connections, for nobody.
+            # While this process keeps them open, the kernel accepts connections that no worker serves.
             for _, one in self._sockets:
                 one.close()
             self._give(self._config.server.drain_window + STOP_PATIENCE)
@@ -329,14 +330,14 @@ class Workers:
             worker.signal(number)
 
     def _give(self, seconds: float) -> None:
-        """All of them so much more time to stop."""
+        """Move the deadline of the stop to `seconds` from now, if that is later."""
         until = trio.current_time() + seconds
         if self._patience.deadline == math.inf or until > self._patience.deadline:
             self._patience.deadline = until
             systemd.stopping(self._status(), seconds)
 
     async def _report_to_systemd(self) -> None:
-        """This loop turns; whether those of the workers do is this process's own affair."""
+        """Ping systemd's watchdog for this process. This process itself watches the workers."""
         period = systemd.watchdog_period()
         while period is not None:
             systemd.notify("WATCHDOG=1")
@@ -345,8 +346,8 @@ class Workers:
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """For the notify sockets and the metrics: nobody else reaches into it. Where systemd gives a place, no
-    housekeeping of /tmp does either.
+    """Create a private directory for the notify sockets and the metrics. It is in systemd's runtime directory,
+    if there is one, because clean-up jobs delete old files in /tmp.
     """
     try:
         made = tempfile.TemporaryDirectory(prefix="chatd-", dir=os.environ.get("RUNTIME_DIRECTORY"))
@@ -360,7 +361,9 @@ def _directory() -> Iterator[Path]:
 
 @contextmanager
 def _notify_socket(path: Path) -> Iterator[trio.socket.SocketType]:
-    """Where one worker reports in one life: what its forerunner still said is not heard."""
+    """Open the socket to which one process reports. Each start gets a new one, so that late messages of the
+    previous process are not mistaken for the new one's.
+    """
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bound:
         bound.bind(str(path))
