@@ -143,7 +143,7 @@ def test_a_bad_backup_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     file, copy = database(tmp_path / "chatd.db"), tmp_path / "copy"
     copies.copy(database(tmp_path / "other.db", 3000), copy)
     good, before = copy.read_bytes(), sorted(tmp_path.iterdir())
-    with pytest.raises(OperatorError, match="is there already"):
+    with pytest.raises(OperatorError, match="already exists"):
         copies.copy(file, copy)
     for damage, sentence in DAMAGES:
         copy.write_bytes(good)

@@ -191,7 +191,7 @@ def test_postgresql(well: Daemon, postgres_url: str, postgres: Any) -> None:
 
 def test_a_missing_database_is_not_made(well: Daemon, tmp_path: Path) -> None:
     found = inspected(well, CHATD_DATABASE__URL=f"sqlite:///{tmp_path}/none.db")
-    assert wrong(found)["database"] == f"problem: there is no {tmp_path}/none.db yet"
+    assert wrong(found)["database"] == f"problem: the file {tmp_path}/none.db does not exist yet"
     assert not list(tmp_path.iterdir())
 
 

@@ -191,9 +191,8 @@ def _settle(connection: Connection, clock: Clock, announce: Announce) -> tuple[i
         settled.append((place, id, int(there), version))
     if told := [row for row in settled if row[3]]:
         connection.execute(_SETTLED[dialect], as_parameter(told))
-    if never := [
-        row[:2] for row in settled if not row[3]
-    ]:  # it came and went before the backend was told anything
+    # Keys without a version came and went before the backend was told anything.
+    if never := [row[:2] for row in settled if not row[3]]:
         connection.execute(_FORGET[dialect], as_parameter(never))
     if events:
         at = clock()
@@ -232,9 +231,8 @@ def _tidy(connection: Connection) -> None:
 # Statements, by dialect. Each writes its keys in the same order, so two nodes cannot deadlock.
 
 _INTO: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
-_ALWAYS = literal_column("1") == literal_column(
-    "1"
-)  # without a WHERE, SQLite parses ON CONFLICT as the ON of a join
+# SQLite needs a WHERE here: without one it parses ON CONFLICT as the ON of a join.
+_ALWAYS = literal_column("1") == literal_column("1")
 _MOMENT = attendance.c.due_at.type
 
 

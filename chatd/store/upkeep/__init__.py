@@ -1,1 +1,1 @@
-"""What keeps a database in order: retention, erasure, copies, checks."""
+"""Maintenance of the database: retention, erasure, copies, checks."""

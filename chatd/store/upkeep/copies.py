@@ -1,4 +1,4 @@
-"""Copies of an SQLite database: made while it is in use, looked at, put in its place."""
+"""Copies an SQLite database while it is in use, checks a copy, and replaces a database with a copy."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from chatd.core.errors import OperatorError
 from chatd.store import migrations, urls
 from chatd.store.private import COMPANIONS, PRIVATE, keep_private
 
-BUSY_SECONDS = 5.0  # that a look at a database waits for whoever writes it
-STEPS = 100_000  # of SQLite's machine, between two moments at which Ctrl-C is heard
-# What the header says of a file that a daemon serves from: a copy is none of these.
+BUSY_SECONDS = 5.0  # how long a read waits for SQLite's lock
+STEPS = 100_000  # instructions of SQLite's virtual machine after which Python can handle Ctrl-C
+# Removes the stamp of `DatabaseFile`: a copy is not the file that a daemon uses.
 _NO_STAMP = ("PRAGMA user_version = 0", "PRAGMA application_id = 0")
 _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
 
 
 def file_of(url: str) -> Path | None:
-    """The file of an SQLite URL, None for another database."""
+    """The file of an SQLite URL; None for PostgreSQL."""
     parsed = urls.parse(url)
     return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 def copy(source: Path, target: Path) -> None:
-    """A compact copy as of one moment, and on the disk; writers go on. Raises OperatorError.
+    """Make a compact, consistent copy and sync it to disk, while writers continue. Raises OperatorError.
 
-    The name is taken at once, by an empty file, and the copy gets it when it was checked.
+    An empty file reserves the name first. The checked copy replaces it at the end.
     """
     try:
         target.touch(mode=PRIVATE, exist_ok=False)
     except FileExistsError:
-        raise OperatorError(f"{target} is there already. Name another file.") from None
+        raise OperatorError(f"{target} already exists. Write the name of a new file.") from None
     except OSError as error:
         raise OperatorError(f"{target}: {_reason(error)}") from error
     partial = partial_of(target)
     try:
-        _remove(partial)  # of one that was killed
+        _remove(partial)  # a copy that was killed may have left it
         partial.touch(mode=PRIVATE)
         _vacuum_into(source, partial)
         check(partial)
@@ -61,7 +61,7 @@ def _remove(file: Path) -> None:
 
 
 def partial_of(target: Path) -> Path:
-    """What a copy is called while it is made."""
+    """The name of a copy before it is complete."""
     return target.with_name(f"{target.name}.partial")
 
 
@@ -75,7 +75,7 @@ def _vacuum_into(source: Path, target: Path) -> None:
 
 
 def check(path: Path) -> str:
-    """The revision of its schema. Raises OperatorError for a damaged file, or a foreign one."""
+    """The revision of a database's schema. Raises OperatorError if it is damaged or not one of chatd's."""
     try:
         with closing(_open(path)) as connection:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
@@ -91,18 +91,18 @@ def check(path: Path) -> str:
 
 
 def replace(target: Path, source: Path) -> Path | None:
-    """Put a copy in the place of a database that nobody uses; where the old one is now, if there was one.
+    """Replace a database that nobody uses with a copy. Returns where the old one is now; None: there was none.
 
-    The copy gets an epoch of its own, so that clients without marks start over. Raises OperatorError, and has
-    changed nothing then.
+    The copy gets a new epoch, so that clients without marks start over. Raises OperatorError, and then it has
+    changed nothing.
     """
     check(source)
     if target.exists():
-        with _claimed(target):  # before the time is spent
+        with _claimed(target):  # fail now if it is in use, not after the copy
             pass
     fresh = target.with_name(f"{target.name}.restoring")
     _remove(fresh)
-    copy(source, fresh)  # as a database, not as a file: its newest pages may be in a log beside it
+    copy(source, fresh)  # not a copy of the file: its newest pages may be in the write-ahead log
     try:
         with closing(_open(fresh)) as connection, connection:
             connection.execute(_NEW_EPOCH, (secrets.token_hex(8),))
@@ -116,11 +116,13 @@ def replace(target: Path, source: Path) -> Path | None:
 
 
 def _exchange(target: Path, fresh: Path) -> Path | None:
-    """There is a database under the name at every moment: a daemon that found none would make an empty one."""
+    """Swap the files. A database has the name at every moment, since a starting daemon would
+    create a missing one.
+    """
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = target.with_name(f"{target.name}.before-restore-{moment}")
     with _claimed(target) if target.exists() else nullcontext():
-        for suffix in COMPANIONS:  # a log that somebody left would be played into the new database
+        for suffix in COMPANIONS:  # SQLite would apply an old log to the new database
             with suppress(FileNotFoundError):
                 target.with_name(target.name + suffix).replace(kept.with_name(kept.name + suffix))
         if target.exists():
@@ -132,43 +134,49 @@ def _exchange(target: Path, fresh: Path) -> Path | None:
 
 
 def _keep(target: Path, kept: Path) -> None:
-    """Never over another file: it may be the only copy of the database before another restore."""
+    """Give the old database the name `kept`, but never overwrite a file: it may be the only
+    copy of an older one.
+    """
     try:
         kept.hardlink_to(target)
     except FileExistsError:
-        raise OperatorError(f"{kept} is there already: another restore is at work.") from None
-    except OSError:  # not every file system can
+        raise OperatorError(f"{kept} already exists: another restore is running.") from None
+    except OSError:  # not every file system has hard links
         if kept.exists():
-            raise OperatorError(f"{kept} is there already: another restore is at work.") from None
+            raise OperatorError(f"{kept} already exists: another restore is running.") from None
         target.replace(kept)
 
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """Nobody else has the database open, or can begin to use it. All of its log is in the file."""
+    """A block in which nobody else has or can open the database. Its log is in
+    the file. Raises OperatorError.
+    """
     with closing(_open(path, timeout=0)) as connection:
-        try:  # only who has a database for itself can leave WAL mode
+        try:  # SQLite leaves WAL mode only for a connection that is the only one
             mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]
             if mode != "delete":
-                raise OperatorError(f"{path}: it is in use.")
+                raise OperatorError(f"{path}: another process uses this database.")
             connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             raise OperatorError(
-                f"{path}: {_reason(error)}. If chatd serves from it, stop it first:"
+                f"{path}: {_reason(error)}. If chatd uses this database, stop it first:"
                 " systemctl stop chatd.socket chatd-api.socket chatd"
             ) from error
         yield
 
 
 def _hand_over(path: Path, like: Path) -> None:
-    """To the one whose the database is: root restores for a service."""
+    """Give a file the owner of `like`, because root restores a database for the user of the service."""
     owner = like.stat()
     if os.geteuid() == 0:
         os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _open(path: Path, *, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
-    """Raises sqlite3.OperationalError where there is no file: SQLite would make one."""
+    """Open an existing database. Raises sqlite3.OperationalError if there is none, where
+    SQLite would create one.
+    """
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=timeout)
 
 

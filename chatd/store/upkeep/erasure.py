@@ -1,8 +1,8 @@
-"""One user: all that is known of somebody, to hand out or to take away.
+"""Exports or erases all data about one user.
 
-What is taken away is taken away as the user could have done it, by changes with a seq of their own: clients
-that are connected, and those that come back, see the messages go. Everything is looked for without a lock and
-changed in small transactions, so that posts go on meanwhile.
+Erasure deletes messages as the user could, by changes in the log, so clients that are
+connected and those that come back both see them go. It reads without locks and writes in
+small transactions, so posts continue in the meantime.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from chatd.store.upkeep.scans import pages
 from chatd.store.write.commands import AnyCommand, Changed, Delete, React, SetMember, SetUser
 from chatd.store.write.transaction import Transaction
 
-PAUSE = 0.02  # seconds between two transactions, for everybody else
-QUEUED = 10  # rows of the outbox or of webhooks that are looked at in one go: each may hold megabytes
-BUSY = 30.0  # seconds in which SQLite's log must become free, at some moment, of everybody else
+PAUSE = 0.02  # seconds between two transactions, in which other writers can work
+QUEUED = 10  # rows of the outbox or of webhooks read at once: each may hold megabytes
+BUSY = 30.0  # seconds that the erasure waits for a moment in which nobody reads from SQLite's log
 _NO_HASH = bytes(16)
 
 Row = dict[str, Any]
 
 
 def export(engine: Engine, user_id: int) -> Iterator[Row]:
-    """Everything, a row at a time, each with the `table` it is from. Names are those of the tables."""
+    """All rows about a user, one at a time: column → value, plus `table`, the name of the table."""
     tables = (schema.users, schema.members, schema.reads, schema.reactions, schema.messages)
     for table in (*tables, schema.client_ids, schema.removed):
         columns = [column for column in table.c if column.name != "request_hash"]
@@ -43,17 +43,21 @@ def export(engine: Engine, user_id: int) -> Iterator[Row]:
 
 
 class Erasure:
-    """`run` blocks. `node` is for the outbox, so that other services hear of it; None without Redis."""
+    """Erases one user; `run` blocks, so it needs a thread or a process of its own."""
 
     def __init__(self, engine: Engine, user_id: int, node: str | None, tell: Callable[[int], None]) -> None:
-        """`tell` gets the number of messages erased so far."""
+        """`node` is the node's name for rows of the outbox, so that other services hear of
+        it; None without Redis.
+
+        `tell` gets the number of messages erased so far.
+        """
         self._engine, self._user_id, self._node, self._tell = engine, user_id, node, tell
 
     def run(self, settle: Callable[[], None] = lambda: None) -> int:
-        """The number of messages whose content is gone.
+        """Erase everything; returns the number of messages whose content was deleted.
 
-        First tokens become void. `settle` returns when the connections that were made with them have ended:
-        until then the user can go on speaking.
+        It first makes the user's tokens void. `settle` must return only after the connections with these tokens
+        are closed: until then the user can still post.
         """
         self._commit([SetUser(user_id=self._user_id, valid_after=int(time.time()) + 1, now=True)])
         self._leave_rooms()
@@ -72,7 +76,7 @@ class Erasure:
             return self._execute(connection, commands)
 
     def _execute(self, connection: Connection, commands: Sequence[AnyCommand]) -> list[Any]:
-        """A refusal is fine: what was to go is gone already."""
+        """Run commands in the transaction of `connection`. A refusal means that the data is gone already."""
         outcomes, _ = Transaction(connection, self._node).run(commands)
         return list(outcomes)
 
@@ -80,7 +84,7 @@ class Erasure:
         return table.c.user_id == self._user_id
 
     def _pages(self, table: Table, *where: ColumnElement[bool]) -> Iterator[Sequence[RowMapping]]:
-        """The keys of the user's rows, bit by bit."""
+        """The keys of the user's rows, page by page."""
         key = list(table.primary_key)
         for rows in pages(self._engine, select(*key).where(self._mine(table), *where), *key):
             yield rows
@@ -95,7 +99,7 @@ class Erasure:
             )
 
     def _delete_messages(self) -> int:
-        """Also what is known of those that the user has deleted before."""
+        """Delete all messages, and the client_id and hash of those that the user has deleted before."""
         messages, count = schema.messages, 0
         left = or_(messages.c.deleted_at.is_(None), messages.c.request_hash != _NO_HASH)
         nameless = {"client_id": None, "request_hash": _NO_HASH}
@@ -128,7 +132,7 @@ class Erasure:
             with self._engine.begin() as connection:
                 connection.execute(delete(table).where(key.in_([tuple(row.values()) for row in rows])))
 
-    # What is still to be told to others, without what the user said.
+    # The queues: removes the user's words from events that are not delivered yet.
 
     def _clean_outbox(self) -> None:
         outbox = schema.outbox
@@ -149,23 +153,23 @@ class Erasure:
                 with self._engine.begin() as connection:
                     connection.execute(delete(webhooks).where(webhooks.c.id.in_(ids)))
 
-    def _says(self, told: Any) -> bool:
-        """Whether the user's own words are in an event, however deep."""
-        if isinstance(told, list):
-            return any(map(self._says, told))
-        if not isinstance(told, dict):
+    def _says(self, event: Any) -> bool:
+        """Whether an event holds a message of the user, at any depth."""
+        if isinstance(event, list):
+            return any(map(self._says, event))
+        if not isinstance(event, dict):
             return False
-        words = (told.get("content"), told.get("meta"))
-        mine = told.get("user_id") == self._user_id and words != (None, None)
-        return mine or any(map(self._says, told.values()))
+        words = (event.get("content"), event.get("meta"))
+        mine = event.get("user_id") == self._user_id and words != (None, None)
+        return mine or any(map(self._says, event.values()))
 
 
 def forget(engine: Engine, *, anew: bool) -> bool:
-    """Leave nothing of what was erased in SQLite's log, and if `anew` in free space; whether that was possible.
+    """Remove erased bytes from SQLite's log, and with `anew` also from free space. Returns whether that worked.
 
-    What was moved about or replaced before it was erased may be in free space, in spite of `secure_delete`. To
-    write the file anew takes its time, in which nobody else can write. PostgreSQL frees bytes when it vacuums;
-    VACUUM FULL overwrites. Raises OperatorError.
+    Free space may hold older copies of a row, which `secure_delete` does not overwrite. `anew` rewrites the
+    whole file, during which nobody can write. PostgreSQL frees the bytes at its next vacuum, and VACUUM FULL
+    removes them. Raises OperatorError.
     """
     if not is_sqlite(engine):
         return True
@@ -177,14 +181,16 @@ def forget(engine: Engine, *, anew: bool) -> bool:
         return _empty_log(driver)
     except sqlite3.Error as error:
         raise OperatorError(
-            f"SQLite's file may hold some bytes still ({error}): run it again later."
+            f"SQLite's file may still hold some of the erased bytes ({error}): run this again later."
         ) from error
     finally:
         pooled.close()
 
 
 def _empty_log(driver: Any) -> bool:
-    """A daemon that just does the same makes it fail at once, whatever its patience is."""
+    """Empty the log; whether that worked within `BUSY`. A checkpoint of a daemon makes ours
+    fail at once: retry.
+    """
     deadline = time.monotonic() + BUSY
     while driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
         if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
-"""A look at the database from outside, for `chatd doctor`: what it is, whether it writes, how fast.
+"""Examines a database for `chatd doctor`: its version, whether it accepts writes, and how fast.
 
-Nothing is left behind: what is inserted is rolled back, what is committed writes to the log alone.
+It leaves nothing behind: it rolls inserts back, and its commits write to PostgreSQL's log only.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from chatd.store.engine import looking_engine, require_sessions, writing_engine
 from chatd.store.failures import is_damage
 
 SYNCHRONOUS = "synchronous_standby_names"
-COMMITS = 20  # of which the middle one counts
-BLOCK = 4096  # bytes, as a commit of SQLite writes at least
-CHECK_SECONDS = 5.0  # for a look at all of SQLite's file, some 2 GB
-CHECK_STEPS = 10_000  # of SQLite's machine, between looks at the clock
+COMMITS = 20  # commits to measure; their median counts
+BLOCK = 4096  # bytes, the least that a commit of SQLite writes
+CHECK_SECONDS = 5.0  # limit of the check of SQLite's file, enough for about 2 GB
+CHECK_STEPS = 10_000  # instructions of SQLite's virtual machine between two checks of that limit
 
 
 @dataclass(frozen=True)
 class Found:
-    """`commit` is in seconds, `ahead` how far its clock is ahead of ours. `settings` are PostgreSQL's, and
-    `standbys` the number of servers that follow it just now. `damage` is what SQLite says of its file, empty
-    where that is whole; None where there was no time to read all of it.
+    """The result of `look`.
+
+    `refuses_writes`: why the database accepts no rows; empty if it does. `commit`: seconds of a commit.
+    `ahead`: seconds by which the database's clock is ahead of ours. `settings`: PostgreSQL's settings.
+    `standbys`: the number of connected standbys. `damage`: SQLite's report about its file, empty if the file is
+    intact; None if the check took too long.
     """
 
     version: str
@@ -51,20 +54,20 @@ class Found:
 
 
 class Damaged(OperatorError):
-    """SQLite cannot even begin to read its file."""
+    """SQLite cannot read its file at all."""
 
 
 def sqlite_file(config: Database) -> Path | None:
-    """Where SQLite's file is, or is to be; None for PostgreSQL."""
+    """The absolute path of SQLite's file, which need not exist; None for PostgreSQL."""
     url = urls.parse(config.url)
     return Path(url.database or "").absolute() if url.get_backend_name() == "sqlite" else None
 
 
 def look(config: Database) -> Found:
-    """Raises OperatorError with a sentence where there is nothing to look at. Creates no database."""
+    """Examine the database. Raises OperatorError if it cannot be opened. Creates no database."""
     file = sqlite_file(config)
     if file is not None and not file.exists():
-        raise OperatorError(f"there is no {file} yet")
+        raise OperatorError(f"the file {file} does not exist yet")
     try:
         reading = looking_engine(config.url)
         try:
@@ -77,7 +80,7 @@ def look(config: Database) -> Found:
 
 
 def _look_at_file(reading: Engine, file: Path) -> Found:
-    """It is asked whether it takes rows only if it is ours, and stays in the journal mode that it has."""
+    """Examine SQLite's file. Tests a write only if the schema is ours; keeps the journal mode."""
     with reading.connect() as connection:
         revision = migrations.current(connection)
     newest = migrations.head()
@@ -93,7 +96,7 @@ def _look_at_file(reading: Engine, file: Path) -> Found:
 
 
 def damage_of(file: Path, seconds: float = CHECK_SECONDS) -> str | None:
-    """What SQLite's quick_check says, empty where all is well; None where it took longer than that."""
+    """The report of SQLite's quick_check; empty: no damage; None: the check took longer than `seconds`."""
     end = time.monotonic() + seconds
     with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
         connection.set_progress_handler(lambda: time.monotonic() > end, CHECK_STEPS)
@@ -126,7 +129,7 @@ def _look_at_server(reading: Engine, config: Database) -> Found:
         settings = {name: str(connection.exec_driver_sql(f"SHOW {name}").scalar()) for name in names}
         ahead = _ahead(connection)
         standbys = int(connection.exec_driver_sql("SELECT count(*) FROM pg_stat_replication").scalar() or 0)
-    waits = settings[SYNCHRONOUS] and not standbys  # for a standby, and for ever
+    waits = settings[SYNCHRONOUS] and not standbys  # a commit would wait for a standby for ever
     writing = writing_engine(config.url)
     try:
         refused = _refusal(writing) if revision == newest else ""
@@ -137,7 +140,7 @@ def _look_at_server(reading: Engine, config: Database) -> Found:
 
 
 def _refusal(engine: Engine) -> str:
-    """Why it takes no rows; empty where it does."""
+    """Why PostgreSQL accepts no rows; empty if it does."""
     try:
         with engine.connect() as connection:
             connection.execute(insert(schema.facts), {"key": "doctor", "value": ""})
@@ -148,7 +151,7 @@ def _refusal(engine: Engine) -> str:
 
 
 def fsync_time(directory: Path) -> float:
-    """Seconds that a block takes to the disk, in the middle of some. Raises OSError."""
+    """Median seconds to write and sync one block in a directory. Raises OSError."""
     with tempfile.TemporaryFile(dir=directory) as file:
 
         def write() -> None:
@@ -160,9 +163,10 @@ def fsync_time(directory: Path) -> float:
 
 
 def _commit_time(engine: Engine) -> float | None:
-    """Seconds of a transaction that leaves a note in the log, which no table has, and waits for the disk.
+    """Median seconds of a commit that waits for the disk; None if this role may not call
+    pg_logical_emit_message.
 
-    None where the note is forbidden.
+    The transaction writes a logical message to PostgreSQL's log, so it needs no table.
     """
 
     def commit() -> None:

@@ -1,14 +1,15 @@
-"""Old messages go, in small transactions: by age, and by number for each conversation.
+"""Retention: removes old messages in small transactions, by age and by number per conversation.
 
-The log is cut first, up to the creation of the newest message that is to go, and the place of the cut
-(`low_seq`) is raised with it: who comes back with a cursor below it starts over. Then the messages go, the
-oldest first.
+It first removes the log up to the creation of the newest message that will go, and raises
+`low_seq` to that place: a client that comes back with a cursor below it starts over. Then it
+removes the messages, the oldest first.
 
-What has happened to one of them since (an edit, a reaction) stays in the log: nobody who was away for a minute
-shall start over because somebody reacted to something old. A row of `chat_removed_messages` takes the message's
-place, until the cut has passed it. So at each moment every change above the cut has its message or such a
-row, whatever happens between two transactions. The change at the cut stays in the log, too: its mark proves
-that a cursor there is of this history. A `client_id` is remembered in `chat_client_ids`.
+Later changes of a removed message (an edit, a reaction) stay in the log, so that a client
+that was away for a minute need not start over because somebody reacted to an old message. A
+row of `chat_removed_messages` takes the place of the message until `low_seq` has passed
+those changes. So at every moment each change above `low_seq` has its message or such a row.
+The change at `low_seq` itself stays in the log, because its mark proves that a cursor there
+belongs to this history. `chat_client_ids` keeps the idempotency keys of removed messages.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from chatd.store import schema
 from chatd.store.engine import is_sqlite
 from chatd.store.upkeep.scans import looking
 
-BATCH = 1000  # rows of one transaction: a few milliseconds, in which nobody else writes where there is one lock
-# Seconds that a queue keeps what nobody comes for: Redis or webhooks were turned off.
+BATCH = 1000  # rows per transaction: a few milliseconds, in which SQLite lets nobody else write
+# Seconds that the queues keep rows which nothing takes any more, after Redis or webhooks were turned off.
 LEFT_FOR = 7 * 24 * 3600.0
-PAUSE = 0.02  # seconds between two transactions, for everybody else
-_ADVISORY_LOCK = 0x7072756E  # one node at a time; any number that nothing else in the database uses
+PAUSE = 0.02  # seconds between two transactions, in which other writers can work
+_ADVISORY_LOCK = 0x7072756E  # lets one node at a time do this; the number is arbitrary
 
 T = TypeVar("T")
 
@@ -45,7 +46,9 @@ _messages, _changes, _heads = schema.messages.c, schema.changes.c, schema.conver
 
 
 class Rules(Struct, frozen=True):
-    """What is kept: messages younger than `days`, the newest `messages` of a conversation; 0: any."""
+    """What to keep: messages younger than `days`, and the newest `messages` of
+    each conversation; 0: no limit.
+    """
 
     days: float = 0.0
     messages: int = 0
@@ -55,9 +58,10 @@ class Rules(Struct, frozen=True):
 
 
 class _Marks(Struct, frozen=True):
-    """What is to go of a conversation: what is below `beyond`, and below `old` what is older than `moment`.
+    """The messages of a conversation to remove: ids below `beyond`; and ids below `old` if older than `moment`.
 
-    Ids grow with time, but a clock may have been wrong for a while: nothing younger goes for that.
+    Ids grow with time, but the clock may have been wrong for a while. The check of `moment`
+    keeps younger messages in that case.
     """
 
     beyond: int = 0
@@ -77,9 +81,10 @@ class _Marks(Struct, frozen=True):
 
 @dataclass
 class _Target:
-    """A conversation and what is to go of it: the log up to `low`.
+    """A conversation, and the place `low` up to which its log is removed.
 
-    `told`: messages with changes after that, and the last of these. The log was looked at up to `checked`.
+    `told`: message id → seq of its last change, for messages with changes after `low`. That
+    is known for the log up to `checked`.
     """
 
     conversation_id: int
@@ -90,22 +95,26 @@ class _Target:
 
 
 class Pruner:
-    """Call `find` once, then `step` until it returns None. Both block: they are for a thread."""
+    """Applies the rules once: call `find` once, then `step` until it returns
+    None. Both block, so use a thread.
+    """
 
     def __init__(self, engine: Engine, rules: Rules, *, patient: bool = False) -> None:
-        """`patient`: wait where another node is at it, instead of leaving it to that one."""
+        """`patient`: if another node is pruning, wait for it instead of leaving the work to it."""
         self._engine, self._rules, self._patient = engine, rules, patient
         self._targets: deque[_Target] = deque()
 
     def find(self) -> int:
-        """How many messages are to go. Writes nothing, and nobody waits for it."""
+        """Find the messages to remove, and return their number. Writes nothing and holds no locks."""
         with looking(self._engine) as connection:
             found = _marks(connection, self._rules)
             self._targets = deque(_target(connection, id, marks) for id, marks in sorted(found.items()))
             return sum(_count(connection, target) for target in self._targets)
 
     def step(self) -> int | None:
-        """Messages removed by one transaction; None when nothing is left, or another node is at it."""
+        """Run one transaction and return the number of messages it removed; None: finished,
+        or another node prunes.
+        """
         while self._targets:
             with self._engine.begin() as connection:
                 if not _alone(connection, self._patient):
@@ -118,7 +127,9 @@ class Pruner:
 
 
 def remove_leftovers(engine: Engine) -> int:
-    """Up to `BATCH` rows of either queue that help nobody any more; how many those were. Blocks."""
+    """Remove up to `BATCH` old rows from the outbox and from the given-up webhooks; returns
+    their number. Blocks.
+    """
     before = timestamp(datetime.now(UTC) - timedelta(seconds=LEFT_FOR))
     outbox, webhooks = schema.outbox, schema.webhooks
     old = select(outbox.c.id).where(outbox.c.created_at < before)
@@ -131,24 +142,26 @@ def remove_leftovers(engine: Engine) -> int:
 
 
 class Pruning:
-    """The same for the daemon, in a thread. A step takes milliseconds, so no stop gives it up."""
+    """Runs a `Pruner` in a thread, for the daemon. A cancelled `step` still
+    completes: it takes milliseconds.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = trio.CapacityLimiter(1)
 
     async def find(self, rules: Rules) -> Pruner:
-        """Raises Unavailable."""
+        """A pruner that has found its messages. Raises Unavailable."""
         pruner = Pruner(self._engine, rules)
         await self._in_thread(pruner.find, give_up=True)
         return pruner
 
     async def step(self, pruner: Pruner) -> int | None:
-        """Raises Unavailable."""
+        """See `Pruner.step`. Raises Unavailable."""
         return await self._in_thread(pruner.step, give_up=False)
 
     async def remove_leftovers(self) -> int:
-        """Raises Unavailable."""
+        """See the function `remove_leftovers`. Raises Unavailable."""
         return await self._in_thread(partial(remove_leftovers, self._engine), give_up=False)
 
     async def _in_thread(self, work: Callable[[], T], *, give_up: bool) -> T:
@@ -159,7 +172,7 @@ class Pruning:
 
 
 def _marks(connection: Connection, rules: Rules) -> dict[int, _Marks]:
-    """By conversation."""
+    """conversation_id → the messages to remove there."""
     found: dict[int, _Marks] = {}
     if rules.days:
         moment = timestamp(datetime.now(UTC) - timedelta(days=rules.days))
@@ -172,7 +185,7 @@ def _marks(connection: Connection, rules: Rules) -> dict[int, _Marks]:
 
 
 def _first_younger(connection: Connection, moment: str) -> int:
-    """The lowest id of a message that is not older. Ids grow with time, so it is looked for by halves."""
+    """The lowest id of a message not older than `moment`. Ids grow with time, so this is a binary search."""
     low = 1
     high = (connection.scalar(select(func.max(_messages.id))) or 0) + 1
     while low < high:
@@ -187,7 +200,7 @@ def _first_younger(connection: Connection, moment: str) -> int:
 
 
 def _beyond(connection: Connection, most: int) -> Iterator[tuple[int, int]]:
-    """(conversation, the lowest id that is among the newest) where there are more."""
+    """(conversation_id, lowest id among its newest `most` messages), for conversations that have more."""
     for conversation_id in connection.scalars(select(_heads.id).where(_heads.last_seq > most)).all():
         newest = select(_messages.id).where(_messages.chat_conversation_id == conversation_id)
         beyond = connection.scalar(newest.order_by(_messages.id.desc()).offset(most).limit(1))
@@ -204,7 +217,7 @@ def _target(connection: Connection, conversation_id: int, marks: _Marks) -> _Tar
 
 
 def _look_at_log(connection: Connection, target: _Target, last_seq: int) -> None:
-    """The last changes of messages that are to go, as far as the log was not looked at yet."""
+    """Read the part of the log after `checked` for the last changes of messages that will go."""
     mine = (_changes.conversation_id == target.conversation_id) & (_changes.seq > target.checked)
     theirs = _changes.message_id < target.marks.below
     last = select(_changes.message_id, func.max(_changes.seq)).where(mine, theirs).group_by(_changes.message_id)
@@ -227,10 +240,10 @@ def _alone(connection: Connection, patient: bool) -> bool:
 
 
 def _prune(connection: Connection, target: _Target) -> int | None:
-    """One batch; None when the conversation is done."""
+    """Remove one batch of the log or of messages; returns the number of messages; None: nothing is left."""
     head = select(_heads.last_seq, _heads.low_seq).where(_heads.id == target.conversation_id)
     row = connection.execute(head.with_for_update()).one()
-    if row.last_seq > target.checked:  # somebody edited an old message meanwhile
+    if row.last_seq > target.checked:  # perhaps an old message was edited in the meantime
         _look_at_log(connection, target, row.last_seq)
     if target.low > row.low_seq:
         raised = update(schema.conversations).where(_heads.id == target.conversation_id)
@@ -242,7 +255,7 @@ def _prune(connection: Connection, target: _Target) -> int | None:
 
 
 def _untold(target: _Target) -> ColumnElement[bool]:
-    """Removed messages of which nothing is left in the log."""
+    """Rows of removed messages that have no change left in the log."""
     removed = schema.removed.c
     return (removed.conversation_id == target.conversation_id) & (removed.last_seq <= target.low)
 
@@ -268,7 +281,10 @@ def _remove_messages(connection: Connection, target: _Target) -> int | None:
 
 
 def _remember(connection: Connection, target: _Target, ids: list[int]) -> None:
-    """What outlives these messages. A row that is there already was left by a version that did not remember."""
+    """Keep the idempotency keys of these messages, and rows for those with changes left in the log.
+
+    A row may exist already if an older version of chatd, which does not know these tables, ran in between.
+    """
     table, conversation = schema.client_ids, _messages.chat_conversation_id.label("conversation_id")
     columns = (
         conversation,

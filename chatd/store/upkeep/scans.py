@@ -1,4 +1,4 @@
-"""Looking through whole tables, with an engine that writes but beside whoever does: nobody waits for it."""
+"""Reads whole tables with the writing engine, without locks that could block a writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatd.store.engine import is_sqlite
 
 @contextmanager
 def looking(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads: one snapshot, no lock, no deadline."""
+    """A transaction that only reads: one snapshot, no locks, no statement timeout."""
     options: dict[str, Any] = {"only_reads": True}
     if not is_sqlite(engine):
         options["isolation_level"] = "REPEATABLE READ"
@@ -26,9 +26,9 @@ def looking(engine: Engine) -> Iterator[Connection]:
 def pages(
     engine: Engine, query: Select[Any], *key: Column[Any], size: int = 100
 ) -> Iterator[Sequence[RowMapping]]:
-    """The rows, `size` at a time, in the order of a unique key that is among their columns.
+    """The rows of a query, `size` at a time, in the order of a unique `key`, whose columns the query must have.
 
-    Each page is a transaction of its own, so whoever takes them may be slow, or write in between.
+    Each page is a transaction of its own, so the caller may be slow, or write between two pages.
     """
     last: tuple[Any, ...] | None = None
     while True:

@@ -1,8 +1,7 @@
-"""SQLite's log: kept small while that is possible, and told of while it is not.
+"""Keeps SQLite's write-ahead log small, and warns if that is not possible.
 
-The log can begin anew only in a moment in which nobody reads from it. Somebody who reads without an end (a
-shell that was left open) makes it grow with every message, and nobody here can end that: an operator must hear
-of it.
+SQLite can truncate the log only at a moment when nobody reads from it. A read transaction that never ends (an
+open shell, for example) makes it grow with every message. chatd cannot end that, so it warns the operator.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from chatd.observe import metrics
 from chatd.store.engine import SQLITE_LOG_KEPT
 
-PERIOD = 5.0  # seconds between two looks
-LARGE = 64 * 1024 * 1024  # bytes; by then somebody has read for long
+PERIOD = 5.0  # seconds between two checks
+LARGE = 64 * 1024 * 1024  # bytes; a log of this size means that a read transaction has been open for long
 
 log = structlog.get_logger()
 
@@ -32,14 +31,14 @@ class Wal:
         self._large = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """For ever."""
+        """Check every `PERIOD` seconds until it is cancelled."""
         task_status.started()
         while True:
             await self.look()
             await trio.sleep(PERIOD)
 
     async def look(self) -> None:
-        """Cut the log if it is larger than need be and nobody reads from it."""
+        """Truncate the log if it is larger than it need be and nobody reads from it. Warn if it is large."""
         if self._size() > SQLITE_LOG_KEPT:
             await trio.to_thread.run_sync(self._cut, limiter=self._thread)
         size = self._size()
@@ -47,7 +46,7 @@ class Wal:
         if (size > LARGE) is not self._large:
             self._large = size > LARGE
             if self._large:
-                advice = "something reads the database without an end: find it with fuser or lsof, and end it"
+                advice = "another process has a long read open: find it with fuser or lsof, and end it"
                 log.warning("sqlite_log_grows", file=str(self._file), bytes=size, advice=advice)
             else:
                 log.info("sqlite_log_is_small", bytes=size)
@@ -59,7 +58,11 @@ class Wal:
             return 0
 
     def _cut(self) -> None:
-        """Nobody waits for it: what has to be copied is copied beside writers, and it waits for no reader."""
+        """Truncate the log without blocking anybody.
+
+        PASSIVE copies the log into the file while others write. TRUNCATE follows only if everything was copied,
+        and with a busy timeout of 0, so that it does not wait for readers.
+        """
         try:
             with self._engine.connect() as connection:
                 driver: Any = connection.connection.driver_connection
@@ -71,5 +74,5 @@ class Wal:
                         driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 finally:
                     driver.execute(f"PRAGMA busy_timeout = {patience}")
-        except SQLAlchemyError as error:  # the writer says it loudly enough
+        except SQLAlchemyError as error:  # the writer reports the same problem as a warning
             log.debug("sqlite_log_not_cut", error=type(error).__name__)

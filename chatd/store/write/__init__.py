@@ -1,1 +1,1 @@
-"""The one writer: commands come in, each group is one transaction."""
+"""The writer: takes commands, and commits each group of them in one transaction."""

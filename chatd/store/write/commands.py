@@ -1,4 +1,4 @@
-"""What the writer can be asked to do, and what it answers. Plain values: no SQL, no waiting."""
+"""The writer's commands and their results. Plain values: no SQL, no I/O."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from chatd.core.model import State
 
 
 class Rights(Enum):
-    """On whose word a change is made. A `removed` or `banned` row beats the last two."""
+    """What allows a change. A members' row that says `removed` or `banned` overrides the last two."""
 
-    TRUSTED = "trusted"  # the backend's
-    ENTITLED = "entitled"  # a user's whose token or deployment opens the room
-    MEMBER = "member"  # a user's who needs an active row
+    TRUSTED = "trusted"  # the backend asks for the change
+    ENTITLED = "entitled"  # the user's token lists the room, or the configuration opens all rooms
+    MEMBER = "member"  # the user needs a members' row that says `active`
 
 
 class Create(Struct, frozen=True, kw_only=True):
+    """Store a message. The result is `Created`."""
+
     conversation_id: int
     user_id: int
     content: str
@@ -29,11 +31,11 @@ class Create(Struct, frozen=True, kw_only=True):
     client_id: str | None = None
     reply_to: int | None = None
     rights: Rights = Rights.TRUSTED
-    asked: bytes | None = None  # the request's hash, where something else is stored than was asked for
-    fence: str | None = None  # refused with Superseded unless the newest `Fence` has this token
+    asked: bytes | None = None  # hash of the client's request, if a hook has changed what to store
+    fence: str | None = None  # the command fails with Superseded unless the newest `Fence` has this token
 
     def request_hash(self) -> bytes:
-        """What makes a second request with the same `client_id` a retry, not a conflict."""
+        """16 bytes that tell a retry from a conflict: a retry has the same `client_id` and the same hash."""
         if self.asked is not None:
             return self.asked
         asked = msgspec.json.encode([self.type, self.content, self.meta, self.reply_to], order="sorted")
@@ -41,7 +43,7 @@ class Create(Struct, frozen=True, kw_only=True):
 
 
 class Edit(Struct, frozen=True, kw_only=True):
-    """Without `conversation_id` the message is looked for by its id alone; without `user_id` anybody's."""
+    """Change a message. `conversation_id` None: any conversation. `user_id` None: the backend, any author."""
 
     message_id: int
     conversation_id: int | None = None
@@ -52,6 +54,8 @@ class Edit(Struct, frozen=True, kw_only=True):
 
 
 class Delete(Struct, frozen=True, kw_only=True):
+    """Delete a message; the fields are those of `Edit`."""
+
     message_id: int
     conversation_id: int | None = None
     user_id: int | None = None
@@ -59,7 +63,7 @@ class Delete(Struct, frozen=True, kw_only=True):
 
 
 class React(Struct, frozen=True, kw_only=True):
-    """Give a reaction to a message or take it back."""
+    """Add a reaction to a message (`on`) or remove it."""
 
     message_id: int
     conversation_id: int
@@ -70,10 +74,10 @@ class React(Struct, frozen=True, kw_only=True):
 
 
 class MoveCursor(Struct, frozen=True, kw_only=True):
-    """Everything up to these message ids is read, or received. Back it never goes.
+    """A user has read and received all messages up to these ids. Smaller ids than before have no effect.
 
-    `detail`: in a room with more members nobody else is told. `elsewhere`: the user has other connections,
-    which are told in a room of any size.
+    `detail`: in a room with more members than this (0: no limit) other users get no receipt. `elsewhere`: the
+    user has other connections, which get the receipt in a room of any size.
     """
 
     conversation_id: int
@@ -86,9 +90,9 @@ class MoveCursor(Struct, frozen=True, kw_only=True):
 
 
 class SetUser(Struct, frozen=True, kw_only=True):
-    """Void a user's tokens issued before `valid_after` (unix seconds), or ban the user for a time.
+    """Revoke a user's tokens from before `valid_after` (unix seconds), or ban or unban the user.
 
-    `now`: void all that were issued until now; the clock may say that this was before.
+    `now`: revoke all tokens issued until now, even if the clock was set back and `valid_after` is in the past.
     """
 
     user_id: int
@@ -105,13 +109,13 @@ class Notify(Struct, frozen=True, kw_only=True):
 
 
 class Fence(Struct, frozen=True, kw_only=True):
-    """A reader of `chat.ingest` begins: what others have read before is not committed after this."""
+    """A node starts to read `chat.ingest`. After this, commands with an older fencing token fail."""
 
     token: str
 
 
 class SetMember(Struct, frozen=True, kw_only=True):
-    """Add or remove a member. What is UNSET stays as it is."""
+    """Add, change or remove a member. Fields that are UNSET stay as they are."""
 
     conversation_id: int
     user_id: int
@@ -137,13 +141,13 @@ class Changed(Struct, frozen=True):
 
 
 class MemberSet(Struct, frozen=True):
-    """`changed` is false when the member was in that state already."""
+    """`changed` is False if the member had that state before."""
 
     changed: bool
 
 
 class CursorMoved(Struct, frozen=True):
-    """Where it stands now."""
+    """The cursor after the command: message ids."""
 
     read: int
     delivered: int

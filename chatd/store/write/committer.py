@@ -1,7 +1,8 @@
-"""Commits groups of commands, in the writer's thread, and says what became of each command.
+"""Commits groups of commands, in the writer's thread, and returns an outcome for each command.
 
-A group that fails for one bad command is committed command by command. A group that waits for the lock of
-somebody else is committed conversation by conversation, so that the others do not wait for it.
+If one bad command makes a group fail, each command gets a transaction of its own. If another
+process holds a lock that the group needs, each conversation gets a transaction of its own,
+so that the others do not wait for the lock.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from chatd.store.write.packing import unpack
 from chatd.store.write.submission import Outcome
 from chatd.store.write.transaction import Transaction
 
-APART_WAIT = 100  # ms for a conversation's lock, once some of a group could not be had in time
+APART_WAIT = 100  # ms to wait for each conversation's lock, after the whole group has waited in vain
 
-# The server is gone, overloaded or locked. What was sent may or may not have been committed. A bare OSError is
-# psycopg's, where there is no descriptor left to connect with.
+# The server is gone, overloaded or locked, and the commands may or may not have been committed. psycopg raises
+# a bare OSError if the process has no file descriptor left for a connection.
 _LOST = (OperationalError, InterfaceError, InternalError, PoolTimeout, Strayed, OSError)
 
 log = structlog.get_logger()
@@ -39,8 +40,9 @@ _unavailable = Recurring("write_unavailable")
 
 
 class Committed(Struct):
-    """One outcome for each command. `groups` are what was committed. `settled`: the outbox rows that were to go
-    have gone.
+    """The result of `commit`: one outcome per command, and the committed groups.
+
+    `settled`: the published outbox rows were removed.
     """
 
     outcomes: list[Outcome]
@@ -49,8 +51,9 @@ class Committed(Struct):
 
 
 class Committer:
-    """Synchronous. `failing`: the last commit found no database that takes any. `gone`: there is no database
-    any more to commit to.
+    """Commits synchronously. `failing`: the last commit found no database that accepts writes.
+
+    `gone`: the database's file is gone, so there will be no more commits.
     """
 
     def __init__(self, engine: Engine, *, node: str | None, told: frozenset[str], file: DatabaseFile) -> None:
@@ -61,7 +64,9 @@ class Committer:
     def commit(
         self, commands: list[AnyCommand], settled: Iterable[int] = (), lock_wait: int | None = None
     ) -> Committed:
-        """`lock_wait` in ms, if not as long as usual."""
+        """Commit one group. `settled`: ids of published outbox rows to remove. `lock_wait`:
+        ms; None: the default.
+        """
         try:
             outcomes, group = self._transact(commands, settled, lock_wait)
         except DatabaseGone as gone:
@@ -73,7 +78,7 @@ class Committer:
             self.failing = not _is_locked(error)
             return Committed([_lost(error)] * len(commands), [])
         except Exception as error:
-            if len(commands) > 1:  # one of them is bad: the others shall not suffer
+            if len(commands) > 1:  # one bad command must not make the others fail
                 return self._commit_singly(commands)
             return Committed([_bad(error)] * len(commands), [])
         self.failing = False
@@ -89,7 +94,7 @@ class Committer:
         return Committed(outcomes, groups)
 
     def _commit_apart(self, commands: list[AnyCommand]) -> Committed:
-        """A node that does not move holds the lock of a conversation: the others do not wait for it."""
+        """Commit conversation by conversation, because a node that hangs holds the lock of one of them."""
         by_lock: dict[Any, list[int]] = {}
         for index, command in enumerate(commands):
             by_lock.setdefault(_lock_of(command), []).append(index)
@@ -121,10 +126,10 @@ class Committer:
             try:
                 transaction.commit()
                 if unreplicated(connection):
-                    raise Strayed("the standby does not have it for certain")
+                    raise Strayed("it is not certain that the standby has this commit")
             except Exception as error:
-                # Whether it was committed is not known: it is never tried again, and this connection, which
-                # may still be in the middle of the transaction, is not used again.
+                # It is not known whether this was committed. So it is never retried here, and the connection,
+                # which may still be inside the transaction, is never used again.
                 connection.invalidate()
                 raise OperationalError("COMMIT", None, error) from error
             self._file.check()
@@ -132,15 +137,15 @@ class Committer:
 
     @property
     def damaged(self) -> bool:
-        """Somebody has read from SQLite's file what SQLite has not written there."""
+        """Whether SQLite has reported that its file is damaged."""
         return self._file.damaged
 
     def leave(self) -> None:
-        """The database has gone: see `DatabaseFile.leave`."""
+        """Stop using a database that is gone: see `DatabaseFile.leave`."""
         self._file.leave(self._engine)
 
     def look(self) -> None:
-        """For when nobody writes."""
+        """Check the database's file; the idle writer calls this."""
         try:
             self._file.check()
         except DatabaseGone as gone:
@@ -162,7 +167,9 @@ def _bad(error: Exception) -> Internal:
 
 
 def _lock_of(command: AnyCommand) -> Any:
-    """What its lock depends on; a backend may change a message without saying in which conversation it is."""
+    """A key for the lock that a command needs: the conversation, or the message if the
+    backend gives only its id.
+    """
     if isinstance(command, Edit | Delete) and command.conversation_id is None:
         return "message", command.message_id
     if isinstance(command, Notify | Fence):
@@ -171,5 +178,7 @@ def _lock_of(command: AnyCommand) -> Any:
 
 
 def _is_locked(error: Exception) -> bool:
-    """PostgreSQL gave up waiting for a row that somebody else holds: nothing has been written."""
+    """Whether PostgreSQL's lock_timeout ended the wait for a row's lock
+    (SQLSTATE 55P03): nothing was written.
+    """
     return getattr(getattr(error, "orig", None), "sqlstate", None) == "55P03"

@@ -1,6 +1,7 @@
-"""Conversations within one transaction: found, made where that is allowed, locked in id order, and numbered.
+"""Conversations within one transaction: finds them, creates missing ones, locks them in id
+order, numbers changes.
 
-Used by `transaction` alone. The lock comes before everything else that a transaction reads of a conversation.
+Only `transaction` uses this. It locks a conversation before the transaction reads anything else about it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from chatd.store.write.commands import (
 )
 
 Row = dict[str, Any]
-MARK_BYTES = 6  # of chance: two histories do not come upon the same by accident
+MARK_BYTES = 6  # random bytes: enough that two histories never have the same mark by accident
 
 
 class Conversations:
-    """`mark` is that of all changes of this transaction."""
+    """The conversations of a group of commands. All changes of the transaction have the same `mark`."""
 
     def __init__(self, connection: Connection, now: str) -> None:
         self._connection, self._now = connection, now
@@ -48,11 +49,13 @@ class Conversations:
         return self.rows[id]
 
     def of_message(self, id: int) -> int | None:
-        """Where a message is that a command changes or answers."""
+        """The conversation of a message that a command changes or replies
+        to; None: there is no such message.
+        """
         return self._of_message.get(id)
 
     def of(self, command: AnyCommand) -> int | None:
-        """None for a command that is about none, or about a message that is not there."""
+        """The conversation of a command. None: it concerns none, or its message does not exist."""
         if isinstance(command, Edit | Delete | React):
             return self._of_message.get(command.message_id)
         return None if isinstance(command, SetUser | Notify | Fence) else command.conversation_id
@@ -69,12 +72,14 @@ class Conversations:
             self._of_message = {row.id: row.chat_conversation_id for row in found}
 
     def _lock(self, commands: Sequence[AnyCommand]) -> None:
-        """All of them, in id order; those that a command may make are made first, in the same order."""
+        """Create the missing conversations that a command may create, then lock all, both in
+        the order of their ids.
+        """
         numbering = [command for command in commands if not isinstance(command, MoveCursor)]
         ids = {id for command in numbering if (id := self.of(command)) is not None}
         if not ids:
             return
-        if self._dialect == "sqlite":  # one lock for everything, which is ours already: look first
+        if self._dialect == "sqlite":  # this transaction has SQLite's only lock already: read first
             self._read_locked(ids)
         if missing := self._missing(commands):
             rows = [{"id": id, "updated_at": self._now} for id in sorted(missing)]
@@ -83,7 +88,7 @@ class Conversations:
             self._read_locked(ids)
 
     def _missing(self, commands: Sequence[AnyCommand]) -> set[int]:
-        """Those that are to be made, as far as it is known without a lock."""
+        """The conversations to create, as far as that is known before they are locked."""
         wanted = {
             command.conversation_id
             for command in commands
@@ -108,7 +113,7 @@ class Conversations:
         return row["last_seq"], previous
 
     def touch(self, id: int) -> None:
-        """Its row has changed in another way."""
+        """Note that the row has changed although there is no new seq."""
         self._touched.add(id)
 
     def write(self) -> None:

@@ -1,6 +1,6 @@
-"""Read and delivered cursors within one transaction: held against the conversation, then moved ahead.
+"""Read and delivered cursors within one transaction: limits them to existing messages and moves them forward.
 
-Used by `transaction` alone. A conversation is not locked for them: they have no seq, and never go back.
+Only `transaction` uses this. It does not lock the conversation, because cursors have no seq and never go back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cursors:
         self._heads: dict[int, int] = {}  # conversation_id → its newest message
         self._before: dict[Key, CursorMoved] = {}
         self._moved: dict[Key, CursorMoved] = {}
-        self._elsewhere: set[Key] = set()  # whose users have other connections
+        self._elsewhere: set[Key] = set()  # keys whose users have other connections
         self._detail = 0
 
     def read(self, commands: Sequence[MoveCursor]) -> None:
@@ -42,7 +42,7 @@ class Cursors:
             self._before[conversation_id, user] = CursorMoved(*ids)
 
     def move(self, command: MoveCursor) -> CursorMoved:
-        """What is read was delivered, and nobody has read what is not there yet."""
+        """Move a cursor forward, at most to the newest message. A message that is read counts as delivered."""
         key = (command.conversation_id, command.user_id)
         before = self._moved.get(key) or self._before.get(key) or CursorMoved(0, 0)
         head = self._heads.get(command.conversation_id) or 0
@@ -55,7 +55,7 @@ class Cursors:
         return after
 
     def write(self) -> None:
-        """In the order of their keys, so that two nodes cannot wait for each other."""
+        """Write the cursors in the order of their keys, so that two nodes cannot deadlock."""
         if self._moved:
             rows = [
                 {
@@ -70,13 +70,13 @@ class Cursors:
             self._connection.execute(statements.MOVE_CURSORS[self._dialect], rows)
 
     def notices(self) -> list[Notice]:
-        """For each cursor that has moved: to the room, or to the user's own connections if it is crowded."""
+        """A receipt for each cursor that has moved: for the room, or in a crowded room for the user only."""
         if not self._moved:
             return []
         crowded = self._crowded() if self._detail else set()
         return [
             self._notice(id, user, cursor, alone=id in crowded)
-            for (id, user), cursor in sorted(self._moved.items())  # those of one room go out as one
+            for (id, user), cursor in sorted(self._moved.items())  # so that those of a room can be joined
             if id not in crowded or (id, user) in self._elsewhere
         ]
 

@@ -1,6 +1,7 @@
-"""The fencing token of whoever reads `chat.ingest`, within one transaction.
+"""The fencing token of the node that reads `chat.ingest`, within one transaction.
 
-Used by `transaction` alone. A commit that checks the token and one that changes it wait for each other.
+Only `transaction` uses this. A row lock makes a commit that checks the token and one that
+changes it wait for each other.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from chatd.store.write.commands import AnyCommand, Create, Fence
 class Fencing:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._token: str | None = None  # the newest, if a command is about one
+        self._token: str | None = None  # the newest token; only read if a command needs it
 
     def read(self, commands: Iterable[AnyCommand]) -> None:
-        """Before any conversation is locked, as everybody does. A new token counts for all commands."""
+        """Read or set the token. A token set by a command of the group counts for the whole group.
+
+        Call this before locking conversations: with one order of locks, nodes cannot deadlock.
+        """
         checked = False
         for command in commands:
             if isinstance(command, Fence):
@@ -32,6 +36,6 @@ class Fencing:
             self._token = self._connection.scalar(statements.FENCE)
 
     def check(self, command: Create) -> None:
-        """Raises Superseded."""
+        """Raises Superseded if the command has a token that is not the newest."""
         if command.fence is not None and command.fence != self._token:
             raise Superseded()

@@ -1,7 +1,7 @@
-"""Messages that a command may be a retry of, by their `client_id`, within one transaction; also those that
-retention has removed.
+"""Finds the message that an earlier attempt of the same request stored, by its idempotency key `client_id`.
 
-Used by `transaction` and `permits`. Each answer sees what the commands before it in the group did.
+It also finds messages that retention has removed. Only `transaction` and `permits` use this. Each answer takes
+the earlier commands of the group into account.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Idempotency:
         self._earlier: dict[Key, Row] = {}
 
     def read(self, commands: Sequence[Create], conversations: Mapping[int, Row]) -> None:
-        """`commands` are those with a `client_id`."""
+        """Read the earlier messages of `commands`, which all have a `client_id`."""
         keys = {_key(command) for command in commands}
         self._look(statements.EARLIER_MESSAGES, keys)
-        # Where nothing was ever removed there is nothing to look for.
+        # Save the second query for conversations from which retention has never removed anything.
         pruned = {id for id, row in conversations.items() if row["low_seq"]}
         self._look(statements.REMOVED_CLIENT_IDS, {key for key in keys if key[0] in pruned})
 
@@ -40,7 +40,9 @@ class Idempotency:
                 self._earlier[row["chat_conversation_id"], row["user_id"], row["client_id"]] = dict(row)
 
     def find(self, command: Create) -> Row | None:
-        """The message that it made the first time. Raises Conflict where that was another one."""
+        """The message of an earlier attempt, or None. Raises Conflict if the
+        earlier request had other content.
+        """
         earlier = self._earlier.get(_key(command))
         if earlier is not None and earlier["request_hash"] != command.request_hash():
             raise Conflict(field="client_id")

@@ -1,6 +1,6 @@
-"""Members within one transaction: who may do what in the conversations of a group, and who comes and goes.
+"""Members within one transaction: answers who may do what, and adds and removes members.
 
-Used by `transaction` and `permits`. Each answer sees what the commands before it in the group did.
+Only `transaction` and `permits` use this. Each answer takes the earlier commands of the group into account.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from chatd.store.write.commands import Rights, SetMember
 Key = tuple[int, int]  # conversation_id, user_id
 Row = dict[str, Any]
 
-MODERATOR = "moderator"  # the role that may change what others wrote
+MODERATOR = "moderator"  # the role that may edit and delete messages of others
 
 
 class Members:
-    """`changes` are those that others are told of."""
+    """The members of the conversations of a group. `changes` are the ones to report to nodes and webhooks."""
 
     def __init__(self, connection: Connection, now: str) -> None:
         self._connection, self._now = connection, now
@@ -39,7 +39,7 @@ class Members:
             self._rows = {(row["conversation_id"], row["user_id"]): dict(row) for row in found}
 
     def __contains__(self, key: Key) -> bool:
-        """Whether there is a row, whatever it says."""
+        """Whether there is a row, in any state."""
         return key in self._rows
 
     def may_enter(self, key: Key, rights: Rights) -> bool:
@@ -61,11 +61,11 @@ class Members:
         return member is not None and member["role"] == MODERATOR
 
     def enter_quietly(self, key: Key, conversation: Row) -> None:
-        """Somebody becomes a member by posting: the message says it."""
+        """Make the author of a post a member. The room gets no event, because the message itself shows it."""
         self._put(key, conversation, State.ACTIVE, None, None, announce=True, quiet=True)
 
     def set(self, command: SetMember, conversation: Row) -> tuple[bool, bool]:
-        """(whether anything is to be written, whether the member was in another state before)"""
+        """Change a member. Returns (whether there is something to write, whether the state has changed)."""
         key = (command.conversation_id, command.user_id)
         before = self._rows.get(key)
         role = (before or {}).get("role") if command.role is UNSET else command.role
@@ -93,7 +93,9 @@ class Members:
         shrinks: bool = False,
         quiet: bool = False,
     ) -> None:
-        """`announce`: somebody has come or gone. `shrinks`: who was allowed to listen no longer is."""
+        """`announce`: the state has changed. `shrinks`: the user could read
+        the conversation and no longer can.
+        """
         conversation_id, user = key
         self._rows[key] = self._set[key] = {
             "conversation_id": conversation_id,

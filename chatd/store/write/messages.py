@@ -1,4 +1,4 @@
-"""Messages within one transaction: read, made and changed. Used by `transaction` alone."""
+"""Messages within one transaction: reads, creates and changes them. Only `transaction` uses this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Messages:
-    """`changed` are the rows of messages that were there before, as they are now."""
+    """The messages of a group of commands. `changed`: id → the new row of a message that existed before."""
 
     def __init__(self, connection: Connection, now: str) -> None:
         self._connection, self._now = connection, now
@@ -31,7 +31,7 @@ class Messages:
         return self._rows.get(id)
 
     def create(self, command: Create, seq: int) -> Row:
-        """The row, which has no id until it is written."""
+        """Make a new row. It has no id until `insert`."""
         row = {
             "chat_conversation_id": command.conversation_id,
             "user_id": command.user_id,
@@ -55,9 +55,11 @@ class Messages:
         self._rows[row["id"]] = self.changed[row["id"]] = row
 
     def insert(self) -> None:
-        """Their ids are known at once where nobody else can be writing, else by what the insert returns.
+        """Insert the new rows and set their ids.
 
-        SQLite gives rows back in no certain order: SQLAlchemy would send a statement for each.
+        PostgreSQL returns the ids in order. SQLite returns rows in no certain order, so
+        SQLAlchemy would send one statement per row. There this computes the ids itself,
+        which is safe because SQLite has only one writer.
         """
         rows = self._created
         if not rows:

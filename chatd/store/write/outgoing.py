@@ -1,6 +1,7 @@
-"""What a transaction leaves for others to carry out: the outbox, for the bus, and the webhook's events.
+"""Writes the rows of the outbox and of the webhook queue, in the same transaction as the
+changes that they report.
 
-In the same transaction as what they tell of: neither is there without the other.
+So a change is never committed without its events, and an event never without its change.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EVENTS = {
 
 
 class _Told(Struct, frozen=True):
-    """What a user did to a message, which is `row` after it."""
+    """An event for the webhook: a user has done something to a message. `row` is the message afterwards."""
 
     event: str
     seq: int
@@ -48,16 +49,23 @@ class _Told(Struct, frozen=True):
 
 
 class Outgoing:
-    """`notifications` are what the webhook is told beside what happens to messages and members."""
+    """The outgoing events of one transaction. `notifications` are webhook events other than
+    messages and members.
+    """
 
     def __init__(self, connection: Connection, node: str | None, now: str, told: frozenset[str]) -> None:
-        """`node`: None if no bus outlives this process, so that there is no outbox. `told`: wanted events."""
+        """`node`: the node's name in the outbox; None: the bus is in memory, and there is no outbox.
+
+        `told`: the events that the webhook wants.
+        """
         self._connection, self._node, self._now, self._wanted = connection, node, now, told
         self._messages: list[_Told] = []
         self.notifications: list[Notify] = []
 
     def tell_message(self, kind: Kind, seq: int, row: dict[str, Any], command: ByUser) -> None:
-        """The row may still change until the webhook's events are written: a new message has no id yet."""
+        """Note an event for the webhook. Its body is made later, because the row of a new
+        message has no id yet.
+        """
         if (event := _EVENTS[kind]) in self._wanted:
             self._messages.append(_Told(event, seq, row, command))
 
@@ -70,12 +78,12 @@ class Outgoing:
         return id
 
     def settle(self, outbox_ids: Iterable[int]) -> None:
-        """The bus has taken these groups."""
+        """Remove the rows of published groups."""
         if ids := list(outbox_ids):
             self._connection.execute(statements.SETTLE_OUTBOX, {"ids": ids})
 
     def fill_webhooks(self, members: Iterable[MemberChange]) -> bool:
-        """Whether there is something for the webhook."""
+        """Write the webhook's events; whether there were any."""
         told = [(one.event, one.body()) for one in self._messages]
         told += [_of_member(one) for one in members if _member_event(one) in self._wanted]
         told += [(one.event, one.body) for one in self.notifications]

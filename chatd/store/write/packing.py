@@ -1,6 +1,6 @@
-"""Commands as they wait for the writer: counted in bytes, all that is in them, and no larger than on the wire.
+"""Keeps waiting commands small, and measures the memory that they take.
 
-8 kB of `meta` may be 2,700 empty lists, which take 170 kB of memory when they are decoded. So it waits as JSON.
+`meta` waits as JSON, because 8 kB of it may be 2,700 empty lists, which take 170 kB of memory when decoded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from chatd.store.write.commands import AnyCommand, Create, Edit
 
-EACH = 700  # bytes of a command and of what waits for its outcome, beside its fields
+EACH = 700  # bytes of a command without its fields, including the objects that wait for its outcome
 
 C = TypeVar("C", bound=AnyCommand)
 
@@ -31,7 +31,7 @@ def unpack(command: AnyCommand) -> AnyCommand:
 
 
 def size(command: AnyCommand) -> int:
-    """Bytes of memory that a packed one takes."""
+    """Bytes of memory that a packed command takes."""
     total = EACH
     for name in command.__struct_fields__:
         value = getattr(command, name)

@@ -1,7 +1,7 @@
-"""Who may write what: the rules that the transaction keeps, and a look at what they say just now.
+"""The rules about who may write what, which the transaction applies; and a check of these rules in advance.
 
-The transaction has the last word. Whoever would trouble somebody else about a command, the backend's hook for
-instance, looks first, and troubles nobody about what would be refused.
+Only the transaction's decision counts. The check in advance keeps chatd from asking the backend's hook about a
+command that the transaction would refuse anyway.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Row = dict[str, Any]
 
 
 def check_entry(members: Members, key: tuple[int, int], rights: Rights, field: str = "conversation_id") -> None:
-    """`key`: conversation and user. Raises NotFound."""
+    """`key` is (conversation_id, user_id). Raises NotFound for `field` if the user may not enter."""
     if not members.may_enter(key, rights):
         raise NotFound(field=field)
 
 
 def visible(members: Members, command: Edit | Delete | React, row: Row | None) -> Row:
-    """The message as it is now, if the user may see it and write in its room. Deleted is as good as gone.
+    """The message as it is now, if the user may see it and write in its room.
 
-    Raises NotFound, Muted.
+    Raises NotFound, also for a deleted message, and Muted.
     """
     if row is None or command.conversation_id not in (None, row["chat_conversation_id"]):
         raise NotFound(field="id")
@@ -43,20 +43,19 @@ def visible(members: Members, command: Edit | Delete | React, row: Row | None) -
 
 
 def own(members: Members, command: Edit | Delete, row: Row | None) -> Row:
-    """The message as it is now, if the user may change it: its author, a moderator, the backend.
-
-    Raises NotFound, Muted, Forbidden.
+    """The message as it is now, if its author, a moderator or the backend asks. Raises
+    NotFound, Muted, Forbidden.
     """
     row = visible(members, command, row)
     if command.user_id in (None, row["user_id"]):
         return row
     if not members.moderates((row["chat_conversation_id"], command.user_id)):
-        raise Forbidden("only its author or a moderator may change a message", field="id")
+        raise Forbidden("only the author or a moderator may change this message", field="id")
     return row
 
 
 def look(connection: Connection, command: Create | Edit) -> None:
-    """A user's command, before it goes to the writer. Raises NotFound, Muted, Forbidden."""
+    """Check a user's command before it goes to the writer. Raises NotFound, Muted, Forbidden."""
     assert command.conversation_id is not None
     assert command.user_id is not None
     key = (command.conversation_id, command.user_id)
@@ -75,7 +74,7 @@ def look(connection: Connection, command: Create | Edit) -> None:
 
 
 def _sent_before(connection: Connection, command: Create) -> bool:
-    """A retry is answered, whatever its sender may do by now."""
+    """Whether the command is a retry, which gets its earlier result even if its sender is muted by now."""
     if command.client_id is None:
         return False
     retries = Idempotency(connection)

@@ -1,6 +1,6 @@
-"""Reactions within one transaction: who gave which, and the summary that is read with the message.
+"""Reactions within one transaction: one row per user, message and emoji, and a summary in the message's row.
 
-Used by `transaction` alone. The summary is `{emoji: [count, [first users]]}`: a message costs no second look.
+Only `transaction` uses this. The summary, `{emoji: [count, [first users]]}`, saves a second query per message.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reactions:
             self._given = {(message, user, emoji) for message, user, emoji in rows}
 
     def toggle(self, command: React, summary: Summary | None) -> Summary | None:
-        """The summary after it, or None where nothing changes. Raises LimitExceeded."""
+        """The message's new summary, or None if nothing changes. Raises LimitExceeded."""
         key = _key(command)
         if self._toggled.get(key, key in self._given) is command.on:
             return None
@@ -43,7 +43,7 @@ class Reactions:
         count, users = fresh.get(command.emoji, (0, []))
         if command.on:
             if command.emoji not in fresh and len(fresh) >= EMOJIS:
-                raise LimitExceeded(f"at most {EMOJIS} different reactions to a message", field="emoji")
+                raise LimitExceeded(f"a message can have at most {EMOJIS} different reactions", field="emoji")
             fresh[command.emoji] = [count + 1, users if count >= EMOJI_USERS else [*users, command.user_id]]
         elif count <= 1:
             del fresh[command.emoji]
@@ -54,7 +54,7 @@ class Reactions:
         return fresh
 
     def clear(self, message_id: int) -> None:
-        """The message was deleted: what was given to it goes too."""
+        """Remove all reactions of a deleted message."""
         self._cleared.append(message_id)
 
     def write(self) -> None:
@@ -68,7 +68,7 @@ class Reactions:
             self._connection.execute(statements.CLEAR_REACTIONS, {"ids": self._cleared})
 
     def refill(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Where one who is named has gone and others are there, the next ones are named. After `write`."""
+        """Complete the lists of first users from which a user was removed. Call this after `write`."""
         for row in rows:
             for emoji, item in (row["reactions"] or {}).items():
                 if len(item[1]) < min(item[0], EMOJI_USERS):

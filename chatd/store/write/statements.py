@@ -1,6 +1,6 @@
-"""The writer's statements, built once: building one costs more than running it.
+"""The writer's statements, built once at import, because building one costs more than running it.
 
-Parameters named in the plural are lists. Used by `transaction` and `permits`.
+Parameters whose names are plural are lists.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONVERSATIONS_OF_MESSAGES = select(messages.c.id, messages.c.chat_conversation_i
 
 EXISTING_CONVERSATIONS = select(conversations.c.id).where(among(conversations.c.id, "ids"))
 
-# By the name of the dialect.
+# By dialect.
 CREATE_CONVERSATIONS = {
     name: into(conversations).on_conflict_do_nothing().returning(conversations.c.id)
     for name, into in _insert_of.items()
@@ -67,7 +67,7 @@ LOCK_CONVERSATIONS = (
 
 
 def _by_keys(wanted: Select[Any], kinds: keys.Kinds, *columns: Column[Any]) -> dict[str, Select[Any]]:
-    """The rows whose columns are one of the `keys`."""
+    """By dialect: the rows whose `columns` equal one of the `keys`."""
 
     def of(dialect: str) -> Select[Any]:
         rows, items = keys.listed(dialect, kinds)
@@ -87,7 +87,7 @@ EARLIER_MESSAGES = _by_keys(
     messages.c.client_id,
 )
 
-# The same of messages that retention has removed.
+# The same for messages that retention has removed.
 REMOVED_CLIENT_IDS = _by_keys(
     select(
         client_ids.c.message_id.label("id"),
@@ -104,7 +104,7 @@ MESSAGES = select(*MESSAGE_COLUMNS).where(among(messages.c.id, "ids"))
 
 INSERT_MESSAGES = insert(messages).returning(messages.c.id, sort_by_parameter_order=True)
 
-# For SQLite, where reading and writing are under one lock. AUTOINCREMENT goes on from the highest ever given.
+# The highest id that SQLite's AUTOINCREMENT has ever assigned. `Messages.insert` counts on from it.
 LAST_MESSAGE_ID = text(f"SELECT seq FROM sqlite_sequence WHERE name = '{messages.name}'")
 INSERT_NUMBERED_MESSAGES = insert(messages)
 
@@ -130,11 +130,13 @@ SET_MEMBERS = {name: _set_members(into(members)) for name, into in _insert_of.it
 
 INSERT_CHANGES = insert(changes)
 
-# Cursors. A conversation that nobody has written to has no newest message.
+# Cursors. A conversation without messages has no newest message.
 
 
 def _for_each_place(value: Any) -> dict[str, Select[Any]]:
-    """`keys` are lists of one conversation_id; `value` makes the subquery for one."""
+    """By dialect: a value per conversation. `keys` are [conversation_id];
+    `value` makes the subquery for one.
+    """
 
     def of(dialect: str) -> Select[Any]:
         rows, (place,) = keys.listed(dialect, keys.PLACES)
@@ -226,10 +228,10 @@ ADVANCED = ("last_seq", *_VERSIONS, "updated_at", "mark", "marked_seq")
 
 
 def _advance_conversations(into: Any) -> Any:
-    """They are all there; an upsert is the update of many rows that takes one statement."""
+    """Update many conversations with one statement: an upsert of rows that all exist."""
     fresh = {name: into.excluded[name] for name in ADVANCED}
     upsert = into.on_conflict_do_update(index_elements=[conversations.c.id], set_=fresh)
-    return upsert.returning(conversations.c.id)  # else SQLAlchemy makes a statement of each row
+    return upsert.returning(conversations.c.id)  # without it SQLAlchemy sends one statement per row
 
 
 ADVANCE_CONVERSATIONS = {name: _advance_conversations(into(conversations)) for name, into in _insert_of.items()}
@@ -238,7 +240,8 @@ INSERT_WEBHOOKS = insert(webhooks)
 
 INSERT_OUTBOX = insert(outbox).returning(outbox.c.id)
 
-# A row that another node is just relaying is left to it: the writer waits for nobody's Redis.
+# Skip a row that another node has locked to publish it, so that the writer never waits for
+# another node's Redis.
 SETTLE_OUTBOX = delete(outbox).where(
     outbox.c.id.in_(select(outbox.c.id).where(among(outbox.c.id, "ids")).with_for_update(skip_locked=True))
 )
@@ -250,6 +253,6 @@ def _set_fact(into: Any) -> Any:
 
 SET_FACT = {name: _set_fact(into(facts)) for name, into in _insert_of.items()}
 
-# Who reads `chat.ingest`: see `fences`.
+# The fencing token of the node that reads `chat.ingest`: see `fencing`.
 INGEST_FENCE = "ingest_fence"
 FENCE = select(facts.c.value).where(facts.c.key == INGEST_FENCE).with_for_update(read=True)

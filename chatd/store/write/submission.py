@@ -1,4 +1,4 @@
-"""Commands that wait for their commit, and the outcomes that they come to."""
+"""Commands that wait for their commit, and their outcomes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ log = structlog.get_logger()
 
 
 class Submission:
-    """Commands on their way. They are committed whole or not at all, whoever waits for them or not.
+    """Commands that are committed together or not at all, whether anybody waits for them or not.
 
-    Its outcomes come once: from the commit, or from the writer's clock when that takes too long.
+    It gets its outcomes once: from the commit, or from the writer when the commit takes too long.
     """
 
     __slots__ = ("_done", "_outcomes", "_then", "bytes", "commands", "deadline")
 
     def __init__(self, commands: Sequence[AnyCommand], then: Then | None, seconds: float) -> None:
-        """`seconds`: so long may the commit take."""
+        """`seconds`: how long the commit may take."""
         self.commands = [pack(command) for command in commands]
         self.bytes = sum(map(size, self.commands))
         self.deadline = trio.current_time() + seconds
         self._outcomes: Sequence[Outcome] | None = None
         self._then = then
-        self._done: trio.Event | None = None  # made by who waits
+        self._done: trio.Event | None = None  # made by the first caller that waits
 
     def resolve(self, outcomes: Sequence[Outcome]) -> None:
         if self._outcomes is not None:
@@ -42,11 +42,13 @@ class Submission:
         if self._then is not None:
             try:
                 self._then(outcomes)
-            except Exception as error:  # of one client: the writer has others
+            except Exception as error:  # a bug in one client's answer must not end the writer
                 log.error("answer_failed", exc_info=error)
 
     async def outcomes(self) -> Sequence[Outcome]:
-        """One for each command; Unavailable past the deadline, when the outcome is unknown."""
+        """One outcome for each command. After the deadline all are
+        Unavailable: nobody knows the real outcome.
+        """
         if self._outcomes is None:
             self._done = self._done or trio.Event()
             await self._done.wait()
@@ -54,7 +56,7 @@ class Submission:
         return self._outcomes
 
     async def outcome(self) -> Result:
-        """The outcome of a single command, raised if it is an error."""
+        """The outcome of the only command. Raises it if it is a ChatError."""
         (outcome,) = await self.outcomes()
         if isinstance(outcome, ChatError):
             raise outcome

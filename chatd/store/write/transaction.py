@@ -1,7 +1,7 @@
-"""One transaction: decide a group of commands in the order they came, number what is new, write the rows.
+"""One transaction: decides a group of commands in their order, numbers the new changes, and writes the rows.
 
-Synchronous, in the writer's thread. The conversations are locked first, in id order, so commit order, `seq`
-order and id order are the same and two nodes cannot deadlock.
+It runs in the writer's thread. It first locks the conversations in the order of their ids. So the order of
+commits, of `seq` and of message ids is the same, and two nodes cannot deadlock.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ Row = dict[str, Any]
 
 
 class Step(Struct):
-    """A granted command. `row` is the message it made, changed or, for a retry, found.
+    """A command that is granted. `row` is the message that it created or changed; for a retry, the earlier one.
 
-    `previous` is the mark of the change before it.
+    `previous` is the mark of the conversation's change before this one.
     """
 
     kind: Kind
@@ -64,10 +64,12 @@ class Step(Struct):
 
 
 class Transaction:
-    """`run` answers each command on its own; only the database's own errors leave it."""
+    """Executes one group of commands. `run` returns a result or a ChatError for each; it
+    raises only the database's errors.
+    """
 
     def __init__(self, connection: Connection, node: str | None, told: frozenset[str] = frozenset()) -> None:
-        """`told`: events that the webhook wants."""
+        """`node`: see `Outgoing`. `told`: the events that the webhook wants."""
         self._connection = connection
         self._now = now()
         self._outgoing = Outgoing(connection, node, self._now, told)
@@ -84,7 +86,7 @@ class Transaction:
     def run(
         self, commands: Sequence[AnyCommand], settled: Iterable[int] = ()
     ) -> tuple[list[Result | ChatError], Group]:
-        """`settled` are outbox rows that the bus has taken; they go with this transaction."""
+        """Execute the commands. `settled`: ids of published outbox rows, which this transaction removes."""
         self._read(commands)
         verdicts = [self._decide(command) for command in commands]
         self._write()
@@ -120,7 +122,7 @@ class Transaction:
             return []
         return [(conversation, command.user_id)]
 
-    # Deciding. Each verdict sees what the commands before it in the group did.
+    # Deciding. Each verdict takes the earlier commands of the group into account.
 
     def _decide(self, command: AnyCommand) -> Step | Result | ChatError:
         try:
@@ -180,7 +182,7 @@ class Transaction:
     def _react(self, command: React) -> Step | Changed:
         row = permits.visible(self._members, command, self._messages.get(command.message_id))
         summary = self._reactions.toggle(command, row["reactions"])
-        if summary is None:  # it was so already
+        if summary is None:  # nothing changes
             return Changed(row["id"], self._conversations[row["chat_conversation_id"]]["last_seq"])
         return self._alter(Kind.REACTED, row | {"reactions": summary or None}, command)
 
@@ -207,7 +209,7 @@ class Transaction:
         seq, previous = self._conversations.number(row["chat_conversation_id"])
         step = Step(kind, seq, row, previous)
         self._steps.append(step)
-        if command.rights is not Rights.TRUSTED:  # of what it does itself the backend knows
+        if command.rights is not Rights.TRUSTED:  # no webhook for what the backend did itself
             self._outgoing.tell_message(step.kind, step.seq, row, command)
         return step
 

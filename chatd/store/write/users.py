@@ -1,4 +1,4 @@
-"""Users within one transaction: whose tokens are void, and who is banned. Used by `transaction` alone."""
+"""Users within one transaction: revokes tokens and bans users. Only `transaction` uses this."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ class Users:
             self._rows = {row["user_id"]: dict(row) for row in found}
 
     def set(self, command: SetUser) -> UserSet:
-        """What was void stays so. Void from now on is more than what was void before, whatever the clock says:
-        tokens were issued since.
+        """Revoke tokens, ban or unban. A revocation is never undone: `valid_after` does not go back.
+
+        With `command.now` it always grows, even if the clock was set back: tokens may have
+        been issued since the last revocation.
         """
         before = self._rows.get(command.user_id, {"valid_after": 0, "banned_until": None})
         banned = before["banned_until"] if command.banned_until is UNSET else command.banned_until

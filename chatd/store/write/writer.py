@@ -1,6 +1,6 @@
-"""The one writer: takes what waits, commits it as one group in a thread, wakes the callers.
+"""The writer: takes the waiting commands, commits them as one group in a thread, and wakes the callers.
 
-Above it, `chat` submits commands; below, `transaction` writes them. Commits are what `on_commit` is told of.
+`chat` submits commands, `transaction` executes them. The writer passes each committed group to `on_commit`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from chatd.store.write.commands import AnyCommand, Create
 from chatd.store.write.committer import Committer
 from chatd.store.write.submission import Submission, Then
 
-GROUP = 500  # commands in one commit: beyond it the gain per command is gone and the wait grows
-# What may wait: a few seconds of a slow disk, and no more memory than a daemon can spare.
-QUEUE = 10_000  # commands, and
-QUEUE_BYTES = 32 * 1024 * 1024  # of memory, all that is in them
-GROUP_BYTES = 2 * 1024 * 1024  # of one commit: for its time `meta` is decoded, and takes many times as much
-DEADLINE = 15.0  # seconds a caller waits; longer than the database's own deadlines
-OVERDUE_TICK = 0.5  # seconds between looks at who has waited for so long
-# Seconds an idle writer leaves published outbox rows lying, a failed database untried, or its file unwatched.
+GROUP = 500  # commands per commit; larger groups gain nothing per command and make callers wait longer
+# Limits of the queue: enough for a few seconds of a slow disk, and bounded memory.
+QUEUE = 10_000  # commands
+QUEUE_BYTES = 32 * 1024 * 1024  # bytes of memory of these commands
+GROUP_BYTES = 2 * 1024 * 1024  # bytes per commit: during it `meta` is decoded and takes many times as much
+DEADLINE = 15.0  # seconds that a caller waits; longer than the database's own timeouts
+OVERDUE_TICK = 0.5  # seconds between two checks for callers that have waited longer than that
+# Seconds after which an idle writer removes published outbox rows, retries a failed database, checks its file.
 SETTLE_AFTER = 2.0
-GOODBYE = 0.2  # seconds for answers on their way, before the process ends for want of a database
+GOODBYE = 0.2  # seconds for the last answers to go out, before the process ends because its database is gone
 
 log = structlog.get_logger()
 
 
 class Writer:
-    """While the last write found no database that takes any, it is tried again also when nobody writes:
-    `failing`.
+    """The writer. `failing`: the last write found no database that accepts
+    one; the idle writer keeps trying.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class Writer:
         file: DatabaseFile,
         settled: Settled,
     ) -> None:
-        """`node`: fill the outbox under this name; None: no outbox. `told`: events that the webhook wants.
-        `file`: the file that must still be there after a commit. `settled`: outbox rows that go with the next.
+        """`node`: the node's name in the outbox; None: no outbox. `told`: the events that the webhook wants.
+
+        `file`: must still be in place before and after each commit. `settled`: published outbox rows, which the
+        next commit removes.
         """
         self._committer = Committer(engine, node=node, told=told, file=file)
         self._on_commit, self._sessions = on_commit, sessions
@@ -76,10 +78,10 @@ class Writer:
         return self._committer.damaged
 
     def submit(self, commands: Sequence[AnyCommand], then: Then | None = None) -> Submission:
-        """Queue commands, in the order of the calls. Raises Unavailable when too many wait already.
+        """Queue commands, in the order of the calls. Raises Unavailable if too many are waiting.
 
-        `then` is told of the outcomes, by the writer's own task: it neither waits nor takes long. A task of its
-        own for each of many would cost as much as all the rest of a write.
+        The writer's task calls `then` with the outcomes, so it must be quick and must not block. A task per
+        caller would be simpler, but would double the cost of a write.
         """
         if self._closed:
             raise Unavailable("the daemon is stopping")
@@ -93,7 +95,7 @@ class Writer:
         return submission
 
     def close(self) -> None:
-        """Take nothing more; `finished` is set when the last group is committed."""
+        """Accept no more commands. `finished` is set after the last group is committed."""
         self._closed = True
         self._wake.set()
 
@@ -128,7 +130,7 @@ class Writer:
         self.finished.set()
 
     async def _give_up(self) -> None:
-        """There is no database to commit to: whoever waits is told, while there is somebody to tell it."""
+        """The database is gone: answer all waiting callers with Unavailable before the process ends."""
         log.error("database_gone", error=str(self._committer.gone))
         self._closed = True
         while self._waiting:
@@ -138,7 +140,7 @@ class Writer:
         await trio.sleep(GOODBYE)
 
     async def _give_up_overdue(self) -> None:
-        """They stay where they are, and are committed when the database can: the outcome is unknown."""
+        """Answer overdue callers with Unavailable. Their commands stay queued and may still be committed."""
         while True:
             await trio.sleep(OVERDUE_TICK)
             now = trio.current_time()
@@ -148,7 +150,9 @@ class Writer:
                 submission.resolve([Unavailable()] * len(submission.commands))
 
     async def _look_around(self) -> None:
-        """What hangs on a server that another one has replaced is cut off, and fails."""
+        """Check for a failover if a commit hangs, so that a commit on a replaced server
+        fails instead of waiting.
+        """
         while True:
             await trio.sleep(OVERDUE_TICK)
             since = self._committing_since
