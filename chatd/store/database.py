@@ -25,6 +25,7 @@ from chatd.store import migrations, schema, urls
 from chatd.store.database_file import DatabaseFile
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
 from chatd.store.failures import is_unanswered, why_unanswered
+from chatd.store.ownership import require_own_database, require_own_file
 from chatd.store.private import keep_private
 from chatd.store.queues.outbox import Outbox
 from chatd.store.queues.presence import PresenceTable
@@ -148,13 +149,16 @@ def require(config: Database) -> None:
 @contextmanager
 def opened(config: Database) -> Iterator[Engine]:
     """An engine for the block that may write. Raises OperatorError for every
-    error of the database or its URL.
+    error of the database or its URL, and changes nothing in the database of another application.
     """
-    if file := copies.file_of(config.url):
-        keep_private(file)
+    file = copies.file_of(config.url)
     with _as_operator_errors(config.url), _disposed(writing_engine(config.url)) as engine:
-        if not is_sqlite(engine):
+        if file:
+            require_own_file(file)
+            keep_private(file)
+        else:
             require_sessions(engine)
+            require_own_database(engine)
         yield engine
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
 
 from chatd.observe import metrics
 from chatd.store import sessions, urls
@@ -72,12 +72,26 @@ def looking_engine(url: str) -> Engine:
     if parsed.get_backend_name() != "sqlite":
         engine = _engine(url, None, name="read", pool_size=1, isolation="REPEATABLE READ")
         return engine.execution_options(postgresql_readonly=True)
-    place = f"{Path(parsed.database or '').absolute().as_uri()}?mode=ro"
+    return _file_engine(Path(parsed.database or ""), "mode=ro")
+
+
+def untouched_engine(file: Path) -> Engine:
+    """For a look at what may be another application's: not even an empty log is left beside it.
+
+    A log that is there belongs to it and is read with it. Without one nobody has the file open in WAL mode, and
+    an immutable one needs none.
+    """
+    beside = (file.with_name(file.name + suffix) for suffix in ("-wal", "-journal"))
+    return _file_engine(file, "mode=ro" if any(one.exists() for one in beside) else "immutable=1")
+
+
+def _file_engine(file: Path, how: str) -> Engine:
+    place = f"{file.absolute().as_uri()}?{how}"
 
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(place, uri=True, timeout=SQLITE_BUSY_SECONDS, isolation_level=None)
 
-    engine = create_engine(parsed, creator=connect, pool_size=1, **_COMMON)
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=1, **_COMMON)
     _begin_with(engine, "BEGIN")
     return engine
 

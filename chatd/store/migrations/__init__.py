@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine
 _HERE = Path(__file__).parent
 # An advisory lock, so that two nodes do not migrate at once. The number is arbitrary.
 _ADVISORY_LOCK = 0x63686174
+VERSION_TABLE = "alembic_version"  # Alembic's own name for it
 
 
 def upgrade(engine: Engine) -> tuple[str | None, str]:
