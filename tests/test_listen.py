@@ -137,6 +137,7 @@ def test_names_that_mean_nothing_here_are_refused(monkeypatch: pytest.MonkeyPatc
 # Several processes that accept from one socket.
 
 
+@pytest.mark.service
 async def test_the_worker_with_few_clients_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without their pauses it is chance, or the order in which the kernel wakes them."""
     monkeypatch.setattr(gate, "SHARED", True)
@@ -207,6 +208,7 @@ class Activated(Daemon):
                 os.close(descriptor)
 
 
+@pytest.mark.service
 async def test_a_chatd_serves_on_what_it_is_handed(tmp_path: Path) -> None:
     with listening() as api, listening() as hub, listening("::1") as other:
         daemon = Activated(tmp_path, "api:hub:hub", api, hub, other)
@@ -226,6 +228,7 @@ async def test_a_chatd_serves_on_what_it_is_handed(tmp_path: Path) -> None:
         daemon.close()
 
 
+@pytest.mark.service
 async def test_a_chatd_leaves_alone_what_is_for_another(tmp_path: Path) -> None:
     with listening() as hub:
         daemon = Activated(tmp_path, "hub", hub, pid="1")
@@ -237,6 +240,7 @@ async def test_a_chatd_leaves_alone_what_is_for_another(tmp_path: Path) -> None:
         daemon.close()
 
 
+@pytest.mark.service
 def test_what_cannot_be_taken_is_said_in_a_sentence(tmp_path: Path) -> None:
     with listening() as hub:
         daemon = Activated(tmp_path, "ws", hub)
