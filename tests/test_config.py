@@ -7,11 +7,13 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from chatd import config
+from chatd.config import redis_url
 from chatd.core.errors import ConfigError
 from chatd.ops.showing import as_toml
 from chatd.store import urls
@@ -107,6 +109,57 @@ def test_the_log_names_an_original_name_that_sets_an_option(tmp_path: Path, redi
         assert [(one["variable"], one["option"]) for one in told] == [("REDIS_HOST", "redis.url")]
     finally:
         daemon.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://host", {"host": "host"}),
+        ("redis://:pw@host:6380/3", {"host": "host", "port": 6380, "db": 3, "password": "pw"}),
+        ("redis://me:p%40ss%2Fw%23rd@[::1]", {"host": "::1", "username": "me", "password": "p@ss/w#rd"}),
+        ("tcp://127.0.0.1:6379?database=1", {"host": "127.0.0.1", "db": 1}),  # as Laravel writes it
+        ("tls://me:pw@host:6380?database=1", {"host": "host", "port": 6380, "db": 1, "tls": True,
+         "username": "me", "password": "pw"}),
+        ("unix://:pw@/run/redis.sock?db=2", {"socket": "/run/redis.sock", "db": 2, "password": "pw"}),
+        ("unix:///run/redis.sock?username=me&password=p%26w", {"socket": "/run/redis.sock", "username": "me",
+         "password": "p&w"}),
+        ("rediss://host?ssl_ca_certs=/ca.crt&ssl_check_hostname=false&ssl_certfile=/c&ssl_keyfile=/k",
+         {"host": "host", "tls": True, "ca_certs": "/ca.crt", "check_hostname": False, "certfile": "/c",
+         "keyfile": "/k"}),
+        ("rediss://host/0?ssl_cert_reqs=none&db=0", {"host": "host", "tls": True, "verify": False}),
+    ],
+)  # fmt: skip
+def test_what_redis_url_may_say(tmp_path: Path, url: str, place: dict[str, Any]) -> None:
+    assert load("", tmp_path, CHATD_REDIS__URL=url).redis.url == url
+    assert redis_url.read(url) == redis_url.Address(**place)
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("redis://h?timeout=1", "option timeout"),
+        ("redis://h?read_timeout=5", "option read_timeout"),
+        ("redis://h?socket_timeout=0.01", "option socket_timeout"),
+        ("redis://h?protocol=3", "option protocol"),
+        ("redis://h?decode_responses=true", "option decode_responses"),
+        ("redis://h?databse=1", "did you mean database?"),
+        ("redis://h/0?database=1", "database is given twice"),
+        ("redis://h?database=one", "database must be"),
+        ("redis://h/one", "number of a database"),
+        ("redis://h?ssl_ca_certs=/ca.crt", "rediss://"),
+        ("rediss://h?ssl_cert_reqs=maybe", "required or none"),
+        ("rediss://h?ssl_ca_certs=", "is empty"),
+        ("redis://h:0", "redis://host:6379/0"),
+        ("unix://run/redis.sock", "three slashes"),
+        ("redis://:p@ss/w#rd@h", "%-code"),
+        ("redis://:p@ss/word@h", "%-code"),
+        ("redis://h?ss word@h", "%-code"),
+    ],
+)
+def test_what_redis_url_may_not_say_is_refused_in_a_sentence(tmp_path: Path, url: str, word: str) -> None:
+    (found,) = mistakes("", tmp_path, CHATD_REDIS__URL=url)
+    assert found.startswith("redis.url: ") and found.endswith(".") and word in found
+    assert "w#rd" not in found and "word@h" not in found, "a part of the password is shown"
 
 
 @pytest.mark.parametrize(

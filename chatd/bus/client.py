@@ -10,7 +10,7 @@ import trio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chatd.config import Redis
+from chatd.config import Redis, redis_url
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 SOCKET_TIMEOUT = 2.0  # seconds
@@ -19,13 +19,27 @@ LOST = (redis.RedisError, OSError)
 
 
 def client_of(config: Redis) -> redis.Redis:
-    return redis.Redis.from_url(
-        config.url,
+    place = redis_url.read(config.url)
+    tls = {
+        "ssl_ca_certs": place.ca_certs,
+        "ssl_certfile": place.certfile,
+        "ssl_keyfile": place.keyfile,
+        "ssl_cert_reqs": "required" if place.verify else "none",
+        "ssl_check_hostname": place.check_hostname,
+    }
+    return redis.Redis(
+        host=place.host,
+        port=place.port,
+        unix_socket_path=place.socket,
+        db=place.db,
+        username=place.username,
+        password=place.password,
+        ssl=place.tls,
+        **(tls if place.tls else {}),  # type: ignore[arg-type]
         protocol=2,  # RESP3 builds a log line for every pub/sub message
         retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
         socket_timeout=SOCKET_TIMEOUT,
         socket_connect_timeout=SOCKET_TIMEOUT,
-        health_check_interval=10,  # seconds; a silent subscription notices that its host is gone
     )
 
 

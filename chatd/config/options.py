@@ -79,7 +79,9 @@ class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     """Needed for several nodes or workers, and for other services that read chatd's events."""
 
     url: str = ""
-    """`redis://127.0.0.1:6379/0`. If it is empty, this process serves all clients by itself."""
+    """`redis://127.0.0.1:6379/0`, `rediss://…` for TLS, or `unix:///run/redis.sock`; docs/configuration.md
+    lists its options. If it is empty, this process serves all clients by itself.
+    """
     ingest: bool = True
     """Store the messages that other services add to the stream `chat.ingest`. Every Redis user that may XADD
     to this stream can post as any user.

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
-from chatd.config import origins
+from chatd.config import origins, redis_url
 from chatd.config.options import Auth, Config, Webhooks
 from chatd.core import callbacks
 
@@ -47,11 +47,7 @@ def contradictions(config: Config) -> Iterator[str]:
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
     yield from _wrong_database(config.database.url)
-    if config.redis.url and _scheme(config.redis.url) not in ("redis", "rediss", "unix"):
-        yield (
-            "redis.url: is not a Redis URL; write redis://host:6379/0, rediss://… for TLS, or"
-            " unix:///path/to/redis.sock."
-        )
+    yield from _wrong_redis(config.redis.url)
     if config.server.workers > 1 and not config.redis.url:
         yield "server.workers: several workers exchange messages through Redis; set redis.url or use 1."
     if config.redis.accept_foreign and not config.redis.url:
@@ -85,6 +81,14 @@ def _each_host(url: str) -> Iterator[str]:
     scheme, _, rest = url.partition("://")
     user, at, hosts = rest.partition("/")[0].rpartition("@")
     return (f"{scheme}://{user}{at}{host}" for host in hosts.split(","))
+
+
+def _wrong_redis(url: str) -> Iterator[str]:
+    try:
+        if url:
+            redis_url.read(url)
+    except ValueError as error:
+        yield f"redis.url: {error}."
 
 
 def _wrong_auth(auth: Auth) -> Iterator[str]:
