@@ -1,6 +1,6 @@
-"""What comes from Redis: the changes of other nodes by the stream, signals and foreign payloads by pub/sub.
+"""What comes from Redis by its streams: the changes of other nodes, and kicks.
 
-Each reader has a thread of its own, which gives what it has read to the receiver in trio's thread.
+The reader has a thread of its own, which gives what it has read to the receiver in trio's thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import redis
 import trio
 
 from chatd.bus import Receiver, kicks, payloads
-from chatd.bus.client import LOST, MESSAGES, SIGNALS, STREAM, in_thread, last_id, order
+from chatd.bus.client import LOST, STREAM, in_thread, last_id, order
 from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
 from chatd.core.model import Kick
@@ -85,46 +85,6 @@ class StreamReader:
         async for entries in receive:
             others = (payloads.change_of(fields) for _, fields in entries if fields.get(b"n") != own)
             self._receiver.changes([change for change in others if change is not None])
-
-
-class PubSubReader:
-    """Listens to signals, and to the payloads of other services where they are accepted."""
-
-    def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
-        self._channels = [SIGNALS, MESSAGES] if config.accept_foreign else [SIGNALS]
-        self._node, self._receiver = node, receiver
-
-    async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
-        """Until Redis fails; calls `up` when it has subscribed."""
-        with client.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
-            await in_thread(self._listen, pubsub, up)
-
-    def _listen(self, pubsub: Any, up: Callable[[], None]) -> None:
-        pubsub.subscribe(*self._channels)
-        trio.from_thread.run_sync(up)
-        while True:
-            trio.from_thread.check_cancelled()
-            got = pubsub.get_message(timeout=BLOCK / 1000)
-            batch: list[dict[str, Any]] = []
-            size = 0
-            while got is not None and len(batch) < READ_COUNT and size < READ_BYTES:
-                batch.append(got)
-                size += len(got["data"])
-                got = pubsub.get_message(timeout=0)
-            if batch:
-                trio.from_thread.run_sync(self._take, batch)
-            else:
-                pubsub.check_health()
-
-    def _take(self, batch: list[dict[str, Any]]) -> None:
-        for item in batch:
-            data = item["data"]
-            if item["channel"] == SIGNALS.encode():
-                signal = payloads.signal_of(data)
-                if signal is not None and signal.node != self._node:
-                    self._receiver.signal(signal.signal)
-            elif foreign := payloads.foreign_of(data):
-                self._receiver.foreign(*foreign)
 
 
 def fitting_count(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> int:

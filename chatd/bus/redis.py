@@ -23,7 +23,8 @@ import trio
 from chatd.bus import Receiver, give_to
 from chatd.bus.client import LOST, client_of
 from chatd.bus.publisher import Outbox, Publisher
-from chatd.bus.readers import PubSubReader, StreamReader
+from chatd.bus.pubsub import PubSubReader
+from chatd.bus.readers import StreamReader
 from chatd.config import Redis
 from chatd.core.backoff import Backoff
 from chatd.core.model import Group, Signal
