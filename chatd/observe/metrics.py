@@ -163,6 +163,8 @@ FOREIGN_REFUSED = Counter(
 )
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
+# Nothing is dropped since 0.2. The name stays for a version, so that rules that use it still find it.
+Counter("chatd_webhooks_dropped_total", "Always 0 since 0.2: chatd drops no events of presence any more")
 WEBHOOKS_WAITING = Gauge(
     "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
 )
