@@ -1,8 +1,8 @@
 """Checks that a database belongs to chatd, or is free for it, before chatd changes anything in it.
 
 The database of another application has tables that chatd did not create. Some may have the names of chatd's
-tables, and Alembic may keep a version there. An SQLite file must be chatd's alone. A PostgreSQL database may have
-other tables, if their names are not those of chatd's.
+tables, and Alembic may keep a version there. An SQLite file must be chatd's alone. A PostgreSQL database may
+have other tables, if their names are not those of chatd's.
 """
 
 from __future__ import annotations
