@@ -1,12 +1,12 @@
-"""The use cases: what the API and the hub both call, a module per noun.
+"""The use cases, which the API and the hub share. Each module has one subject.
 
-logins         who is it, and does that still count
-conversations  enter one, the inbox
+logins         verify a token, check that the login is still valid
+conversations  enter a conversation, the inbox
 messages       post, send, edit, delete, react, history
-members        add, remove
-receipts       read and delivered cursors, who lacks a message
-users          who is there, send away, revoke, ban
-presence       who is connected, over all nodes
-typing         who is writing just now
-events         an application's own, to a room
+members        add and remove members
+receipts       read and delivered cursors, the delivery of a message
+users          state of a user, disconnect, revoke, ban
+presence       users with connections, on all nodes
+typing         users who are typing now
+events         an application's own events for a room
 """

@@ -1,4 +1,4 @@
-"""All use cases on one store: what the API and the hub both call."""
+"""Builds all use cases for one store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from chatd.store.write.writer import Writer
 
 
 class Chat:
-    """All use cases on one store. `tell` gives a signal to all nodes, `fetch` calls the backend."""
+    """All use cases for one store. `tell` sends a signal to all nodes, `fetch` calls the backend."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class Chat:
         self.before_message = BeforeMessage(hooks, fetch, self.messages.check) if asked else None
 
     def tokens_of(self, config: Config) -> Tokens:
-        """Tokens as this configuration has them. Raises ConfigError for a key file that is none."""
+        """Tokens for this configuration. Raises ConfigError if a key file holds no valid key."""
         auth = config.auth
         server = KeyServer(self._fetch, auth.jwks_url) if auth.jwks_url else None
         return Tokens(self._secret, auth, server, frame_bytes=config.limits.frame_bytes)
 
     def use_tokens(self, tokens: Tokens) -> None:
-        """From now on. Who is logged in stays so."""
+        """Use other tokens from now on. Users who are logged in stay logged in."""
         if self.logins.authenticator is self.tokens:
             self.logins.authenticator = tokens
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""Enter a conversation: rights, head and what was missed, in one snapshot of the database."""
+"""Enters conversations: reads rights, head and missed changes from one snapshot of the database."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Conversations:
 
     @property
     def members_detail(self) -> int:
-        """In rooms with more members nobody hears of others' receipts and presence; 0: no limit."""
+        """In rooms with more members than this, users do not see receipts
+        and presence of others; 0: no limit.
+        """
         return self._settings.now.limits.members_detail
 
     def entitled(self, identity: Identity, conversation_id: int) -> bool:
@@ -41,21 +43,24 @@ class Conversations:
     async def enter(
         self, identity: Identity, conversation_id: int, position: Position, epoch: str | None = None
     ) -> Snapshot:
-        """Raises NotFound where the user may not look, Unavailable."""
+        """Enter a conversation. Raises NotFound if the user may not enter, Unavailable."""
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
         return _the_one(found, conversation_id)
 
     async def read_on(
         self, identity: Identity, conversation_id: int, position: Position, epoch: str | None
     ) -> Snapshot:
-        """The next portion for somebody who is in the room and has fallen behind. Raises as `enter` does."""
+        """The next portion of changes for a live subscription that lags
+        behind. Raises the errors of `enter`.
+        """
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch, portion=True))
         return _the_one(found, conversation_id)
 
     async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
-        """Several conversations as of one moment; what does not fit into a `ready` is left for later.
+        """Enter several conversations in one snapshot. Changes that do not fit into a
+        `ready` are left for later.
 
-        Raises Revoked for a user who may not be here at all, Outdated, NotYet, Unavailable.
+        Raises Revoked if the user's login was revoked or the user is banned, Outdated, NotYet, Unavailable.
         """
         found = await self._enter(self._entry(identity, rooms, epoch, brief=True))
         check_standing(identity, found.standing, self._settings.now.auth.leeway)
@@ -68,16 +73,16 @@ class Conversations:
         return Entry(identity.user_id, wanted, epoch, self.members_detail, **how)
 
     async def get(self, conversation_id: int) -> tuple[ConversationState, list[int]]:
-        """For a backend: where it stands, and who is online. Raises NotFound, Unavailable."""
+        """For a backend: (state of a conversation, ids of users online in it). Raises NotFound, Unavailable."""
         state = await self._read(members.conversation_state, conversation_id, self.members_detail)
         return state, sorted(self._presence.who(conversation_id, state.member_ids))
 
     async def member_ids(self, conversation_id: int, most: int) -> tuple[int, list[int]]:
-        """The members_version, and at most so many members as of it. Raises Unavailable."""
+        """(members_version, at most `most` member ids), from one snapshot. Raises Unavailable."""
         return await self._read(members.member_ids, conversation_id, most)
 
     async def inbox(self, identity: Identity) -> list[int]:
-        """The user's conversations, the most recently active first."""
+        """Ids of the user's conversations, the most recently active first. Raises Unavailable."""
         return await self._read(lookups.conversations_of, identity.user_id, INBOX_ROOMS)
 
 
@@ -88,7 +93,7 @@ def _the_one(found: Entered, conversation_id: int) -> Snapshot:
 
 
 def _weight(entry: Entry) -> int:
-    """Of a gathered read: a room whose changes may have to be read too counts four times."""
+    """The weight of an entry in a batch. A room whose changes may have to be read counts four times."""
     return 1 + sum(1 if position.after is None else 4 for _, position, _ in entry.rooms)
 
 

@@ -1,4 +1,6 @@
-"""An application's own events: from its backend to a room, or to some users of it. Not stored."""
+"""An application's own events: a backend sends them to a room or to some users in it. chatd
+does not store them.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ class Events:
         self._tell = tell
 
     def send(self, conversation_id: int, name: str, data: Any, user_ids: list[int] | None = None) -> None:
-        """Whoever is in the room just now has it. Raises BadRequest, TooLarge."""
+        """Send an event to the users in the room, or to those of `user_ids`. Raises BadRequest, TooLarge."""
         if name in RESERVED_EVENTS:
-            raise BadRequest(f"{name!r} is an event of chatd's own; take another name.", field="event")
+            raise BadRequest(f"chatd uses the event name {name!r} itself; choose another name.", field="event")
         payload = event(name, conversation_id=conversation_id, data=data)
         if len(payload) > EVENT_BYTES:
             size = len(payload)

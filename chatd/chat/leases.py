@@ -1,8 +1,8 @@
-"""Which other nodes run, judged by their leases in the database. Pure.
+"""Decides which other nodes are alive, by the heartbeats of their leases in the database. No I/O.
 
-A lease has no time in it: clocks differ and are set. A node raises the beat of its lease, and another that
-looks at it several times and sees no beat takes it for dead. Looks are counted, not seconds: neither a node
-that was frozen itself nor a database that was away makes anybody take the living for dead.
+A lease holds no time, because clocks differ and can be set. A node raises the beat of its lease. Another node
+that reads the same beat several times considers the node dead. It counts its reads and not seconds, so that
+neither a pause of its own nor an outage of the database makes it consider a living node dead.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from enum import Enum
 
 from chatd.store.queues.presence import Seen
 
-BEAT = 2.0  # seconds between two beats, and between two looks at those of the others
-LOOKS = 5  # without a beat between them: its node is gone
-NAMES = 1000  # of nodes that once had a lease
+BEAT = 2.0  # seconds between two heartbeats, and between two reads of the others' heartbeats
+LOOKS = 5  # reads of the same beat after which a node is dead
+NAMES = 1000  # most names of former nodes to remember
 
 
 class Life(Enum):
     HELD = "held"
     OVER = "over"
-    UNKNOWN = "unknown"  # it never had a lease: a version before leases, say
+    UNKNOWN = "unknown"  # the node never had a lease, for example with a version of chatd before leases
 
 
 class Leases:
     def __init__(self) -> None:
-        self._looks: dict[str, tuple[Seen, int]] = {}  # by lease, and how often it was seen like that
-        self._known: dict[str, None] = {}  # names of nodes
+        self._looks: dict[str, tuple[Seen, int]] = {}  # lease → (its last state, reads of that same state)
+        self._known: dict[str, None] = {}  # names of nodes that have or had a lease
 
     def see(self, others: Iterable[Seen]) -> list[Seen]:
-        """One more look at all of the others' leases. Returns those whose nodes are gone."""
+        """Note a new read of all other leases. Returns those of dead nodes."""
         before, self._looks = self._looks, {}
         for seen in others:
             was, count = before.get(seen.name, (seen, 0))
@@ -44,7 +44,7 @@ class Leases:
         return count > LOOKS or seen.ending
 
     def life(self, node: str) -> Life:
-        """Of a node, by its name on the bus."""
+        """Whether a node is alive. `node` is its name on the bus."""
         if any(seen.node == node and not self._is_over(seen, count) for seen, count in self._looks.values()):
             return Life.HELD
         return Life.OVER if node in self._known else Life.UNKNOWN

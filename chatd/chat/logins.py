@@ -1,8 +1,8 @@
-"""Who is it, and does that still count: a token is verified, then held against what the database says.
+"""Verifies a token, and checks in the database whether the login was revoked or the user banned.
 
-Whether a login is older than a revocation is known for certain where it says after which revocation it was made
-(our own tokens, and what the backend said when it was asked again). Otherwise the token's `iat` has to tell, by
-another clock and mostly in whole seconds. Where that leaves a doubt the client is sent for a new token.
+chatd knows for certain whether a login is later than a revocation if the login names the revocation that it
+follows: chatd's own tokens do, and so do the backend's answers. For other tokens only `iat` tells, by another
+clock and mostly in whole seconds. If that leaves a doubt, the client has to get a new token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from chatd.store.read import lookups
 from chatd.store.read.lookups import Standing
 from chatd.store.read.reader import Reader
 
-SOON = 60.0  # seconds; a ban that ends within them is not told as one for good
+SOON = 60.0  # seconds; a ban that ends within this time is reported as temporary
 
 
 class Logins:
@@ -27,15 +27,19 @@ class Logins:
         self.authenticator, self._read, self._settings = authenticator, read, settings
 
     async def verify(self, token: str) -> Identity:
-        """What the token says. Raises Unauthorized, TokenExpired or Unavailable."""
+        """The identity that the token proves. Raises Unauthorized, TokenExpired or Unavailable."""
         return await self.authenticator.authenticate(token)
 
     async def renew(self, token: str, outdated: Outdated) -> Identity:
-        """What its issuer says after a revocation. Raises as `verify` does, or `outdated`."""
+        """Ask the issuer again after a revocation. Raises the errors of `verify`; `outdated`
+        if nobody can be asked.
+        """
         return await self.authenticator.renew(token, outdated)
 
     async def checked(self, token: str, identity: Identity) -> Identity:
-        """The identity, if it counts, or what has become of it. Raises Revoked, Outdated, Unavailable …"""
+        """The identity if the login is valid, renewed if need be. Raises Revoked, Outdated,
+        NotYet, Unavailable.
+        """
         try:
             await self._check(identity)
         except Outdated as outdated:
@@ -52,9 +56,10 @@ class Logins:
 
 
 def check_standing(identity: Identity, standing: Standing | None, leeway: float, *, live: bool = False) -> None:
-    """Revocation outlives a restart. Raises Revoked, Outdated where nobody can tell, NotYet.
+    """Check a login against the user's restrictions in the database; `leeway` is in seconds.
 
-    `live`: the login counted when it was made, so what voids it now is later than its token.
+    `live`: the login was valid before, so a revocation that makes it void now is later than its token. Raises
+    Revoked; Outdated if the order of token and revocation is uncertain; NotYet if a ban ends soon.
     """
     if standing is None:
         return
@@ -66,7 +71,8 @@ def check_standing(identity: Identity, standing: Standing | None, leeway: float,
         raise Outdated(after)
     if live or identity.after is not None or not identity.issued_at:
         raise Revoked(Final.REVOKED)
-    # Whole seconds, and clocks that differ. If the revocation lies ahead, ours has stepped back since.
+    # Times are in whole seconds and clocks differ. If the revocation is in the future, our
+    # clock was set back since.
     if after - leeway - 1 <= identity.issued_at or after > time.time() + leeway + 1:
         raise Outdated(after)
     raise Revoked(Final.REVOKED)
@@ -75,9 +81,9 @@ def check_standing(identity: Identity, standing: Standing | None, leeway: float,
 def _is_later(identity: Identity, after: int, leeway: float) -> bool:
     if not after or (identity.after is not None and identity.after >= after):
         return True
-    if identity.asked:  # by this node's clock, and the revocation by another's
+    if identity.asked:  # `issued_at` is by this node's clock, `after` perhaps by another's
         return identity.issued_at >= after + leeway
-    # A token from the future would outlive every revocation.
+    # Without the upper bound, a token with a time in the future would survive every revocation.
     return after <= identity.issued_at <= max(time.time(), after) + leeway + 1
 
 

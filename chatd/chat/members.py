@@ -1,4 +1,4 @@
-"""Members of a conversation: added and removed by the backend, effective on live connections at once."""
+"""Adds and removes members of a conversation for the backend. Live connections feel the effect at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from chatd.store.write.writer import Writer
 log = structlog.get_logger()
 
 
-MISSPELT = 0.85  # how close a name is to another that is meant: "operator" is not
+MISSPELT = 0.85  # least similarity of a misspelt role to the right one; "operator" is not similar enough
 
 
 def check_role(role: str | None) -> None:
-    """One role gives a right; any other is a name of the application's own.
+    """Check a role. Only `moderator` gives rights; every other role is the application's own name.
 
-    Raises BadRequest for what looks like the one and would give nothing.
+    Raises BadRequest for a misspelt `moderator`, which would silently give no rights.
     """
     check_label("role", role)
     if role is None or role == MODERATOR:
@@ -44,7 +44,10 @@ class Members:
         role: str | UnsetType | None = UNSET,
         muted_until: str | UnsetType | None = UNSET,
     ) -> None:
-        """Also how a removed or banned user comes back, and how a role or a mute changes."""
+        """Add a member, bring back a removed or banned one, or change a role or a mute.
+
+        Arguments that are UNSET leave the value as it is. Raises Unavailable.
+        """
         await self._set(
             SetMember(
                 conversation_id=conversation_id,
@@ -56,7 +59,11 @@ class Members:
         )
 
     async def remove(self, conversation_id: int, user_id: int, *, ban: bool = False) -> None:
-        """Leaves a row behind, which beats what a token lists."""
+        """Remove a member or ban a user. Raises Unavailable.
+
+        The member's row stays in the database with its new state, so that a token that lists
+        the conversation does not let the user in.
+        """
         state = State.BANNED if ban else State.REMOVED
         await self._set(SetMember(conversation_id=conversation_id, user_id=user_id, state=state))
 

@@ -1,6 +1,6 @@
-"""Messages: post (a backend), send (a user), edit, delete, page through the history.
+"""Messages: a backend posts, a user sends, both edit, delete and read the history.
 
-What is wrong with a request is said before it is queued; what the database knows better, the transaction says.
+These functions check a command before they queue it. What needs the database is checked in its transaction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Messages:
         self._writer, self._read, self._settings = writer, read, settings
 
     def check(self, command: Create | Edit) -> None:
-        """Raises BadRequest or TooLarge, with the field."""
+        """Check the content of a command. Raises BadRequest or TooLarge, with the field."""
         limits = self._settings.now.limits
         if isinstance(command.content, str):
             check_content(command.content, limits.content_chars)
@@ -37,23 +37,26 @@ class Messages:
             check_label("type", command.type)
             check_label("client_id", command.client_id)
         elif command.content is UNSET and command.meta is UNSET:
-            raise BadRequest("Nothing to change: give content or meta.", field="content")
+            raise BadRequest("The edit changes nothing: send content or meta.", field="content")
 
     def check_type(self, name: str) -> None:
-        """Raises Forbidden for a message of a type that only a backend may send."""
+        """Raises Forbidden if only backends may send messages of this type."""
         allowed = self._settings.now.rooms.client_types
         if name not in allowed and ANY_TYPE not in allowed:
             raise Forbidden(f"clients may not send messages of the type {name!r}", field="type")
 
     async def check_allowed(self, command: Create | Edit) -> None:
-        """What the writer would say to a user's command just now; it decides again when it stores it.
+        """Check a user's rights before the backend's hook is asked. The transaction decides
+        again when it stores.
 
         Raises NotFound, Muted, Forbidden, Unavailable.
         """
         await self._read(permits.look, command)
 
     def submit(self, command: Create | Edit | Delete | React, then: Then | None = None) -> Submission:
-        """Check and queue one command. Commands are committed in the order of these calls."""
+        """Check and queue one command; commits happen in the order of the calls. Raises BadRequest, TooLarge,
+        Unavailable.
+        """
         if isinstance(command, React):
             check_label("emoji", command.emoji)
         elif not isinstance(command, Delete):
@@ -61,13 +64,19 @@ class Messages:
         return self._writer.submit([command], then)
 
     async def post_all(self, commands: list[Create | ChatError]) -> list[Created | ChatError]:
-        """Each is accepted or refused on its own; what is refused already is passed through."""
+        """Post many messages, each accepted or refused by itself. A ChatError among
+        `commands` stays in its place.
+
+        Raises Unavailable if nothing was queued.
+        """
         accepted = [command for command in commands if isinstance(command, Create)]
         outcomes = iter(await self._writer.submit(accepted).outcomes() if accepted else [])
         return [command if isinstance(command, ChatError) else next(outcomes) for command in commands]  # type: ignore[misc]
 
     async def fence(self, token: str) -> None:
-        """From here on commands that carry another token are refused with Superseded. Raises Unavailable."""
+        """Set the fencing token: commands with another token fail with Superseded from now
+        on. Raises Unavailable.
+        """
         await self._writer.submit([Fence(token=token)]).outcome()
 
     async def edit(self, message_id: int, content: str | UnsetType, meta: Any) -> Changed:
@@ -83,7 +92,7 @@ class Messages:
     async def history(
         self, conversation_id: int, before: int | None = None, after: int | None = None, limit: int = 50
     ) -> Page:
-        """A page for a backend. A conversation that nobody has posted to yet has an empty history."""
+        """A page for a backend; empty for a conversation without messages. Raises BadRequest, Unavailable."""
         _check_page(before, after)
         return await self._read(lookups.history, conversation_id, before, after, limit)
 
@@ -96,11 +105,11 @@ class Messages:
         after: int | None,
         limit: int,
     ) -> Page:
-        """A page for a user. Raises NotFound where the user may not look."""
+        """A page for a user. Raises NotFound if the user may not enter, BadRequest, Unavailable."""
         _check_page(before, after)
         return await self._read(lookups.history_for, user_id, entitled, conversation_id, before, after, limit)
 
 
 def _check_page(before: int | None, after: int | None) -> None:
     if before is not None and after is not None:
-        raise BadRequest("Give before or after, not both.", field="after")
+        raise BadRequest("Send before or after, not both.", field="after")

@@ -1,4 +1,4 @@
-"""A message as a backend posts it: the same JSON object over HTTP, in a batch, and in `chat.ingest`. Pure."""
+"""The JSON object with which a backend posts a message over HTTP, in a batch, and in `chat.ingest`. No I/O."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from chatd.store.write.commands import Create
 
 S = TypeVar("S", bound=Struct)
 
-POST_BYTES = 256 * 1024  # of one message
-EXPLAIN_BYTES = 64 * 1024  # of a longer body only the first mistake is named: reading it again takes too long
+POST_BYTES = 256 * 1024  # largest JSON of one message
+EXPLAIN_BYTES = 64 * 1024  # for a longer body only the first mistake is reported: decoding it again is too slow
 
 
 class NewMessage(Struct, frozen=True, kw_only=True):
@@ -32,7 +32,7 @@ class NewMessage(Struct, frozen=True, kw_only=True):
 
 
 def create(message: NewMessage, key: str | None = None) -> Create:
-    """`key` serves where the message has no `client_id`."""
+    """The command for a posted message. `key` is its idempotency key if it has no `client_id`."""
     return Create(
         conversation_id=message.conversation_id,
         user_id=message.sender_id,
@@ -45,7 +45,10 @@ def create(message: NewMessage, key: str | None = None) -> Create:
 
 
 def decode(kind: type[S], raw: str | bytes | msgspec.Raw, *, sent_as: str = "application/json") -> S:
-    """Raises NotJSON (400), BadRequest (422) with every field that is wrong."""
+    """Decode a body. `sent_as` is its Content-Type, for the message of NotJSON.
+
+    Raises NotJSON (400), BadRequest (422) with every field that is wrong.
+    """
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
@@ -58,7 +61,7 @@ def decode(kind: type[S], raw: str | bytes | msgspec.Raw, *, sent_as: str = "app
 
 
 def refuse(errors: dict[str, list[str]]) -> BadRequest:
-    """`{field: [sentence, …]}` as one error."""
+    """One error for `{field: [sentence, …]}`."""
     sentences = [sentence for found in errors.values() for sentence in found]
     return BadRequest(sentences[0] if sentences else "The request is not valid.", errors=errors)
 
@@ -77,4 +80,4 @@ def _explain(kind: type[Struct], raw: str | bytes | msgspec.Raw, sent_as: str) -
 
 def _not_json(sent_as: str) -> NotJSON:
     hint = f" It was sent as {sent_as}." if sent_as and "json" not in sent_as else ""
-    return NotJSON("The body is no JSON." + hint)
+    return NotJSON("The body is not valid JSON." + hint)

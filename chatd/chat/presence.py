@@ -1,15 +1,15 @@
-"""Who is connected, on this node and on the others: soft state, told again and again, forgotten with its node.
+"""Presence: the users and rooms with connections, on this node and on the others. It is soft state: each node
+repeats its own part, and the others forget that part when the node is gone.
 
-Something is present in a *scope*, and may be so on several nodes:
+An id is present in a *scope*, perhaps on several nodes:
 
-    USERS              user ids: who has a connection at all
-    ROOMS              conversation ids: where somebody listens
-    a conversation     user ids: who listens without being a member (by token, or in an open deployment)
+    USERS              user ids: the user has a connection
+    ROOMS              conversation ids: the room has a subscriber
+    a conversation     user ids: a subscriber who is no member (by token, or because all rooms are open)
 
-Each node tells the others at once what has changed, that it lives every 2 s, and all it has every 10 s. A
-change bears a version, which grows with each: whoever hears "gone" after a later "there" is not misled. A node
-is forgotten when it says nothing *and* its lease in the database is over: while Redis is away nobody goes
-offline.
+Each node sends the others its changes at once, a heartbeat every 2 s, and its whole state every 10 s. The
+versions of an id grow, so an old "gone" that arrives after a newer "present" has no effect. A node is forgotten
+when it is silent *and* its lease in the database is over. So nobody goes offline while only Redis is down.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from chatd.core.model import Present, Signal
 
 USERS, ROOMS = 0, -1
 
-TELL_ALL = 10.0  # seconds between the whole sets of a node
-SAY = 2.0  # seconds between signs of life
-SILENT = 8.0  # seconds without one after which a node is gone, if its lease is over
-FORGET = 25.0  # seconds after which one that never had a lease is gone
-GATHER = 0.05  # seconds that changes wait for others, before the other nodes are told
-PART = 1000  # entries of one signal, some 30 KB
-SLICE = 200  # entries handled between two checkpoints: each may be told to many rooms
-HEARD = 1000  # signals of others that wait; beyond them the oldest are dropped: a whole set tells it again
-REMEMBER = 60_000  # ms that the version of what has gone is kept: signals come twice, but not so late
+TELL_ALL = 10.0  # seconds between two signals with a node's whole state
+SAY = 2.0  # seconds between heartbeats
+SILENT = 8.0  # seconds of silence after which a node is gone, if its lease is over
+FORGET = 25.0  # seconds of silence after which a node that never had a lease is gone
+GATHER = 0.05  # seconds that changes wait for further ones, before they are sent to the other nodes
+PART = 1000  # entries in one signal, about 30 KB
+SLICE = 200  # entries handled between two checkpoints: each may cause events for many rooms
+HEARD = 1000  # waiting signals of other nodes; more drop the oldest, which the next whole state makes up for
+REMEMBER = 60_000  # ms to keep the version of an id that is gone; a repeated signal never comes later than this
 
-Key = tuple[int, int]  # scope, id
+Key = tuple[int, int]  # (scope, id)
 
 
 class Transition(Struct, frozen=True):
-    """Something is present now that was not, or the other way round, on all nodes together."""
+    """An id has become present or absent, counting all nodes together."""
 
     scope: int
     id: int
@@ -49,7 +49,9 @@ class Transition(Struct, frozen=True):
 
 
 class _Entry(Struct):
-    """How many connections a node has for a key, and the version of that. None: it has gone."""
+    """The number of a node's connections for a key (0: gone), the version of that number, and the last `round`
+    of whole state that named the key.
+    """
 
     connections: int
     version: int
@@ -57,7 +59,7 @@ class _Entry(Struct):
 
 
 class _Node(Struct):
-    """Another node. `parts` are those that have come of the whole set numbered `round`."""
+    """Another node. `parts`: how many parts have arrived of its whole state number `round`."""
 
     heard_at: float
     entries: dict[Key, _Entry]
@@ -76,13 +78,13 @@ class Presence:
         tell: Callable[[Signal], None] | None,
         life: Callable[[str], Life] = _unknown,
     ) -> None:
-        """`tell` gives a signal to the other nodes; None where there are none. `life`: what is known of the
-        lease of another node.
+        """`tell` sends a signal to the other nodes; None: there are no others. `life`
+        returns the state of another node's lease.
         """
         self.node, self.life, self._tell = node, life, tell
         self._own: dict[Key, _Entry] = {}
         self._nodes: dict[str, _Node] = {}
-        self._present: dict[int, dict[int, int]] = {}  # scope → id → how many nodes have it
+        self._present: dict[int, dict[int, int]] = {}  # scope → id → number of nodes that have it
         self._versions: dict[Key, int] = {}
         self._untold: dict[Key, None] = {}
         self._heard: deque[Present] = deque(maxlen=HEARD)
@@ -94,14 +96,14 @@ class Presence:
         self._on_own_change: list[Callable[[Key], None]] = []
 
     def on_change(self, call: Callable[[Transition], None]) -> None:
-        """Call it with each that comes or goes, over all nodes."""
+        """Register a callback for each transition, counting all nodes together."""
         self._on_change.append(call)
 
     def on_own_change(self, call: Callable[[Key], None]) -> None:
-        """Call it with each key of which this node has the first connection, or has lost the last."""
+        """Register a callback for each key for which this node gets its first or loses its last connection."""
         self._on_own_change.append(call)
 
-    # What is known.
+    # Queries.
 
     def has(self, scope: int, id: int) -> bool:
         return id in self._present.get(scope, ())
@@ -110,11 +112,11 @@ class Presence:
         return self._present.get(scope, {}).keys()
 
     def who(self, conversation_id: int, members: Iterable[int]) -> set[int]:
-        """Who is online in a room: members with a connection, and who is in it without being one."""
+        """The users online in a room: members with a connection, and subscribers who are not members."""
         return set(members) & self.present(USERS) | self.present(conversation_id)
 
     def connections(self, user_id: int) -> int:
-        """Of a user, on all nodes."""
+        """The number of a user's connections on all nodes."""
         key = (USERS, user_id)
         entries = [self._own.get(key), *(node.entries.get(key) for node in self._nodes.values())]
         return sum(entry.connections for entry in entries if entry is not None)
@@ -124,7 +126,7 @@ class Presence:
 
     @property
     def alone(self) -> bool:
-        """There are no other nodes."""
+        """Whether there are no other nodes."""
         return self._tell is None
 
     def has_own(self, key: Key) -> bool:
@@ -133,7 +135,7 @@ class Presence:
     def own_keys(self) -> list[Key]:
         return list(self._own)
 
-    # This node's own: synchronous.
+    # Changes on this node. These functions are synchronous.
 
     def arrive(self, scope: int, id: int) -> None:
         key = (scope, id)
@@ -166,7 +168,9 @@ class Presence:
         return version
 
     def _count(self, key: Key, by: int, version: int, *, own: bool = False) -> None:
-        """One node more, or less, has it. This node's `own` versions are the highest already."""
+        """Count one node more or less for a key. Versions of this node's
+        `own` changes are the highest already.
+        """
         scope, id = key
         here = self._present.setdefault(scope, {})
         before = here.get(id, 0)
@@ -191,7 +195,7 @@ class Presence:
         self._work.set()
 
     async def _take_heard(self) -> None:
-        """In slices: whatever comes at once, the loop turns."""
+        """Handle signals and forgotten nodes in slices, so that a burst does not block the event loop."""
         while True:
             if not self._heard and not self._gone:
                 self._work = trio.Event()
@@ -215,7 +219,7 @@ class Presence:
                 await trio.lowlevel.checkpoint()
         if signal.whole:
             node.parts += 1
-            if part == parts - 1 == node.parts - 1:  # none of them was lost: what they did not name has gone
+            if part == parts - 1 == node.parts - 1:  # no part was lost, so keys that they do not name are gone
                 await self._drop(node, [key for key, entry in node.entries.items() if entry.round != round])
 
     def _apply(self, node: _Node, key: Key, connections: int, version: int) -> None:
@@ -231,7 +235,7 @@ class Presence:
 
     async def _drop(self, node: _Node, keys: Sequence[Key]) -> None:
         for count, key in enumerate(keys, 1):
-            entry = node.entries.pop(key, None)  # None: `_forget_versions` was faster, at a checkpoint
+            entry = node.entries.pop(key, None)  # None: `_forget_versions` removed it during a checkpoint
             if entry is not None and entry.connections:
                 self._count(key, -1, self._versions.get(key, 0) + 1)
             if count % SLICE == 0:
@@ -246,10 +250,10 @@ class Presence:
                 self._gone.append((node, list(node.entries)))
                 self._work.set()
 
-    # Telling.
+    # Sending to other nodes.
 
     def tell_all_soon(self) -> None:
-        """The others may have missed something."""
+        """Send the whole state soon, because the other nodes may have missed signals."""
         self._told_all = -TELL_ALL
         self._wake.set()
 
@@ -276,7 +280,7 @@ class Presence:
             self._wake.set()
 
     async def _tell_changed(self) -> None:
-        """At least that this node lives."""
+        """Send the changes, or a heartbeat if there are none."""
         if self._tell is None:
             return
         untold, self._untold = list(self._untold), {}

@@ -1,9 +1,9 @@
-"""Keeps in the database who is connected to this node, so that the backend's picture of it comes true.
+"""Writes this node's presence to the database, and webhooks when presence differs from what
+the backend was told.
 
-The rules are those of `store.attendance`: whoever finds a difference between what is and what the backend was
-told tells it, ten seconds late, so that a phone in a tunnel is no news. This node writes what it has, renews
-its lease, and removes the leases of nodes that are gone. Where nobody wants to hear of presence it does the
-last two alone.
+`store.queues.presence` explains the tables. A difference must last ten seconds before the backend hears of it
+(debounce), so a phone in a tunnel causes no event. This node also renews its lease and removes the leases of
+dead nodes. If no webhook about presence is wanted, it does only these two.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from chatd.core.errors import Unavailable
 from chatd.store.queues.presence import SLICE, Change, Lease, LeaseLost, PresenceTable, Seen, Turned
 
 DEBOUNCE = 10.0  # seconds that a change must last before the backend hears of it
-AFRESH = 2.0  # seconds, for what this node has had for long and must write again
-TICK = 0.5  # seconds between looks at what is to be done
-TIDY = 3600.0  # seconds between removals of what has been gone for a day
-ENDING = 20  # slices of a dead node's that are removed before this node renews its own lease
+AFRESH = 2.0  # seconds of debounce for old presence that this node must write again after it lost its lease
+TICK = 0.5  # seconds between two checks for work
+TIDY = 3600.0  # seconds between two removals of rows that have been gone for a day
+ENDING = 20  # slices of a dead node's rows to remove before this node renews its own lease
 
 _EVENTS = {
     (USERS, True): "user.online",
@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 
 class Delivery(Protocol):
-    """What delivers webhooks. `full`: more of them wait than may be added to."""
+    """The delivery of webhooks. `full`: so many events wait that no more about presence may be added."""
 
     @property
     def full(self) -> bool: ...
@@ -50,7 +50,7 @@ class Delivery(Protocol):
 
 
 class PresenceWebhooks:
-    """Bounded by what this node has: a key is written at most twice a second, 500 in one transaction."""
+    """Its load is bounded: it writes a key at most twice per second, and 500 keys in one transaction."""
 
     def __init__(
         self,
@@ -60,16 +60,16 @@ class PresenceWebhooks:
         events: Collection[str],
         delivery: Delivery,
     ) -> None:
-        """While the `delivery` is full, differences wait in the database; it is woken after webhooks were
-        written.
+        """`delivery` is woken after webhooks were written. While it is
+        full, differences wait in the database.
         """
         self._table, self._presence, self._leases, self._delivery = table, presence, leases, delivery
         self._events = frozenset(events) & frozenset(_EVENTS.values())
         self._scopes = {scope for (scope, _), event in _EVENTS.items() if event in self._events}
         self._alone = presence.alone
         self._lease = self._fresh_lease()
-        self._changed: dict[Key, float] = {}  # keys to write, and when they changed last
-        self._doubts = True  # there may be some from before
+        self._changed: dict[Key, float] = {}  # key to write → time of its last change
+        self._doubts = True  # the database may have checks to do from before the start
         self._turned_at = self._looked_at = self._tidied_at = -math.inf
         self.finished = trio.Event()
 
@@ -79,24 +79,26 @@ class PresenceWebhooks:
 
     @property
     def needed(self) -> bool:
-        """Somebody wants to know: the backend, or another node whether this one is alive."""
+        """Whether this must run: the backend wants events, or other nodes need this node's heartbeat."""
         return bool(self._scopes) or not self._alone
 
     def _fresh_lease(self) -> Lease:
         return Lease(secrets.token_hex(8), self._presence.node)
 
     def note(self, key: Key) -> None:
-        """This node has the first connection for a key, or lost the last."""
+        """This node has got its first connection for a key, or lost its last."""
         if key[0] in self._scopes:
             self._changed[key] = trio.current_time()
 
     async def run(
         self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Until `stop`, when everybody has left: that is in the database then, and the lease is over."""
+        """Run until `stop`, which must come after all connections have ended. Then write
+        that, and end the lease.
+        """
         task_status.started(self.finished)
         while not stop.is_set():
-            with suppress(Unavailable):  # the writer says loudly enough that the database is gone
+            with suppress(Unavailable):  # the writer reports that the database is gone
                 await self._work()
             with trio.move_on_after(TICK):
                 await stop.wait()
@@ -117,7 +119,7 @@ class PresenceWebhooks:
             await self._table.tidy()
 
     async def _turn(self) -> Turned | None:
-        """None where the lease was lost."""
+        """Renew the lease and write up to `SLICE` changed keys. None: the lease was lost."""
         taken = dict(islice(self._changed.items(), SLICE))
         for key in taken:
             del self._changed[key]
@@ -149,7 +151,9 @@ class PresenceWebhooks:
         return event, callbacks.body(event, {_ID[scope]: id, "version": version})
 
     async def _begin_again(self) -> None:
-        """Others took us for dead, or the database went back in time. All that we have is written once more."""
+        """Take a new lease and write all keys again: other nodes ended the old lease, or the
+        database was restored.
+        """
         log.warning("lease_lost", node=self._presence.node)
         self._lease = self._fresh_lease()
         changed_at = trio.current_time() - DEBOUNCE + AFRESH
@@ -160,9 +164,11 @@ class PresenceWebhooks:
                 await trio.lowlevel.checkpoint()
 
     async def _look(self, others: list[Seen]) -> None:
-        """Over the memory bus there is nobody else: other leases are of former processes.
+        """End the leases of dead nodes.
 
-        Their users have a moment to come back; those of a node that died under our eyes have had it.
+        With the memory bus there are no other nodes, so all other leases belong to former
+        processes. Their users get the debounce time to reconnect. Users of a node that died
+        while this one was running have had that time.
         """
         now = trio.current_time()
         if self._alone:

@@ -1,4 +1,6 @@
-"""Receipts: how far users have read and received a conversation, and who lacks a message."""
+"""Receipts: how far users have read and received a conversation, and which users
+have not received a message.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from chatd.store.write.writer import Writer
 
 
 class Delivery(Struct, frozen=True):
-    """User ids of members, without the author."""
+    """The delivery of a message. Each list has user ids of members, without the author."""
 
     read: list[int]
     delivered: list[int]
@@ -41,11 +43,13 @@ class Receipts:
         )
 
     def submit(self, moves: Sequence[MoveCursor], then: Then) -> None:
-        """Raises Unavailable where nothing was queued."""
+        """Queue moves of cursors; the writer calls `then` with the outcomes. Raises
+        Unavailable if the queue is full.
+        """
         self._writer.submit(moves, then)
 
     async def delivery(self, message_id: int) -> Delivery:
-        """Raises NotFound, Unavailable."""
+        """Which members have read or received a message. Raises NotFound, Unavailable."""
         author, cursors = await self._read(members.cursors_of_message, message_id)
         others = [cursor for cursor in cursors if cursor.user_id != author]
         online = {one.user_id for one in others if self._presence.has(USERS, one.user_id)}

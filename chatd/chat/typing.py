@@ -1,4 +1,4 @@
-"""Who is typing: told to the room, never stored, and over by itself also when the typist has vanished."""
+"""Typing events: sent to the room, never stored, and ended by a timeout if the client vanishes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from msgspec import Raw, Struct
 from chatd.core.model import Notice, Signal
 from chatd.core.protocol import event
 
-EVERY = 2.0  # seconds between two that are told of one user in one room
-EXPIRES = 6.0  # seconds until it is over, unless it is said again
-TICK = 0.5  # seconds between looks at what is over
+EVERY = 2.0  # least seconds between two events of one user in one room
+EXPIRES = 6.0  # seconds after which typing ends, unless the client sends it again
+TICK = 0.5  # seconds between two checks for what has ended
 
 
 class _State(Struct):
-    """`told_at` and `until` are moments of trio's clock; `until` of 0: not typing any more."""
+    """`told_at` (the last event) and `until` are times of trio's clock, in seconds; `until`
+    0: not typing any more.
+    """
 
     told_at: float
     until: float
 
 
 class Typing:
-    """Bounded by what connections may ask in six seconds: nothing is kept for longer."""
+    """The users who are typing. No entry stays for more than about six seconds, which bounds the memory."""
 
     def __init__(self, tell: Callable[[Signal], None]) -> None:
         self._tell = tell
         self._states: dict[tuple[int, int], _State] = {}
 
     def start(self, conversation_id: int, user_id: int) -> None:
-        """What comes too soon after the last is ignored."""
+        """A user types. Does nothing within `EVERY` seconds of the last event."""
         now = trio.current_time()
         state = self._states.get((conversation_id, user_id))
         if state is not None and now - state.told_at < EVERY:

@@ -1,4 +1,4 @@
-"""Users, as a backend sees them: who is there, what is unread, and whom it sends away."""
+"""Users, for a backend: reads their presence and unread counts, disconnects, revokes and bans them."""
 
 from __future__ import annotations
 
@@ -36,22 +36,25 @@ class Users:
         self._writer, self._read, self._presence, self._tell = writer, read, presence, tell
 
     async def get(self, user_id: int) -> User:
-        """Raises Unavailable. A user whom nobody has heard of is offline and nowhere a member."""
+        """A user's state; an unknown user is offline and has no conversations. Raises Unavailable."""
         conversations = await self._read(members.unread_of_user, user_id)
         connections = self._presence.connections(user_id)
         return User(user_id, self._presence.has(USERS, user_id), connections, conversations)
 
     def disconnect(self, user_id: int, *, reconnect: bool) -> int:
-        """End the user's connections on all nodes; returns how many there were."""
+        """Close the user's connections on all nodes; returns their number. `reconnect`:
+        clients may come back at once.
+        """
         connections = self._presence.connections(user_id)
         self._tell(Kick(user_id, reconnect))
         log.info("user_disconnected", user_id=user_id, connections=connections)
         return connections
 
     async def revoke(self, user_id: int, before: float | None = None) -> None:
-        """Void the tokens issued before a moment (unix seconds; now). Raises Unavailable.
+        """Revoke the user's tokens issued before a time (unix seconds; None: now). Raises Unavailable.
 
-        Tokens tell whole seconds: to the next one, so that none of this second outlives it.
+        The time is rounded up, because tokens hold whole seconds: a token from the same
+        second must not survive.
         """
         moment = time.time() if before is None else before
         void = SetUser(user_id=user_id, valid_after=math.ceil(moment), now=before is None)
@@ -59,10 +62,10 @@ class Users:
         log.info("tokens_revoked", user_id=user_id)
 
     async def ban(self, user_id: int, until: str | None) -> None:
-        """Until a moment; None ends it. Raises Unavailable."""
+        """Ban a user until a time; None ends the ban. Raises Unavailable."""
         await self._writer.submit([SetUser(user_id=user_id, banned_until=until)]).outcome()
         log.info("user_banned", user_id=user_id, until=until)
 
     async def issue_from(self, user_id: int) -> int:
-        """The user's last revocation: its `valid_after`, 0 if there was none. Raises Unavailable."""
+        """`valid_after` of the user's last revocation (unix seconds); 0: there was none. Raises Unavailable."""
         return await self._read(members.valid_after, user_id)
