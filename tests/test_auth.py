@@ -145,7 +145,7 @@ async def test_s5_claims_are_checked() -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"no key", "no public key in PEM"),
+        (b"no key", "not a public key in PEM"),
         (pem(rsa.generate_private_key(public_exponent=65537, key_size=1024)), "2048 bits"),
         (pem(ec.generate_private_key(ec.SECP384R1())), "P-256"),
         (None, "No such file"),

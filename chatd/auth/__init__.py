@@ -1,7 +1,7 @@
-"""Who is it? `Authenticator` is what the use cases know.
+"""Finds the user that a token belongs to. The use cases know only `Authenticator`.
 
-tokens      verifies JWTs by itself, with secrets, key files or the keys of a `keyserver`
-backend     asks the backend instead
+tokens              verifies JWTs with secrets, key files or the keys of a `keyserver`
+backend.auth_callback   asks the backend instead
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from chatd.core.model import Identity
 
 class Authenticator(Protocol):
     async def authenticate(self, token: str) -> Identity:
-        """Raises Unauthorized or TokenExpired; NotYet for a token that counts in a moment, Unavailable where
-        the answer should come from elsewhere.
+        """The identity that a token proves.
+
+        Raises Unauthorized; TokenExpired; NotYet if the token becomes valid in a moment; Unavailable if the
+        backend or a key server does not answer.
         """
 
     async def renew(self, token: str, outdated: Outdated) -> Identity:
-        """Look again whether the token counts after a revocation. Raises as `authenticate` does, and `outdated`
-        where the token itself is all there is to look at.
+        """Check a token again after a revocation.
+
+        Raises the errors of `authenticate`, and `outdated` if there is nothing to check but the token itself.
         """

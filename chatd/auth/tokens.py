@@ -1,7 +1,8 @@
-"""JWTs: issued for backends with the shared secret, verified for connections with whatever key fits.
+"""JWTs: issues them for backends with the shared secret, and verifies them for connections with the right key.
 
-HS256 with the current and the previous secret; RS256, ES256 and EdDSA with public keys from files or from a key
-server. Revocation is not here: a token says who somebody is, the database whether that still counts.
+HS256 uses the current and the previous secret; RS256, ES256 and EdDSA use public keys from
+files or a key server. This module knows nothing of revocations: a token names the user, and
+the database says whether the login is revoked.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from chatd.core.limits import AUTH_BYTES, MAX_ID
 from chatd.core.model import Identity
 
 SHARED = "HS256"
-MAX_TOKEN_CHARS = 8192  # longer is no token of ours, and is not looked into
-RSA_BITS = 2048  # shorter keys are broken in practice
-SOON = 60.0  # seconds; a token that is not valid before that is not one of a clock that is a little ahead
-AFTER = "chatd_after"  # a claim of our own tokens: the revocation that was known when it was issued
+MAX_TOKEN_CHARS = 8192  # longer tokens are refused without reading them
+RSA_BITS = 2048  # least length of an RSA key (NIST SP 800-131A allows no shorter ones)
+SOON = 60.0  # seconds; a token that becomes valid later is wrong: no clock differs by so much
+AFTER = "chatd_after"  # a claim of our own tokens: the user's last revocation when the token was issued
 
 _WRONG = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 
@@ -56,13 +57,15 @@ class Tokens:
         *,
         frame_bytes: int = Limits().frame_bytes,
     ) -> None:
-        """`secret` if the configuration has none. Raises ConfigError for a key file that is none."""
+        """`secret` is used if the configuration has none. Raises
+        ConfigError if a key file holds no valid key.
+        """
         self._config, self._key_server = config, key_server
-        # What is issued must be accepted, in the frame that brings it.
+        # An issued token must fit into the `auth` frame that brings it.
         self._most = min(MAX_TOKEN_CHARS, frame_bytes - AUTH_BYTES)
         secret = config.secret or secret
         self._secret = secret
-        # As prepared keys: a secret that comes as text is looked at anew, for what it might be, at each token.
+        # Prepared as key objects, because PyJWT examines a secret given as text again for each token.
         self._secrets = [_shared_key(one) for one in (secret, config.previous_secret) if one]
         self._files = [_file_key(Path(name)) for name in config.key_files]
         self._shared_only = config.algorithms == [SHARED]
@@ -71,14 +74,15 @@ class Tokens:
     def issue(
         self, user_id: int, ttl: int, conversations: Iterable[int] | None = None, *, since: int = 0
     ) -> str:
-        """A token for a user that lives `ttl` seconds. `since`: the user's last revocation, its `valid_after`.
+        """A token for a user, valid for `ttl` seconds. `since`: `valid_after` of the user's last revocation.
 
-        Raises Forbidden where a token of ours would not be accepted, BadRequest where this one would not be.
+        Raises Forbidden if this server does not accept tokens of its own, BadRequest if the
+        token would be too long.
         """
         if SHARED not in self._config.algorithms or self._config.backend_url:
-            raise Forbidden("this server issues no tokens: your backend signs, or verifies, them itself")
+            raise Forbidden("this server issues no tokens, because your backend signs or verifies them itself")
         now = int(time.time())
-        # A node of an older version looks at `iat` alone, which must not be earlier than the revocation.
+        # Nodes with older versions of chatd check only `iat`, so it must not be earlier than the revocation.
         claims: dict[str, Any] = {"sub": str(user_id), "iat": max(now, since), "exp": now + ttl, AFTER: since}
         claims |= {"aud": self._config.audience} if self._config.audience else {}
         claims |= {"iss": self._config.issuer} if self._config.issuer else {}
@@ -90,14 +94,16 @@ class Tokens:
         return token
 
     async def authenticate(self, token: str) -> Identity:
-        """Raises Unauthorized, TokenExpired; Unavailable where a key cannot be had."""
+        """Verify a token. Raises Unauthorized, TokenExpired, NotYet; Unavailable if the key
+        server does not answer.
+        """
         if self._shared_only or len(token) > MAX_TOKEN_CHARS:
             return self.verify(token)
         algorithm, kid = self._header(token)
         try:
             return self._verify(token, algorithm, await self._keys(algorithm, kid))
         except Unauthorized as refused:
-            # Without a kid nothing tells that the key is a new one but that the old ones do not fit.
+            # A token without a kid that fits no key may have been signed with a new key.
             if refused.way is not Final.TOKEN_SIGNATURE or kid or algorithm == SHARED or not self._key_server:
                 raise
             return self._verify(token, algorithm, await self._key_server.find_newer(kid, algorithm))
@@ -106,25 +112,25 @@ class Tokens:
         raise outdated
 
     def verify(self, token: str) -> Identity:
-        """With the secrets alone."""
+        """Verify a token with the secrets only. Raises Unauthorized, TokenExpired, NotYet."""
         if len(token) > MAX_TOKEN_CHARS:
-            why = f"it has {len(token)} characters, {MAX_TOKEN_CHARS} are accepted"
+            why = f"the token has {len(token)} characters; at most {MAX_TOKEN_CHARS} are accepted"
             raise Unauthorized(Final.TOKEN_TOO_LONG, why)
         return self._verify(token, SHARED, self._secrets)
 
     def _header(self, token: str) -> tuple[str, str | None]:
-        """(alg, kid). Where a key may be found (jku, x5u, jwk) a token does not decide."""
+        """(alg, kid). Ignores jku, x5u and jwk: a token must not choose where its key comes from."""
         try:
             header = jwt.get_unverified_header(token)
         except _WRONG:
-            raise Unauthorized(Final.TOKEN_MALFORMED, "it is no JWT") from None
+            raise Unauthorized(Final.TOKEN_MALFORMED, "the token is not a JWT") from None
         algorithm, kid = header.get("alg"), header.get("kid")
         if algorithm not in self._config.algorithms:
             raise _other_algorithm(token)
         return algorithm, kid if isinstance(kid, str) else None
 
     async def _keys(self, algorithm: str, kid: str | None) -> list[Any]:
-        """Each key is used with its own algorithm alone."""
+        """The keys for an algorithm. A key is never used with another algorithm than its own."""
         if algorithm == SHARED:
             return self._secrets
         keys = [key for fits, key in self._files if fits == algorithm]
@@ -134,7 +140,7 @@ class Tokens:
 
     def _verify(self, token: str, algorithm: str, keys: list[Any]) -> Identity:
         if not keys:
-            raise Unauthorized(Final.TOKEN_KEY, "there is no key for its kid and alg")
+            raise Unauthorized(Final.TOKEN_KEY, "there is no key for the token's kid and alg")
         for key in keys:
             try:
                 claims = jwt.decode(token, key, algorithms=[algorithm], **self._checks)
@@ -143,10 +149,10 @@ class Tokens:
             except _WRONG as error:
                 raise self._refusal(token, error) from None
             return _identity(claims, ours=algorithm == SHARED)
-        raise Unauthorized(Final.TOKEN_SIGNATURE, "it was signed with no key that is known here")
+        raise Unauthorized(Final.TOKEN_SIGNATURE, "no key of this server matches the token's signature")
 
     def _refusal(self, token: str, error: Exception) -> ChatError:
-        """The signature was looked at before the claims, so what is said of those is true."""
+        """The error for PyJWT's. PyJWT checks the signature first, so the claims are the issuer's own."""
         match error:
             case jwt.ExpiredSignatureError():
                 return TokenExpired()
@@ -154,26 +160,27 @@ class Tokens:
                 return _other_algorithm(token)
             case jwt.ImmatureSignatureError():
                 wait = int(_unverified(token)["nbf"]) - time.time() - self._config.leeway
-                why = f"it is valid in {wait:.0f} s (nbf): do the clocks differ? auth.leeway allows for that"
+                why = f"the token is valid in {wait:.0f} s (nbf): do the clocks differ? See auth.leeway."
                 return (
                     NotYet(why, retry_after=max(0.1, round(wait, 3)))
                     if wait <= SOON
                     else Unauthorized(Final.TOKEN_NOT_YET, why)
                 )
             case jwt.MissingRequiredClaimError(claim=claim):
-                return Unauthorized(Final.TOKEN_CLAIM, f"it has no {claim}")
+                return Unauthorized(Final.TOKEN_CLAIM, f"the token has no {claim}")
             case jwt.InvalidAudienceError():
-                return Unauthorized(Final.TOKEN_CLAIM, "its aud is not auth.audience")
+                return Unauthorized(Final.TOKEN_CLAIM, "the token's aud is not auth.audience")
             case jwt.InvalidIssuerError():
-                return Unauthorized(Final.TOKEN_CLAIM, "its iss is not auth.issuer")
+                return Unauthorized(Final.TOKEN_CLAIM, "the token's iss is not auth.issuer")
             case _:
                 return Unauthorized(Final.TOKEN_MALFORMED, f"{type(error).__name__}: {error!s:.100}")
 
 
 def _checks(config: Auth) -> dict[str, Any]:
-    """How PyJWT is to look at the claims."""
+    """PyJWT's options for checking the claims."""
     required = ["sub", "exp"] + ["aud"] * bool(config.audience) + ["iss"] * bool(config.issuer)
-    # `sub` may be an integer, which PyJWT's own check refuses. A clock ahead of ours issues nothing wrong.
+    # `sub` may be an integer, which PyJWT's check refuses. `iat` may be in the future if the
+    # issuer's clock is ahead.
     options: dict[str, Any] = {"require": required, "verify_sub": False, "verify_iat": False}
     options["verify_aud"] = bool(config.audience)
     checks: dict[str, Any] = {"options": options, "leeway": config.leeway}
@@ -188,13 +195,13 @@ def _shared_key(secret: str) -> jwt.PyJWK:
 
 
 def _file_key(path: Path) -> tuple[str, Any]:
-    """(algorithm, key) of a public key in PEM."""
+    """(algorithm, key) of a PEM file with a public key. Raises ConfigError."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe could block for ever
             raise ValueError
         key = load_pem_public_key(path.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        reason = error.strerror if isinstance(error, OSError) else "this is no public key in PEM"
+        reason = error.strerror if isinstance(error, OSError) else "not a public key in PEM format"
         raise ConfigError(f"auth.key_files: {path}: {reason}.") from None
     if isinstance(key, RSAPublicKey) and key.key_size >= RSA_BITS:
         return "RS256", key
@@ -214,23 +221,25 @@ def _other_algorithm(token: str) -> Unauthorized:
     try:
         named = jwt.get_unverified_header(token).get("alg")
     except _WRONG:
-        return Unauthorized(Final.TOKEN_MALFORMED, "it is no JWT")
-    return Unauthorized(Final.TOKEN_ALGORITHM, f"its alg {named!r:.40} is not in auth.algorithms")
+        return Unauthorized(Final.TOKEN_MALFORMED, "the token is not a JWT")
+    return Unauthorized(Final.TOKEN_ALGORITHM, f"the token's alg {named!r:.40} is not in auth.algorithms")
 
 
 def _too_many(chars: int, most: int) -> str:
     return (
-        f"The token would have {chars} characters, and {most} are accepted at a login: list fewer"
+        f"The token would have {chars} characters, but a login accepts at most {most}: list fewer"
         " conversations, and make the user a member of the others."
     )
 
 
 def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
-    """`ours`: it was signed with our secret, so what we write into tokens may be ours."""
+    """The identity in a token's claims. `ours`: our secret signed it, so our
+    own claims in it can be trusted.
+    """
     listed = claims.get("conversations")
     listed = [] if listed is None else listed
     if not isinstance(listed, list) or not all(_is_id(item) for item in listed):
-        raise Unauthorized(Final.TOKEN_ROOMS, "its conversations are no list of integers")
+        raise Unauthorized(Final.TOKEN_ROOMS, "the token's conversations are not a list of ids")
     user_id, expires_at, issued_at = (
         _user_id(claims["sub"]),
         _time("exp", claims["exp"]),
@@ -245,7 +254,7 @@ def _time(name: str, value: Any) -> float:
         if isinstance(value, str | bool) or not math.isfinite(found := float(value)):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise Unauthorized(Final.TOKEN_CLAIM, f"its {name} is no time") from None
+        raise Unauthorized(Final.TOKEN_CLAIM, f"the token's {name} is not a time") from None
     return found
 
 
@@ -253,7 +262,7 @@ def _user_id(subject: Any) -> int:
     if isinstance(subject, str) and subject.isascii() and subject.isdecimal() and len(subject) <= 16:
         subject = int(subject)
     if not _is_id(subject):
-        why = f"its sub is {subject!r:.60}: user ids are integers from 1 to {MAX_ID} (a UUID is none)"
+        why = f"the token's sub is {subject!r:.60}: user ids are integers from 1 to {MAX_ID}, not UUIDs"
         raise Unauthorized(Final.TOKEN_USER, why)
     return int(subject)
 

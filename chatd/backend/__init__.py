@@ -1,1 +1,1 @@
-"""Every call to the team's own backend: webhooks, the `before_message` hook, the login callback."""
+"""All calls to the operator's own backend: webhooks, the `before_message` hook, the login callback."""

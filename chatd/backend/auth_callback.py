@@ -1,8 +1,9 @@
-"""Asks the backend whom a token belongs to. Implements `auth.Authenticator`.
+"""Asks the backend to which user a token belongs. Implements `auth.Authenticator`.
 
-A backend that does not answer is never taken for a no. What it said is remembered for some seconds, so that
-thousands who come back at once do not fall upon it twice. After a revocation what it said before counts no
-more, and it is asked again: its word is the last, for it knows which of its logins it has withdrawn.
+If the backend does not answer, chatd does not refuse the login but asks the client to retry. It caches an
+answer for some seconds, so that thousands of reconnecting clients do not cause two calls each. After a
+revocation, cached answers from before it no longer count and chatd asks again. That answer decides, because the
+backend knows which of its logins it has withdrawn.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from chatd.core.model import Identity
 from chatd.core.protocol import Id
 from chatd.observe import metrics
 
-AT_ONCE = 32  # calls on their way
-REMEMBERED = 10_000  # tokens
-_NO = frozenset([401, 403, 404, 422])  # the backend has looked, and knows no such login
+AT_ONCE = 32  # most calls at the same time
+REMEMBERED = 10_000  # most tokens in the cache
+_NO = frozenset([401, 403, 404, 422])  # with these statuses the backend says that the token is not valid
 
 
 class _Login(Struct, frozen=True):
-    """What the backend answers."""
+    """The backend's answer; `expires_in` is in seconds."""
 
     user_id: Id
     expires_in: Annotated[float, Meta(gt=0)]
@@ -53,22 +54,22 @@ class AuthCallback:
         self._asking: dict[bytes, trio.Lock] = {}
 
     async def authenticate(self, token: str) -> Identity:
-        """Raises Unauthorized, Unavailable."""
+        """The identity that the backend gives to a token. Raises Unauthorized, Unavailable."""
         return await self._identify(token, 0)
 
     async def renew(self, token: str, outdated: Outdated) -> Identity:
-        """What the backend says now that the revocation is known. Raises Unauthorized, Unavailable."""
+        """Ask again if the cached answer is from before a revocation. Raises Unauthorized, Unavailable."""
         return await self._identify(token, outdated.valid_after)
 
     async def _identify(self, token: str, after: int) -> Identity:
-        """`after`: a revocation that has happened already."""
+        """`after`: the `valid_after` of a revocation that the answer must be later than; 0: none."""
         key = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
         if identity := self._remembered(key, after):
             return identity
         lock = self._asking.setdefault(key, trio.Lock())
         try:
             with trio.move_on_after(self._timeout) as waiting:
-                async with lock:  # who asks for the same token has the answer of the first
+                async with lock:  # logins with the same token share one call
                     if identity := self._remembered(key, after):
                         return identity
                     async with self._slots:
@@ -78,7 +79,7 @@ class AuthCallback:
             if not lock.locked():
                 self._asking.pop(key, None)
         with self._failures.noted():
-            raise CallFailed("timeout", "no call was free in time: others are on their way")
+            raise CallFailed("timeout", "too many calls are running: none ended in time for this one")
 
     async def _ask(self, token: str, after: int) -> Identity:
         asked_at = time.time()
@@ -121,7 +122,7 @@ def _identity(status: int, body: bytes, asked_at: float, after: int) -> Identity
             raise ValueError
         login = msgspec.json.decode(body, type=_Login)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        raise CallFailed("wrong_answer", f"it answered {status}, and no login") from None
+        raise CallFailed("wrong_answer", f"the backend answered {status} without a valid login") from None
     expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations or ())
-    # As of the question, not of the answer: what was revoked between the two may not be in it.
+    # `issued_at` is when chatd asked, not when it got the answer: the answer may miss a revocation in between.
     return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)

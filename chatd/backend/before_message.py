@@ -1,4 +1,6 @@
-"""The `before_message` hook: the backend may refuse or change what a client sends or edits, in time."""
+"""The `before_message` hook: the backend may refuse or change a client's message or edit
+before chatd stores it.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,12 @@ from chatd.observe.logs import Recurring
 from chatd.store.write.commands import Create, Edit
 
 EVENT = "before_message"
-MESSAGE_CHARS = 1000  # of a reason for a refusal
-AT_ONCE = 64  # calls on their way; others wait, within the deadline
-ADVICE = "let the hook answer `refuse`, or `change` with what chatd can store (docs/webhooks.md)"
+MESSAGE_CHARS = 1000  # longest reason for a refusal that the client gets
+AT_ONCE = 64  # most calls at the same time; others wait, within the deadline
+ADVICE = "let the hook answer `refuse`, or `change` with values that chatd can store (docs/webhooks.md)"
 
-# What the backend is told of a new message, and what may be changed of one; of an edit only what it changes.
+# The fields of a new message, and of an edit, that the backend gets. An edit has only the
+# fields that it changes.
 SENT = ("conversation_id", "user_id", "type", "content", "meta", "client_id", "reply_to")
 EDITED = ("conversation_id", "user_id", "message_id", "content", "meta")
 
@@ -38,7 +41,7 @@ _Action = Literal["accept", "refuse", "change"]
 
 
 class _Verdict(Struct, frozen=True):
-    """What the backend answers. `message` is shown to the one who is refused; a null content or type changes
+    """The backend's answer. `message`: the reason that a refused client gets. A null content or type changes
     nothing.
     """
 
@@ -51,7 +54,7 @@ class _Verdict(Struct, frozen=True):
 
 class BeforeMessage:
     def __init__(self, settings: Webhooks, fetch: Fetcher, check: Callable[[Create | Edit], None]) -> None:
-        """`check` raises BadRequest or TooLarge for what cannot be stored."""
+        """`check` raises BadRequest or TooLarge if chatd cannot store a command."""
         self._settings, self._fetch, self._check = settings, fetch, check
         self._breaker = Breaker()
         self._slots = trio.CapacityLimiter(AT_ONCE)
@@ -59,8 +62,11 @@ class BeforeMessage:
         self._unusable: dict[str, tuple[str, Recurring]] = {}  # by field: the incident, and its line in the log
 
     async def check(self, wanted: C) -> C:
-        """What may be stored. Raises Forbidden; Unavailable where that is what silence means; UnusableVerdict,
-        for nobody knows then what the backend would have let in.
+        """Ask the backend, and return the command to store.
+
+        Raises Forbidden if the backend refuses. Raises Unavailable if it gives no answer and
+        `before_message_failure` is `refuse`. Raises UnusableVerdict if its answer cannot be applied, whatever
+        that option says, because it is not known what the backend would have accepted.
         """
         try:
             return self._apply(wanted, await self._ask_in_time(wanted))
@@ -70,11 +76,11 @@ class BeforeMessage:
             raise
 
     async def _ask_in_time(self, wanted: Create | Edit) -> _Verdict:
-        """Raises Unavailable, and says so in the log."""
+        """Ask within the deadline. Logs each failure, and raises Unavailable."""
         with self._failures.noted():
             with trio.move_on_after(self._settings.before_message_timeout):
                 return await self._ask(wanted)
-            raise CallFailed("timeout", "no call was free in time: others are on their way")
+            raise CallFailed("timeout", "too many calls are running: none ended in time for this one")
 
     async def _ask(self, wanted: Create | Edit) -> _Verdict:
         names = SENT if isinstance(wanted, Create) else EDITED
@@ -87,7 +93,8 @@ class BeforeMessage:
                     answer = await self._fetch(
                         "POST",
                         self._settings.before_message_url,
-                        within=self._settings.before_message_timeout * 0.95,  # ours, so that it is seen to fail
+                        # It ends before our own deadline, so that the breaker sees the failure.
+                        within=self._settings.before_message_timeout * 0.95,
                         headers=callbacks.headers(self._settings.secret, EVENT, secrets.token_hex(8), content),
                         content=content,
                     )
@@ -96,8 +103,10 @@ class BeforeMessage:
                 return self._verdict(answer)
 
     def _verdict(self, answer: Answer) -> _Verdict:
-        """Raises CallFailed for what is none, UnusableVerdict for one that cannot be followed."""
-        wrong = CallFailed("wrong_answer", f"it answered {answer.status}, and no verdict")
+        """Read the answer. Raises CallFailed if it is no verdict, UnusableVerdict if the
+        verdict has invalid fields.
+        """
+        wrong = CallFailed("wrong_answer", f"the backend answered {answer.status} without a valid verdict")
         if answer.status != 200:
             raise wrong
         try:
@@ -109,7 +118,7 @@ class BeforeMessage:
 
     def _apply(self, wanted: C, verdict: _Verdict) -> C:
         if verdict.action == "refuse":
-            raise Forbidden((verdict.message or "this message was refused")[:MESSAGE_CHARS])
+            raise Forbidden((verdict.message or "the backend refused this message")[:MESSAGE_CHARS])
         if verdict.action == "accept":
             return wanted
         changed = _changed(wanted, verdict)
@@ -120,7 +129,10 @@ class BeforeMessage:
         return changed
 
     def _cannot_use(self, field: str | None, why: str) -> UnusableVerdict:
-        """A line now and then for each field, with one incident: so the log has each that a client is told."""
+        """Log the problem, at most every few seconds for each field.
+
+        All problems with one field share an incident number, so the log has every number that a client gets.
+        """
         metrics.HOOK_FAILURES.labels("unusable_verdict").inc()
         fresh = secrets.token_hex(6), Recurring("hook_verdict_unusable")
         incident, line = self._unusable.setdefault(field or "", fresh)
@@ -133,24 +145,25 @@ def _changed(wanted: C, verdict: _Verdict) -> C:
     if verdict.content is not None:
         fresh["content"] = verdict.content
     if isinstance(wanted, Create):
-        # A retry is told by what the client asked for, not by what the backend made of it.
+        # A retry has the hash of the client's request, not of what the backend made of it.
         fresh |= {"type": verdict.type or wanted.type, "asked": wanted.request_hash()}
     return msgspec.structs.replace(wanted, **fresh)
 
 
 def _mistake(error: Exception) -> tuple[str | None, str]:
-    """(field, why)"""
+    """(field, what is wrong with it)"""
     if isinstance(error, msgspec.ValidationError):
         return field_of(error), reason(error)
-    return None, "holds text or a number that cannot be kept"
+    return None, "holds text or a number that chatd cannot store"
 
 
 def _is_verdict(body: bytes) -> bool:
-    """Whether it says what is to be done, if not in a way that can be done. The standard library also reads
-    what msgspec refuses: half of an emoji, 1e999.
+    """Whether the body has a valid action, even if its other fields are not valid.
+
+    It uses the standard library, which also reads JSON that msgspec refuses, such as a lone surrogate or 1e999.
     """
     try:
-        said = json.loads(body)
+        answer = json.loads(body)
     except (ValueError, RecursionError):
         return False
-    return isinstance(said, dict) and said.get("action") in get_args(_Action)
+    return isinstance(answer, dict) and answer.get("action") in get_args(_Action)

@@ -1,4 +1,6 @@
-"""A circuit breaker: what fails again and again is left alone for a while, so that nobody waits for it."""
+"""A circuit breaker: after several failures in a row, calls fail at once for a while, so
+that clients do not wait.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import trio
 
 from chatd.core.errors import Unavailable
 
-MOST = 5  # failures in a row, then
-REST = 5.0  # seconds in which nobody calls; after them one tries, and the others go on without
+MOST = 5  # failures in a row that open the breaker
+REST = 5.0  # seconds without calls; then one call is tried while all others still fail at once
 
 
 class Breaker:
@@ -21,7 +23,10 @@ class Breaker:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Raises Unavailable without a call while it is open; that of the block counts as a failure."""
+        """A block that makes one call. While the breaker is open, raises Unavailable before the block.
+
+        Unavailable from the block counts as a failure.
+        """
         is_trial = self._failures >= MOST
         if is_trial and (self._trying or trio.current_time() < self._open_until):
             raise Unavailable("the backend does not answer")
@@ -32,7 +37,7 @@ class Breaker:
             self._failures += 1
             self._open_until = trio.current_time() + REST
             raise
-        except Exception:  # it has answered, if not what one had hoped for
+        except Exception:  # the backend has answered, so this is no failure of the connection
             self._failures = 0
             raise
         else:

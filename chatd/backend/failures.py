@@ -1,4 +1,4 @@
-"""Calls to the backend that fail. Clients learn nothing of the cause: the log has it, and metrics count it."""
+"""Logs and counts failed calls to the backend. Clients do not learn the cause."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from prometheus_client import Counter, Gauge
 from chatd.core.errors import CallFailed, ChatError, Unavailable
 from chatd.observe.logs import Recurring
 
-CAUSES = 20  # that are told apart; there are far fewer
+CAUSES = 20  # causes with a log line of their own; there are far fewer in practice
 
 
 class FailureLog:
-    """A line for each new cause at once; while it lasts, a line now and then says how often it was met."""
+    """Logs a new cause at once. While a cause lasts, it logs a line every few seconds, with a count."""
 
     def __init__(self, event: str, failures: Counter, answers: Gauge) -> None:
         """`failures` has the label `reason`; `answers` is 1 while the last call was answered, else 0."""
         self._event, self._failures, self._answers = event, failures, answers
         self._causes: dict[str, Recurring] = {}
-        answers.set(1)  # nothing is known against it
+        answers.set(1)  # there was no failure yet
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """For a block that makes one call."""
+        """A block that makes one call. Notes its outcome and raises its errors again."""
         try:
             yield
         except CallFailed as error:
@@ -32,10 +32,10 @@ class FailureLog:
             self._answers.set(0)
             self._tell(error)
             raise
-        except Unavailable:  # nobody has called: the breaker is open
+        except Unavailable:  # there was no call, because the breaker is open
             self._failures.labels("not_tried").inc()
             raise
-        except ChatError:  # that was the answer
+        except ChatError:  # the backend answered with a refusal
             self._answers.set(1)
             raise
         else:

@@ -1,7 +1,9 @@
-"""HTTP calls to the backend and to key servers: with a deadline, a bound, and a fence around private networks.
+"""HTTP calls to the backend and to key servers, with a deadline and a size limit, and not
+into private networks.
 
-A URL in the configuration is looked up by us, each address it has is judged, and the call goes to the one that
-was judged: what a name server says a moment later does not matter. Redirects and proxies are not followed.
+chatd resolves the host name itself, checks each address, and calls an address that it has
+checked. So a name server that gives another address a moment later changes nothing. chatd
+follows no redirects and uses no proxies.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from msgspec import Struct
 from chatd.core.errors import CallFailed
 from chatd.core.limits import TokenBucket
 
-BODY_BYTES = 64 * 1024  # of an answer
-CONNECTIONS = 128  # to all of them together, above what those who call have on their way at once
+BODY_BYTES = 64 * 1024  # largest body of an answer
+CONNECTIONS = 128  # most connections to all hosts; more than all callers together use at once
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -34,14 +36,14 @@ class Answer(Struct, frozen=True):
 
 
 class Fetcher:
-    """Calls URLs. One for the daemon: it keeps connections open between calls."""
+    """Calls URLs. The daemon has one, which keeps connections open between calls."""
 
     def __init__(self, private_networks: Sequence[str]) -> None:
-        """`private_networks` may be called although they are private, and by plain HTTP."""
+        """Addresses in `private_networks` may be called although they are private, and with plain HTTP."""
         self._allowed = [ipaddress.ip_network(network) for network in private_networks]
         self._client: httpx.AsyncClient | None = None
         self._making = trio.Lock()
-        self._refusals = TokenBucket(rate=1 / 60, burst=1, now=0)  # lines in the log
+        self._refusals = TokenBucket(rate=1 / 60, burst=1, now=0)  # one log line per minute
 
     async def __call__(
         self,
@@ -53,15 +55,15 @@ class Fetcher:
         content: bytes | None = None,
         whole: bool = True,
     ) -> Answer:
-        """Raises CallFailed where there is no whole answer `within` so many seconds.
+        """Make one call. Raises CallFailed if there is no complete answer `within` so many seconds.
 
-        Without `whole` the status is what counts: of a body that is too large the beginning is returned.
+        With `whole` False only the status matters: a body that is too large is cut off instead of an error.
         """
         with trio.move_on_after(within):
             try:
                 return await self._fetch(method, url, dict(headers or {}), content, whole)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
-                # The last: a host, here or in a redirect, that can be no name.
+                # UnicodeError: the host, here or in a redirect, is not a valid name.
                 reason = f"{_origin(url)} cannot be reached: {type(error).__name__}"
                 raise CallFailed("unreachable", reason) from error
         raise CallFailed("timeout", f"{_origin(url)} does not answer within {within:g} s")
@@ -82,7 +84,7 @@ class Fetcher:
             target.copy_with(host=str(address)),
             headers=headers,
             content=content,
-            extensions={"sni_hostname": target.host},  # certificates are held against the name
+            extensions={"sni_hostname": target.host},  # the certificate must match the name, not the address
         )
         response = await client.send(request, stream=True)
         try:
@@ -92,14 +94,14 @@ class Fetcher:
                 await response.aclose()
 
     async def _opened(self) -> httpx.AsyncClient:
-        """Made when first needed, and not by the loop: reading the certificates takes a tenth of a second."""
+        """The client, made at the first call and in a thread: reading the certificates takes 0.1 s."""
         async with self._making:
             if self._client is None:
                 self._client = await trio.to_thread.run_sync(_client)
         return self._client
 
     async def _judge(self, url: httpx.URL) -> Address:
-        """The address to call. Raises CallFailed for what may not be called."""
+        """The address to call. Raises CallFailed if an address of the host may not be called."""
         port = url.port or (443 if url.scheme == "https" else 80)
         found = await trio.socket.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
         addresses = [_unmapped(ipaddress.ip_address(str(where[0]).partition("%")[0])) for *_, where in found]
@@ -107,10 +109,10 @@ class Fetcher:
             listed = any(address in network for network in self._allowed)
             if not listed and not address.is_global:
                 self._refuse(
-                    url, f"{address} is no public address", f"add {address} to server.private_networks"
+                    url, f"{address} is not a public address", f"add {address} to server.private_networks"
                 )
             if not listed and url.scheme != "https":
-                self._refuse(url, "plain HTTP goes over the internet", "write https://")
+                self._refuse(url, "plain HTTP would go over the internet", "write https://")
         return addresses[0]
 
     def _refuse(self, url: httpx.URL, reason: str, advice: str) -> None:
@@ -123,8 +125,8 @@ def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(
         trust_env=False,
         follow_redirects=False,
-        timeout=None,  # ours is around all of it
-        # None are kept: one that cannot be sent again would make every further call fail.
+        timeout=None,  # `within` covers the whole call
+        # Keep no cookies: one that httpx cannot send back would make every further call fail.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
     )
@@ -133,7 +135,7 @@ def _client() -> httpx.AsyncClient:
 async def _bounded(response: httpx.Response, whole: bool) -> bytes:
     parts: list[bytes] = []
     room = BODY_BYTES
-    # Leaving the loop would leave generators behind, which nobody closes: a cancellation unwinds them.
+    # A `break` would leave httpx's async generators open, which nobody closes. A cancellation unwinds them.
     with trio.CancelScope() as reading:
         async for part in response.aiter_raw():
             parts.append(part)
@@ -150,5 +152,5 @@ def _unmapped(address: Address) -> Address:
 
 
 def _origin(url: str) -> str:
-    """Of a URL what may be shown: no path, no credentials."""
+    """The part of a URL that may be logged: the host, without path and credentials."""
     return urlsplit(url).hostname or "the backend"

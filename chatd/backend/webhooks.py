@@ -1,8 +1,8 @@
-"""Delivers events to the backend's webhook: at least once, from a table of their own, until it takes them.
+"""Delivers events to the backend's webhook at least once, with retries.
 
-The table is the queue: nothing is lost by a restart, and several nodes deliver side by side, each what it has
-claimed. Two lanes share the work: one for events that were never tried, one for those that failed before, so
-that no event waits behind the failures of others. A backend that is down is asked less and less often.
+A table is the queue, so a restart loses nothing, and several nodes can deliver in parallel, each the events
+that it has claimed. Two lanes share the work: one for events that were never tried, one for events that failed
+before. So no event waits behind the failures of others. A backend that is down is called less and less often.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 from chatd.store.queues.webhooks import Failed, Waiting, WebhookQueue
 
-AT_ONCE = 8  # calls of a lane on their way
-CLAIM = 64  # events of one claim, each in its turn
-WORK = 5.0  # seconds after which no further call of a claim is begun: what a killed node had is soon free again
-SETTLE = 5.0  # seconds that the database may need to note what became of them
-LOOK = 2.0  # seconds between looks for what other nodes left, and for what is due again
-COUNT = 15.0  # seconds between counts of what waits
-RETRY_FIRST, RETRY_MOST = 1.0, 3600.0  # seconds between attempts, doubled each time
-JITTER = (0.75, 1.25)  # of them
-FAILURES = 5  # that a lane begins with; or
-RECENT = 20  # failures in a row after a success; then the lane leaves the backend alone for
-REST_FIRST, REST_MOST = 1.0, 30.0  # seconds, doubled each time, with jitter; then some are tried
-REST_REFUSED = 1.0  # seconds at most for new events, where the backend does answer: it is not down
-QUIET = 60.0  # seconds between two lines about the same trouble
-GONE = 410  # the backend does not want this one, ever
-AWAY = frozenset([429, 502, 503, 504])  # answers of a backend that is down or has too much to do
+AT_ONCE = 8  # calls that a lane makes at the same time
+CLAIM = 64  # events in one claim
+WORK = 5.0  # seconds after which a lane starts no more calls of a claim; keeps the lease of a killed node short
+SETTLE = 5.0  # seconds of the lease for recording the results in the database
+LOOK = 2.0  # seconds between two checks for events left by other nodes, and for retries that are due
+COUNT = 15.0  # seconds between two counts of the waiting events
+RETRY_FIRST, RETRY_MOST = 1.0, 3600.0  # seconds between the attempts of an event, doubled each time
+JITTER = (0.75, 1.25)  # random factor of that time
+# A lane pauses after `FAILURES` failures at its start, or `RECENT` failures in a row after a success.
+FAILURES = 5
+RECENT = 20
+REST_FIRST, REST_MOST = 1.0, 30.0  # seconds of a pause, doubled each time, with jitter
+REST_REFUSED = 1.0  # longest pause of the lane for new events if the backend answers, because it is not down
+QUIET = 60.0  # seconds between two log lines about the same problem
+GONE = 410  # with this status the backend says that it will never take this event
+AWAY = frozenset([429, 502, 503, 504])  # statuses of a backend that is down or overloaded
 
 log = structlog.get_logger()
 
 
 class Problem(Struct, frozen=True):
-    """Why an event was not taken. `answered`: by a backend that is there."""
+    """Why a delivery failed. `answered`: the backend is up and refused the event. `final`: do not retry."""
 
     error: str
     answered: bool = False
@@ -49,11 +50,11 @@ class Problem(Struct, frozen=True):
 
 
 class Health:
-    """Whether a lane finds that the backend takes anything at all, by what became of its last events."""
+    """Decides from the last results of a lane whether the backend accepts any events at all."""
 
     def __init__(self) -> None:
         self._recent: deque[Problem | None] = deque(maxlen=RECENT)
-        self._rests = 0  # in a row
+        self._rests = 0  # pauses in a row
 
     def note(self, problem: Problem | None) -> None:
         self._recent.append(problem)
@@ -65,7 +66,7 @@ class Health:
         return len(self._recent) >= FAILURES and None not in self._recent
 
     def rest(self, most_if_answered: float) -> float:
-        """Seconds to leave the backend alone."""
+        """Seconds of the next pause; at most `most_if_answered` if the backend answered all recent calls."""
         answered = all(problem is not None and problem.answered for problem in self._recent)
         seconds = backoff.delay(self._rests, REST_FIRST, most_if_answered if answered else REST_MOST)
         self._rests += 1
@@ -76,22 +77,22 @@ class WebhookDelivery:
     def __init__(self, settings: Webhooks, table: WebhookQueue, fetch: Fetcher) -> None:
         self._settings, self._table, self._fetch = settings, table, fetch
         self._lanes = [Lane(self, again=False), Lane(self, again=True)]
-        self._said = False  # that it fails
+        self._said = False  # whether the log has said that deliveries fail
         self._failed = Recurring("webhook_failed", every=QUIET)
         self._given_up = Recurring("webhook_given_up", every=QUIET)
         self._count_now = trio.Event()
         self.table, self.timeout = table, settings.timeout
-        self.full = False  # more waits than is kept of what can be done without
+        self.full = False  # so many events wait that no more about presence may be added
         self.finished = trio.Event()
 
     def wake(self) -> None:
-        """Something was committed that is to be delivered."""
+        """New events were committed: deliver them now."""
         self._lanes[0].wake()
 
     async def run(
         self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Until `stop`, and the end of the calls on their way."""
+        """Deliver events until `stop`, and then finish the calls that have started."""
         task_status.started(self.finished)
         async with trio.open_nursery() as counting:
             counting.start_soon(self._count_for_ever)
@@ -128,7 +129,7 @@ class WebhookDelivery:
         return Failed(one.id, problem.error, None)
 
     def count_soon(self) -> None:
-        """Some were given up: that shall be seen."""
+        """Update the metrics now, because events were given up."""
         self._count_now.set()
 
     async def _count_for_ever(self) -> None:
@@ -137,7 +138,7 @@ class WebhookDelivery:
             try:
                 waiting, dead = await self._table.counts()
             except Unavailable:
-                pass  # the writer says loudly enough that the database is gone
+                pass  # the writer reports that the database is gone
             else:
                 metrics.WEBHOOKS_WAITING.set(waiting)
                 metrics.WEBHOOKS_DEAD.set(dead)
@@ -147,12 +148,13 @@ class WebhookDelivery:
 
 
 class Lane:
-    """Claims events of one sort, again and again, and delivers each. `again`: those that failed before."""
+    """Claims and delivers events of one kind: with `again` those that failed before, else those never tried."""
 
     def __init__(self, webhooks: WebhookDelivery, *, again: bool) -> None:
         self._webhooks, self._again = webhooks, again
         self._health = Health()
-        self._unsettled: tuple[list[int], list[Failed], list[int]] | None = None  # the database was away
+        # Results of the last claim that are not recorded yet.
+        self._unsettled: tuple[list[int], list[Failed], list[int]] | None = None
         self._wake = trio.Event()
 
     def wake(self) -> None:
@@ -162,7 +164,7 @@ class Lane:
         while not stop.is_set():
             try:
                 claimed = await self._deliver_some(stop)
-            except Unavailable:  # the writer says loudly enough that the database is gone
+            except Unavailable:  # the writer reports that the database is gone
                 claimed = 0
             await self._rest(claimed, stop)
 
@@ -183,7 +185,10 @@ class Lane:
         return claimed
 
     async def _settle(self) -> None:
-        """What was not noted in time is claimed again when its lease is over: so it is tried again first."""
+        """Record the results of the last claim, also those that an outage of the database has delayed.
+
+        This comes before the next claim: after the lease, events without a recorded result are delivered again.
+        """
         if self._unsettled is not None:
             _, failed, _ = self._unsettled
             await self._webhooks.table.settle(*self._unsettled)
@@ -200,7 +205,10 @@ class Lane:
     async def _deliver_each(
         self, left: deque[Waiting], done: list[int], failed: list[Failed], until: float, stop: trio.Event
     ) -> None:
-        """What is still left when time is over, after a stop, or when the backend fails, goes back untried."""
+        """Deliver events from `left` until none is left, the time is over, `stop` is set, or the backend fails.
+
+        Events that stay in `left` go back to the queue untried.
+        """
         while left:
             one = left.popleft()
             problem = await self._webhooks.deliver(one)

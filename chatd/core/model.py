@@ -34,9 +34,7 @@ class Message(Struct, frozen=True, omit_defaults=True):
     edited_at: str | None = None
     deleted_at: str | None = None
     reactions: dict[str, list[int]] | None = None  # emoji → the first users who reacted with it
-    reaction_counts: dict[str, int] | None = (
-        None  # emoji → number of users, where `reactions` does not list all
-    )
+    reaction_counts: dict[str, int] | None = None  # emoji → users, where `reactions` does not list all
 
 
 class Kind(StrEnum):
