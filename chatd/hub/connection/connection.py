@@ -2,7 +2,7 @@
 `ops/client.py` use trio_websocket.
 
 `serve` is the barrier: no error that a peer causes leaves it. The session above knows nothing of handshakes.
-The send queue below knows nothing of WebSocket, except that it recognizes pongs and close frames.
+The stream below knows nothing of WebSocket, except that it recognizes pongs and close frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chatd.core.protocol import PING_FRAME, text_frame
 from chatd.hub.admission.registry import Admission, Refused
 from chatd.hub.connection import upgrade
 from chatd.hub.connection.heartbeat import Ping
-from chatd.hub.connection.send_queue import LINGER_PAUSE, LINGER_SECONDS, SendQueue
+from chatd.hub.connection.stream import LINGER_PAUSE, LINGER_SECONDS, PeerStream
 from chatd.hub.services import Services
 from chatd.hub.session.session import Session
 from chatd.hub.session.trivial import TrivialSession
@@ -45,8 +45,7 @@ CLOSE_TIMEOUT = 2.0  # seconds that a peer has to answer the server's close fram
 ACCEPT_SECONDS = 0.5  # seconds of the handshake's time that are kept for its answer, if a URL's login is slow
 RETRY_AFTER = b"5"  # seconds, in the answer to a handshake that is refused for overload
 
-# Errors that peers cause: they vanish, are too slow, or do not speak WebSocket. The library's reader raises
-# UnicodeError for a non-ASCII byte in some headers.
+# Errors that peers cause: they vanish, are too slow, or do not speak WebSocket.
 _EXPECTED = (
     ConnectionClosed,
     HandshakeError,
@@ -68,12 +67,12 @@ _broken = Recurring("connection_error")
 _refusals = TokenBucket(rate=1, burst=10, now=0)  # limits the log lines about refused handshakes
 
 
-async def serve(services: Services, stream: trio.SocketStream, connected: dict[Connection, None]) -> None:
+async def serve(services: Services, tcp: trio.SocketStream, connected: dict[Connection, None]) -> None:
     """Serve one peer, and keep its connection in `connected` from the handshake to the end.
 
-    Raises nothing but Cancelled. The caller closes the stream.
+    Raises nothing but Cancelled. The caller closes `tcp`.
     """
-    send_queue: SendQueue | None = None
+    stream: PeerStream | None = None
     stay: Stay | None = None
     admitted: list[Admission] = []  # at most one; it is given back when the connection's descriptor is free
     try:
@@ -82,9 +81,9 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
                 # A character has four bytes at most. trio-websocket counts characters, and it shall answer a
                 # message that is too big with 1009 before this limit cuts the connection.
                 most = 4 * services.settings.now.limits.frame_bytes + RECEIVE_BYTES
-                send_queue = SendQueue(stream, nursery, unfinished_bytes=most)
-                stay = Stay(services.lobby, stream, key_of(stream), send_queue.abort)
-                await _talk(services, stay, connected, send_queue, nursery, admitted)
+                stream = PeerStream(tcp, nursery, unfinished_bytes=most)
+                stay = Stay(services.lobby, tcp, key_of(tcp), stream.abort)
+                await _talk(services, stay, connected, stream, nursery, admitted)
         except* _EXPECTED as group:
             metrics.FAILED.inc()
             log.debug("connection_failed", error=_named(group))
@@ -92,28 +91,28 @@ async def serve(services: Services, stream: trio.SocketStream, connected: dict[C
             # A bug of chatd or of a library. It ends this connection only.
             metrics.FAILED.inc()
             _broken.warn(error=_named(group), exc_info=group)
-        if send_queue is not None:
-            await send_queue.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
+        if stream is not None:
+            await stream.linger(LINGER_SECONDS if admitted else LINGER_PAUSE)
     finally:
         for admission in admitted:
             admission.give_back()
         if stay is not None:
             stay.leave()
-        if send_queue is not None:
-            send_queue.let_go()
+        if stream is not None:
+            stream.let_go()
 
 
 async def _talk(
     services: Services,
     stay: Stay,
     connected: dict[Connection, None],
-    send_queue: SendQueue,
+    stream: PeerStream,
     nursery: trio.Nursery,
     admitted: list[Admission],
 ) -> None:
     """Run the connection from the handshake to the close frame. Afterwards no task is left in its nursery."""
     try:
-        if opened := await _shake_hands(services, stay, send_queue, nursery, admitted):
+        if opened := await _shake_hands(services, stay, stream, nursery, admitted):
             connection, session = opened
             del opened  # this frame lives as long as the connection: it shall not keep the tuple alive
             connected[connection] = None
@@ -127,13 +126,13 @@ async def _talk(
 
 
 async def _shake_hands(
-    services: Services, stay: Stay, send_queue: SendQueue, nursery: trio.Nursery, admitted: list[Admission]
+    services: Services, stay: Stay, stream: PeerStream, nursery: trio.Nursery, admitted: list[Admission]
 ) -> tuple[Connection, Session] | None:
     """Make the handshake. Returns None for a peer that was refused, after the refusal was sent."""
     registry = services.registry
     deadline = trio.current_time() + services.settings.now.hub.handshake_timeout
     with trio.fail_at(deadline):
-        request = await _request(send_queue, nursery, services.settings.now.limits.frame_bytes)
+        request = await _request(stream, nursery, services.settings.now.limits.frame_bytes)
         try:
             handshake = upgrade.read(request)
             peer = str(stay.stream.socket.getpeername()[0])
@@ -145,7 +144,7 @@ async def _shake_hands(
             _log_refusal(refusal, request)
             await _refuse(request, refusal)
             return None
-        connection = Connection(send_queue, nursery, stay, flat=handshake.flat)
+        connection = Connection(stream, nursery, stay, flat=handshake.flat)
         kind = TrivialSession if handshake.flat else Session
         session = kind(services, connection, handshake, address)
         try:
@@ -154,18 +153,18 @@ async def _shake_hands(
         except BaseException:
             session.end()
             raise
-    send_queue.message_finished()
+    stream.message_finished()
     return connection, session
 
 
-async def _request(send_queue: SendQueue, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
+async def _request(stream: PeerStream, nursery: trio.Nursery, frame_bytes: int) -> WebSocketRequest:
     """Read the upgrade request, as `trio_websocket.wrap_server_stream` does, but join list headers that the
     client or a proxy has spread over several lines.
     """
     protocol = WSConnection(ConnectionType.SERVER)
     protocol.handshake = upgrade.Joining(ConnectionType.SERVER)
     ws = WebSocketConnection(
-        send_queue,
+        stream,
         protocol,
         max_message_size=frame_bytes,
         message_queue_size=1,
@@ -194,21 +193,21 @@ class Connection:
     """
 
     __slots__ = (
-        *("_at_deadline", "_flat", "_closing", "_one_answer", "_send_queue", "_ping", "_reading", "_ws"),
+        *("_at_deadline", "_flat", "_closing", "_one_answer", "_stream", "_ping", "_reading", "_ws"),
         *("known", "name", "nursery", "offer", "our_turn", "push", "reply", "try_push"),
     )
 
     _ws: WebSocketConnection
 
-    def __init__(self, send_queue: SendQueue, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
+    def __init__(self, stream: PeerStream, nursery: trio.Nursery, stay: Stay, *, flat: bool) -> None:
         """The caller must call `open` before anything is pushed. `stay` ends when the peer has a valid
         token.
         """
         self.known, self.our_turn = stay.leave, stay.our_turn
-        self._send_queue, self.nursery, self._flat = send_queue, nursery, flat
+        self._stream, self.nursery, self._flat = stream, nursery, flat
         # These are called for each delivery: binding them here saves a call each time.
-        self.push, self.try_push = send_queue.push, send_queue.try_push
-        self.offer, self.reply = send_queue.offer, send_queue.reply
+        self.push, self.try_push = stream.push, stream.try_push
+        self.offer, self.reply = stream.offer, stream.reply
         self._closing: tuple[int, str] | None = None
         self._at_deadline = (Close.NO_AUTH, "no auth in time")
         self._reading = trio.CancelScope()
@@ -242,9 +241,9 @@ class Connection:
             await self._send_close(session.user_id)
 
     async def next_message(self) -> str | bytes:
-        await self._send_queue.uncongested()
+        await self._stream.uncongested()
         message = await self._ws.get_message()
-        self._send_queue.message_finished()
+        self._stream.message_finished()
         return message
 
     @asynccontextmanager
@@ -263,17 +262,17 @@ class Connection:
         """Wait until replies were sent for all commands at the writer, so that they precede the close frame.
         After ANSWER_TIMEOUT the client does not learn the outcome, as when a connection breaks.
         """
-        if self._ws.closed is None and not self._send_queue.cut:
+        if self._ws.closed is None and not self._stream.cut:
             with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
                 await session.all_answered()
 
     async def drained(self) -> None:
-        await self._send_queue.below(PACE_BYTES)
+        await self._stream.below(PACE_BYTES)
 
     async def _send_close(self, user_id: int) -> None:
         code: int
         code, reason = self._closing or (Close.SERVER_ERROR, "")
-        if self._send_queue.too_slow:
+        if self._stream.too_slow:
             code = Close.TOO_SLOW
             metrics.SLOW.inc()
         elif self._ws.closed is not None and self._closing is None:
@@ -287,9 +286,9 @@ class Connection:
             # public name for the state of the connection.
             if self._ws._wsproto.state is ConnectionState.OPEN:
                 frame = self._ws._wsproto.send(CloseConnection(code=int(code), reason=reason))
-                await self._send_queue.send_all(frame)
+                await self._stream.send_all(frame)
         if self._ws._wsproto.state is ConnectionState.CLOSED:
-            self._send_queue.peer_finished = True
+            self._stream.peer_finished = True
 
     # For the session and the hub: synchronous.
 
@@ -300,7 +299,7 @@ class Connection:
 
     @property
     def ended(self) -> bool:
-        return self._send_queue.ended or self._send_queue.cut
+        return self._stream.ended or self._stream.cut
 
     def close_soon(self, code: Close, reason: str) -> None:
         self._end(code, reason)
@@ -311,7 +310,7 @@ class Connection:
     def _end(self, code: int, reason: str) -> None:
         if self._closing is None:
             self._closing = (code, reason)
-            self._send_queue.ended = True
+            self._stream.ended = True
             self._reading.cancel()
 
     def close_at(self, deadline: float, code: Close, reason: str) -> None:
@@ -327,26 +326,26 @@ class Connection:
 
     def excuse(self, now: float) -> None:
         """Treat the peer as heard at `now`, so that its silence before does not count."""
-        self._send_queue.last_heard = now
+        self._stream.last_heard = now
 
     def beat(self, now: float, interval: float, timeout: float) -> None:
         """Ping a peer that was silent for `interval` seconds; close it `timeout` seconds after the ping."""
-        self._send_queue.check_drain(now)
-        if self._send_queue.ended or self._send_queue.cut:
+        self._stream.check_drain(now)
+        if self._stream.ended or self._stream.cut:
             return
         if self._ping is not None and self._ping.answered:
             self._ping = None
         if self._ping is not None:
             if self._ping.silence(now) > timeout:
                 self.close_soon(Close.NO_PONG, "no sign of life")
-        elif now - self._send_queue.last_heard >= interval:
+        elif now - self._stream.last_heard >= interval:
             self._send_ping(now)
 
     def probe(self) -> None:
         """Send a ping now, unless the handshake is not answered yet: that peer has just sent its request, and
         the ping would precede the answer.
         """
-        if self._send_queue.answered and (self._ping is None or self._ping.answered):
+        if self._stream.answered and (self._ping is None or self._ping.answered):
             self._send_ping(trio.current_time())
 
     def silent_for(self, now: float) -> float:
@@ -355,11 +354,11 @@ class Connection:
 
     def _send_ping(self, now: float) -> None:
         if self._flat:
-            self._send_queue.expect_pong(PING_FRAME)
+            self._stream.expect_pong(PING_FRAME)
             self.push(PING_FRAME)
         else:
             self.push(_PING_EVENT)
-        self._ping = Ping(self._send_queue, now)
+        self._ping = Ping(self._stream, now)
 
 
 def _named(group: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatd.hub.connection.send_queue import SendQueue
+from chatd.hub.connection.stream import PeerStream
 
 
 class Ping:
@@ -14,22 +14,22 @@ class Ping:
     in time.
     """
 
-    __slots__ = ("_end", "_send_queue", "_since", "_taken", "at")
+    __slots__ = ("_end", "_since", "_stream", "_taken", "at")
 
-    def __init__(self, send_queue: SendQueue, now: float) -> None:
+    def __init__(self, stream: PeerStream, now: float) -> None:
         """To be created right after the ping was pushed."""
-        self._send_queue, self.at = send_queue, now
-        self._end, self._taken, self._since = send_queue.pushed(), send_queue.taken(), now
+        self._stream, self.at = stream, now
+        self._end, self._taken, self._since = stream.pushed(), stream.taken(), now
 
     @property
     def answered(self) -> bool:
         """Whether the peer has sent anything since: any message counts as an answer."""
-        return self._send_queue.last_heard > self.at
+        return self._stream.last_heard > self.at
 
     def silence(self, now: float) -> float:
         """Return the seconds for which the peer has been silent."""
         if self._taken < self._end:
-            taken = self._send_queue.taken()
+            taken = self._stream.taken()
             if taken > self._taken:
                 self._taken, self._since = taken, now
         return now - self._since

@@ -1,4 +1,4 @@
-"""A connection's stream for trio-websocket, with `push` for frames that many clients share.
+"""What is sent to one peer: `push` for frames that many clients share, and a queue behind it.
 
 Only the send queue writes to the socket, so a cancelled task never leaves half a frame there. `push` never
 waits: bytes that the kernel does not accept at once are queued, and a task flushes them that exists only while
@@ -25,14 +25,6 @@ LIMIT_BYTES = 768 * 1024
 # Seconds that the peer has to acknowledge what was queued when they began: for a full queue, below 3 KB/s.
 DRAIN_SECONDS = 300.0
 JOIN_BYTES = 64 * 1024  # bytes of queued frames that one write joins
-# Reads that a message may take. A 64 KiB frame takes 16 reads of 4 KiB, and some more over a slow link. A peer
-# that sends single bytes, or endless empty frames, exceeds this.
-UNFINISHED_READS = 2000
-# A lingering close: how long the peer may continue to send, how long it may pause, and how much it may send.
-LINGER_SECONDS = 10.0
-LINGER_PAUSE = 2.0
-LINGER_BYTES = 16 * 1024 * 1024
-LINGER_READ = 64 * 1024  # bytes of one read during a lingering close, all of which are thrown away
 # Closes with a TCP reset, so that the kernel also frees the bytes it holds for a peer that does not read.
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 # Linux's `struct tcp_info` up to `tcpi_bytes_acked`.
@@ -43,7 +35,7 @@ _ACKNOWLEDGED = struct.Struct("=120xQ")
 _NOTHING: deque[bytes | memoryview] = deque(maxlen=0)
 
 
-class SendQueue(trio.abc.Stream):
+class SendQueue:
     # A push needs this one object only: with many connections, cache misses are most of its cost.
     __slots__ = (
         "_close_sent",
@@ -57,28 +49,14 @@ class SendQueue(trio.abc.Stream):
         "_queue",
         "_queued",
         "_stream",
-        "_unfinished_bytes",
-        "_unfinished_most",
-        "_unfinished_reads",
         "answered",
         "cut",
         "ended",
-        "last_heard",
-        "peer_finished",
         "too_slow",
     )
 
-    def __init__(
-        self,
-        stream: trio.SocketStream,
-        nursery: trio.Nursery,
-        *,
-        unfinished_bytes: int,
-        limit: int = LIMIT_BYTES,
-    ) -> None:
-        """`unfinished_bytes`: the bytes that a peer may send without finishing a message. `limit`: the bytes
-        that may be queued.
-        """
+    def __init__(self, stream: trio.SocketStream, nursery: trio.Nursery, *, limit: int = LIMIT_BYTES) -> None:
+        """`limit`: the bytes that may be queued."""
         self._stream, self._nursery = stream, nursery
         self._descriptor = stream.socket.fileno()
         self._limit = limit
@@ -86,10 +64,6 @@ class SendQueue(trio.abc.Stream):
         self._queued = 0
         self._flushing = False
         self._drained: trio.Event | None = None  # set after each write of queued bytes, if a task waits for it
-        self._unfinished_most = unfinished_bytes
-        self._unfinished_bytes = 0
-        self._unfinished_reads = 0
-        self.peer_finished = False  # the peer has closed its end or sent its close frame: nothing more comes
         self._drain_goal = 0  # the peer must acknowledge this position DRAIN_SECONDS after `_drain_begun`
         self._drain_begun = trio.current_time()
         self.answered = False  # the library has sent something: a refusal, status 101 or a close frame
@@ -97,7 +71,6 @@ class SendQueue(trio.abc.Stream):
         self._close_sent = False  # a close frame was sent
         self.cut = False  # the connection was reset without a close frame
         self.too_slow = False  # it was cut because the peer did not read
-        self.last_heard = trio.current_time()
 
     @property
     def queued(self) -> int:
@@ -165,13 +138,6 @@ class SendQueue(trio.abc.Stream):
             self._flushing = True
             self._nursery.start_soon(self._flush)
 
-    def expect_pong(self, frame: bytes) -> None:
-        """A ping is being sent: its pong shall not count as part of an unfinished message."""
-        self._allow_control_frame(len(frame))
-
-    def message_finished(self) -> None:
-        self._unfinished_bytes = self._unfinished_reads = 0
-
     async def uncongested(self) -> None:
         """Wait until the queue is not congested. The caller reads no further request before (backpressure)."""
         await self.below(self._limit // 2 + 1)
@@ -203,41 +169,6 @@ class SendQueue(trio.abc.Stream):
             self.too_slow = True
             self.abort()
 
-    async def linger(self, seconds: float = LINGER_SECONDS) -> None:
-        """End the connection so that the peer still receives the last frames. No other task may read any more.
-
-        Closing a socket with unread input resets the connection, and the reset can overtake the close frame.
-        So what the peer continues to send is read and thrown away, within bounds, until it closes its end.
-        """
-        self.ended = True
-        if self.cut or not self.answered:
-            return
-        with trio.move_on_after(seconds):
-            try:
-                await self._flush_while_it_moves()
-                if not self._queue and not self.cut and not self.peer_finished:
-                    await self._stream.send_eof()
-                    await self._discard()
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # the peer has closed the connection first
-
-    async def _flush_while_it_moves(self) -> None:
-        """Flush the queue, but give up when the peer acknowledges nothing for LINGER_PAUSE seconds."""
-        before = -1
-        while self._queue and not self.cut and (taken := self.taken()) > before:
-            before = taken
-            with trio.move_on_after(LINGER_PAUSE):
-                await self._flush()
-
-    async def _discard(self) -> None:
-        left = LINGER_BYTES
-        while left > 0:
-            with trio.move_on_after(LINGER_PAUSE) as pause:
-                data = await self._stream.receive_some(LINGER_READ)
-            if pause.cancelled_caught or not data:
-                return
-            left -= len(data)
-
     def abort(self) -> None:
         """Cut the connection now, without a close frame: it would queue behind bytes that the peer does not
         read.
@@ -262,54 +193,6 @@ class SendQueue(trio.abc.Stream):
         self.ended = self._close_sent = self.cut = True
         self._queue = _NOTHING
         self._queued = 0
-
-    # trio.abc.Stream, through which trio-websocket sends its handshake, pongs and close frames.
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await trio.lowlevel.checkpoint()
-        if self.cut:
-            raise trio.BrokenResourceError("the connection was cut")
-        if data[:1] == b"\x8a":  # a pong: do not count the ping that it answers as an unfinished message
-            self._allow_control_frame(len(data))
-        self.answered = True
-        if data[:1] == b"\x88":  # a close frame
-            self.ended = self._close_sent = True
-        self._put(bytes(data))
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.uncongested()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        try:
-            data = await self._stream.receive_some(max_bytes)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._gone()
-            raise
-        self.last_heard = trio.current_time()
-        if not data:
-            self.peer_finished = True
-            self._gone()
-        if self.ended:  # the library reads only to find the peer's close frame
-            return bytes(data)
-        self._unfinished_bytes += len(data)
-        self._unfinished_reads += 1
-        # trio-websocket limits the text of a message, not its frames: 200,000 empty frames would pass.
-        if self._unfinished_bytes > self._unfinished_most or self._unfinished_reads > UNFINISHED_READS:
-            self.abort()
-            raise trio.BrokenResourceError("the peer sent too much without finishing a message")
-        return bytes(data)
-
-    def _gone(self) -> None:
-        """End a connection whose peer hangs up before its handshake. The library would wait for the rest of the
-        request, and keep the place.
-        """
-        if not self.answered:
-            self._nursery.cancel_scope.cancel()
-
-    async def aclose(self) -> None:
-        """The library has finished. `linger` ends the connection, and the accept loop closes the socket."""
-        self.ended = True
-        await trio.lowlevel.checkpoint()
 
     # Waiting.
 
@@ -369,7 +252,3 @@ class SendQueue(trio.abc.Stream):
         joined = b"".join(taken)
         self._queue.appendleft(joined)
         return joined
-
-    def _allow_control_frame(self, size: int) -> None:
-        self._unfinished_bytes = max(0, self._unfinished_bytes - size - 4)  # a client's frame has a mask of 4
-        self._unfinished_reads = max(0, self._unfinished_reads - 1)
