@@ -1,4 +1,4 @@
-"""HTTP for backends, and the demo's page: the only import of Quart and Hypercorn."""
+"""The HTTP API for backends, and the demo's page. No other package imports Quart or Hypercorn."""
 
 from chatd.api.health import Health
 from chatd.api.leave import Leave

@@ -1,4 +1,4 @@
-"""Who may use the API: a backend, which knows the internal token; never a browser's script."""
+"""Access to the API: a backend that sends the internal token may use it, and a browser's script never may."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from chatd.core.errors import Forbidden, Unauthorized
 
 
 def check_host(host: str) -> None:
-    """For the demo, whose token is known and whose page gives a login to anybody: a page of another site, whose
-    name was made to lead to this machine, names itself in Host. Raises Forbidden."""
+    """Protect the demo, whose token is public and whose page logs anybody in, against DNS rebinding: a page of
+    another site, whose name resolves to this machine, has that name in its Host header. Raises Forbidden.
+    """
     if not is_loopback_name(host):
-        raise Forbidden("the demo answers to localhost and 127.0.0.1 alone, not to the name in Host")
+        raise Forbidden("the demo answers only requests whose Host is localhost or 127.0.0.1")
 
 
 def check_access(api: Api, tokens: Sequence[bytes], *, origin: bool) -> None:
-    """`tokens`: all headers of that name; `origin`: there is an Origin. Raises Forbidden, Unauthorized."""
-    if origin:  # a browser's script: whoever posts for all users is none
+    """Check a request's token. `tokens`: the values of all `X-Internal-Token` headers; `origin`: whether the
+    request has an `Origin` header. Raises Forbidden, Unauthorized.
+    """
+    if origin:  # a browser's script has sent the request; such a script must not hold a token for all users
         raise Forbidden("this API is for backends, not for browsers")
     if not is_token(api, tokens):
         raise Unauthorized()
 
 
 def is_token(api: Api, tokens: Sequence[bytes]) -> bool:
-    """Whether these headers show that it is a backend."""
-    # With several a proxy may have judged another one than we would.
+    """Whether these header values are one valid internal token."""
+    # Refuse several headers: a proxy may have checked another of them.
     token = tokens[0] if len(tokens) == 1 else b""
-    # All are compared, whichever fits: the time tells nothing.
+    # Compare with all tokens, even after a match, so that the time does not reveal which one matches.
     fits = [
         hmac.compare_digest(token, one.encode()) for one in (api.internal_token, api.previous_internal_token)
     ]

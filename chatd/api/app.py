@@ -1,4 +1,4 @@
-"""The Quart application: routes, the token in front of them, and Quart's seams mended."""
+"""The Quart application: its routes, the token check before them, and corrections of Quart's own behaviour."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ OPEN_PATHS = status.OPEN_PATHS | reference.OPEN_PATHS | {"/healthz", "/readyz", 
 
 
 class HTTPConnection(TrioASGIHTTPConnection):
-    """Hands the body to the view, and harms nobody who does not wait for it: quart-trio cancels the view of a
-    peer whose body breaks off, also in the middle of a commit.
+    """Passes a request's body to its view. If the body breaks off, only a view that waits for the body fails:
+    quart-trio itself cancels the view then, even in the middle of a commit.
     """
 
     async def handle_messages(  # type: ignore[override]  # quart-trio hands a nursery over
@@ -42,7 +42,7 @@ class HTTPConnection(TrioASGIHTTPConnection):
             while not body.is_over:
                 event = await receive()
                 if event["type"] != "http.request":
-                    raise Incomplete("The body is not whole.")
+                    raise Incomplete("The body is incomplete.")
                 body.append(event.get("body", b""))
                 if not event.get("more_body", False):
                     body.set_complete()
@@ -55,22 +55,22 @@ class HTTPConnection(TrioASGIHTTPConnection):
         try:
             await super().handle_request(nursery, request, send)
         finally:
-            # Where no route was found this holds the request itself, by way of the frames that it came through.
+            # If no route was found, the exception refers to the request through its traceback: break the cycle.
             request.routing_exception = None
 
     def _create_request_from_scope(self, send: Any) -> Any:
-        # A target that is no path (`GET ?`, `GET http://[`) is for Quart a reason to fail before any check.
+        # Quart fails, before any check, on a target that is not a path (`GET ?`, `GET http://[`).
         if not self.scope["path"].startswith("/"):
             self.scope["path"] = "/" + self.scope["path"]
         return super()._create_request_from_scope(send)
 
 
 class Body(TrioBody):
-    """A body that can end in an error of ours."""
+    """A request's body, which can end with a ChatError."""
 
     @property
     def is_over(self) -> bool:
-        """Complete, or refused."""
+        """Whether the body is complete or was refused."""
         return self._complete.is_set() or self._must_raise is not None
 
     def break_off(self, error: ChatError) -> None:
@@ -79,7 +79,7 @@ class Body(TrioBody):
 
 
 class ChatRequest(TrioRequest):
-    """Quart holds a body's length against its limit as soon as it knows the path, before any view runs."""
+    """A request whose size limit depends on its path: Quart checks it before any view runs."""
 
     body_class = Body
 
@@ -131,7 +131,7 @@ def create_app(settings: Settings, chat: Chat, healthy: Health, sampler: Sampler
 
 
 def _guard(app: ChatApp, settings: Settings) -> None:
-    """Every path wants the token, also those that do not exist, but for the open ones."""
+    """Require the token for every path that is not open, including paths that do not exist."""
     open_paths = OPEN_PATHS | demo.OPEN_PATHS if settings.now.demo else OPEN_PATHS
 
     @app.before_request

@@ -1,11 +1,11 @@
-"""One HTTP connection: requests one after another, each answered before the next one is read.
+"""One HTTP connection. It answers each request before it reads the next one.
 
-Hypercorn accepts connections and h11 understands what they say; this is what lies between. Hypercorn's own may
-close an idle connection in the moment in which it reads a request from it, answers 400 to a line break behind
-the last body, and cancels a request whose client has closed its sending side.
+Hypercorn accepts connections and h11 parses the bytes; this module is between the two. It replaces Hypercorn's
+own connection, which may close an idle connection at the moment when a request arrives, answers 400 to a line
+break after the last body, and cancels a request whose client has closed its sending side.
 
-The rule: a request that was read whole goes to the application, and its answer goes to the client. Only the
-end of the process, or of the client, comes between.
+The rule: a request that was read completely goes to the application, and its answer goes to the client, unless
+the process or the client ends.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from chatd.core.errors import ChatError, Unavailable, innermost
 from chatd.net.lobby import Lobby, Stay, key_of
 from chatd.observe import metrics
 
-KEEP_ALIVE = 75.0  # seconds without a request; longer than a pool of a backend holds idle connections
-IDLE = 10.0  # the same before the first request, and of those who have not shown the token
-HEAD_SECONDS = 10.0  # for a request's head, from its first byte
+KEEP_ALIVE = 75.0  # seconds without a request; longer than backends' connection pools keep idle connections
+IDLE = 10.0  # the same for a connection that has not sent the token
+HEAD_SECONDS = 10.0  # seconds for a request's head, from its first byte
 HEAD_BYTES = 16 * 1024
 RECEIVE_BYTES = 64 * 1024
-JOIN_BYTES = 64 * 1024  # of an answer that are written at once
+JOIN_BYTES = 64 * 1024  # bytes of an answer that one write joins
 LINGER = 1.0  # seconds for the client to read the last answer
 
-LAST_REQUEST = 3.0  # seconds at a stop for the rest of a request that has begun to arrive
-FIRST_BYTE = 0.5  # seconds at a stop for the first request of a new connection to begin
+LAST_REQUEST = 3.0  # during a stop: seconds for the rest of a request that has begun to arrive
+FIRST_BYTE = 0.5  # during a stop: seconds for a new connection to begin its first request
 
 _LINE_BREAKS = b"\r\n"
 _NO_BODY = frozenset({204, 304})
@@ -50,12 +50,12 @@ log = structlog.get_logger()
 
 
 class HypercornConfig(Config):
-    """Hypercorn's, with the socket that it listens on, and what it hands on to each connection."""
+    """Hypercorn's configuration, with the listening socket and the objects that all connections share."""
 
     leave: Leave
     lobby: Lobby
     strangers: Strangers
-    is_token: Callable[[Sequence[bytes]], bool]  # of the headers that should show it
+    is_token: Callable[[Sequence[bytes]], bool]  # given the values of all X-Internal-Token headers
     listening: socket.socket
 
     def create_sockets(self) -> Sockets:
@@ -63,7 +63,9 @@ class HypercornConfig(Config):
 
 
 class Refusal(Exception):
-    """The client's bytes are no request, or come too slowly. It is told, and the connection ends."""
+    """The client's bytes are not a valid request, or arrive too slowly: it gets this error, and the connection
+    ends.
+    """
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -71,7 +73,7 @@ class Refusal(Exception):
 
 
 class Connection:
-    """In the place of Hypercorn's `TCPServer`: made with these arguments, and awaited."""
+    """Replaces Hypercorn's `TCPServer`: Hypercorn calls it with these arguments and awaits it."""
 
     _stay: Stay
 
@@ -81,11 +83,11 @@ class Connection:
         self._app, self._config, self._stream = app, config, stream
         self._leave = config.leave
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
-        self._said_all = False  # the client will send nothing more
+        self._peer_finished = False  # the client has closed its sending side
         self._refused = False
         self._served = 0
-        self._known = False  # has shown the token of the API
-        # Of the request in hand.
+        self._known = False  # a request on this connection had the API's token
+        # The state of the current request.
         self._read_all = False
         self._head: h11.Response | None = None
         self._unsent = b""
@@ -95,7 +97,7 @@ class Connection:
         return self._run().__await__()
 
     async def _run(self) -> None:
-        """The barrier: whatever a client sends, its error ends here. The caller closes the stream."""
+        """Serve the connection. No error that a client causes leaves this. The caller closes the stream."""
         lobby = self._config.lobby
         if lobby.full and not lobby.make_room(hurry=lobby.overfull) and lobby.overfull:
             lobby.count_ended()
@@ -116,7 +118,7 @@ class Connection:
             self._leave.done += 1
 
     async def _serve(self) -> None:
-        """With a stay, until it is known."""
+        """Answer requests until the connection ends. It has a stay until the client sends the token."""
         try:
             while (request := await self._next_request()) is not None:
                 if self._is_known(request):
@@ -131,32 +133,34 @@ class Connection:
                 if not self._begin_anew():
                     break
             else:
-                return  # nothing was asked, nothing is to be read
+                return  # no request has arrived, so there is no answer that the client must read
         except Refusal as refusal:
             await self._refuse(refusal)
         await self._let_read()
 
     def _is_known(self, request: h11.Request) -> bool:
-        """Whether it has shown the token, now or before."""
+        """Whether this request, or an earlier one on this connection, has the token."""
         if not self._known:
             given = [value for name, value in request.headers if name == b"x-internal-token"]
             self._known = self._config.is_token(given)
         return self._known
 
-    # What the client says.
+    # Reading requests.
 
     async def _next_request(self) -> h11.Request | None:
-        """None when none will come. Raises Refusal."""
+        """Wait for the next request. Returns None if the client sends no more. Raises Refusal."""
         if not self._h11.trailing_data[0] and not await self._first_bytes():
             return None
         with self._leave.patience(HEAD_SECONDS, LAST_REQUEST):
             return await self._read_head()
         if self._leave.now:
             raise Refusal(503, "unavailable", "The daemon is stopping.")
-        raise Refusal(408, "bad_request", "The request took too long to come.")
+        raise Refusal(408, "bad_request", "The request took too long to arrive.")
 
     async def _first_bytes(self) -> bool:
-        """Whether a request begins. One that has arrived when the time is over is still taken."""
+        """Wait for a request to begin. Returns whether it does. A request that has arrived when the time is
+        over is still accepted.
+        """
         data = b""
         seconds = KEEP_ALIVE if self._known else IDLE
         with self._leave.patience(seconds, 0.0 if self._served else FIRST_BYTE):
@@ -164,7 +168,7 @@ class Connection:
                 data = bytes(await self._stream.receive_some(RECEIVE_BYTES))
                 if not data:
                     return False
-                data = data.lstrip(_LINE_BREAKS)  # some send one behind a body
+                data = data.lstrip(_LINE_BREAKS)  # some clients send a line break after a body
         if not data:
             data = _arrived(self._stream).lstrip(_LINE_BREAKS)
         if data:
@@ -180,17 +184,17 @@ class Connection:
         return event
 
     async def _next_event(self) -> Any:
-        """h11's next that is one. Raises Refusal."""
+        """Return h11's next event, after reading as many bytes as it needs. Raises Refusal."""
         try:
             while (event := self._h11.next_event()) is h11.NEED_DATA:
-                data = b"" if self._said_all else bytes(await self._stream.receive_some(RECEIVE_BYTES))
-                self._said_all = not data
+                data = b"" if self._peer_finished else bytes(await self._stream.receive_some(RECEIVE_BYTES))
+                self._peer_finished = not data
                 self._h11.receive_data(data)
             return event
         except h11.RemoteProtocolError as error:
-            # h11's error holds itself by way of the frames that it came through, and with them this connection.
+            # Through its traceback, h11's error refers to itself and to this connection: break the cycle.
             said = str(error.with_traceback(None))
-            raise Refusal(error.error_status_hint, "bad_request", f"This is no HTTP: {said}.") from None
+            raise Refusal(error.error_status_hint, "bad_request", f"This is not valid HTTP: {said}.") from None
 
     # One request and its answer, as ASGI.
 
@@ -228,14 +232,14 @@ class Connection:
         }
 
     async def _receive(self) -> dict[str, Any]:
-        """A part of the body; `http.disconnect` when the rest cannot come any more. A client that closes its
-        sending side behind a whole request is not gone: it waits for the answer.
+        """Return a part of the body, or `http.disconnect` if the rest cannot arrive. A client that closes its
+        sending side after a complete request is not disconnected: it waits for the answer.
 
-        Raises Unavailable when the daemon has no time left for the rest.
+        Raises Unavailable if the daemon stops before the rest has arrived.
         """
         if self._read_all:
             await trio.sleep_forever()
-        # The application has a time for it, too.
+        # No deadline of its own: the application limits the time for a body.
         with self._leave.patience(inf, LAST_REQUEST), self._stay.their_turn():
             return await self._read_body()
         raise Unavailable("the daemon is stopping")
@@ -255,7 +259,7 @@ class Connection:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def _send(self, message: dict[str, Any]) -> None:
-        """A part of the answer. Small ones are written at once: most answers are a single write."""
+        """Send a part of the answer. Small parts are joined, so that most answers take a single write."""
         if message["type"] == "http.response.start":
             self._unsent = self._begin_answer(message["status"], list(message["headers"]))
             return
@@ -278,7 +282,7 @@ class Connection:
         return self._h11.send(h11.Response(status_code=status, headers=headers)) or b""
 
     def _body_has_come(self) -> bool:
-        """Also one that nobody wants: what is here of it is read away."""
+        """Whether the whole body has arrived. Bytes of it that are left are discarded."""
         try:
             while self._h11.their_state is h11.SEND_BODY and self._h11.next_event() is not h11.NEED_DATA:
                 pass
@@ -287,28 +291,28 @@ class Connection:
         return self._h11.their_state not in (h11.SEND_BODY, h11.ERROR)
 
     async def _answer(self, status: int, body: dict[str, Any]) -> None:
-        """An answer of the connection's own."""
+        """Send an answer that the application has not produced."""
         text = msgspec.json.encode(body) + b"\n"
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(text))]
         with trio.move_on_after(RESPONSE_SECONDS):
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
             await self._send({"type": "http.response.body", "body": text})
 
-    # Between two requests, and behind the last.
+    # Between two requests, and after the last.
 
     def _begin_anew(self) -> bool:
         """Whether another request may follow."""
         if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
             return False
-        rest, self._said_all = self._h11.trailing_data
+        rest, self._peer_finished = self._h11.trailing_data
         if rest[:1] in (b"\r", b"\n"):
-            # A line break behind the body. h11 does not skip it, so another one begins with what follows.
+            # h11 does not skip a line break after a body, so a new h11 connection gets the bytes after it.
             self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
             if rest := rest.lstrip(_LINE_BREAKS):
                 self._h11.receive_data(rest)
         else:
             self._h11.start_next_cycle()
-        return bool(rest) or not self._said_all
+        return bool(rest) or not self._peer_finished
 
     async def _refuse(self, refusal: Refusal) -> None:
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -316,14 +320,14 @@ class Connection:
             await self._answer(refusal.status, {"message": str(refusal), "code": refusal.code})
 
     async def _let_read(self) -> None:
-        """Say that nothing follows, and give the client time to read the answer. To close with bytes unread,
-        the rest of a refused body for instance, would reset the connection and destroy the answer.
+        """Close the sending side, and give the client time to read the answer. Closing the socket while bytes
+        are unread, for example the rest of a refused body, would reset the connection and destroy the answer.
         """
         if self._h11.our_state not in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
-            return  # half an answer: the client shall see that it is
+            return  # the answer is incomplete, and a reset shows that to the client
         with trio.move_on_after(LINGER):
             await self._stream.send_eof()
-            while not self._said_all and await self._stream.receive_some(RECEIVE_BYTES):
+            while not self._peer_finished and await self._stream.receive_some(RECEIVE_BYTES):
                 pass
 
 
@@ -332,7 +336,7 @@ def _chat_error(error: Exception, scope: dict[str, Any]) -> ChatError:
 
 
 def _arrived(stream: trio.SocketStream) -> bytes:
-    """What has arrived and was not read."""
+    """Return the bytes that have arrived and were not read yet."""
     try:
         return os.read(stream.socket.fileno(), RECEIVE_BYTES)
     except BlockingIOError:

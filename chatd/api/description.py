@@ -1,7 +1,8 @@
-"""The API described as OpenAPI, for `/openapi.json`, `/docs` and docs/http.md.
+"""The API's OpenAPI description, for `/openapi.json`, `/docs` and docs/http.md.
 
-quart-schema 0.25 makes it of the routes and their structs. This adds what it leaves out: the schemas that its
-references lead to, the meaning of each field, the shape of errors, examples, and which routes are open.
+quart-schema 0.25 generates it from the routes and their structs. This module adds what is missing there: the
+schemas that are referred to, the meaning of each field, the shape of errors, examples, and which routes are
+open.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from chatd.core.limits import CLIENT_ID_CHARS
 
 Json = dict[str, Any]
 REFERENCE = "#/components/schemas/{name}"
-OPEN_PATHS = frozenset(["/healthz", "/readyz"])  # of those that are described
+OPEN_PATHS = frozenset(["/healthz", "/readyz"])  # the described routes that need no token
 
-# What a field means, by its name; where a struct uses a name in another way, by both.
+# The meaning of each field, by its name; by struct and name where a struct uses the name in another way.
 FIELDS = {
     "conversation_id": "The conversation.",
     "user_id": "The user.",
-    "sender_id": "The user for whom you post. The user becomes a member of the conversation.",
+    "sender_id": "The user in whose name you post. The user becomes a member of the conversation.",
     "id": "The message.",
     "content": "The text. `limits.content_chars` bounds it.",
     "type": "The kind of the message, `text` by default. chatd passes it on and does not interpret it.",
@@ -40,15 +41,15 @@ FIELDS = {
     "messages": "The messages.",
     "results": "One result for each message, in their order.",
     "code": "The code of the error.",
-    "message": "What went wrong, as a sentence.",
-    "errors": "The sentences for each field that is wrong.",
+    "message": "A sentence that says what went wrong.",
+    "errors": "For each field that is wrong, sentences that say what is wrong with it.",
     "retry_after": "Seconds after which a retry may succeed.",
-    "incident": "The name under which the log has the error.",
+    "incident": "The id of this error in chatd's log.",
     "retryable": "Whether a retry may succeed.",
-    "until": "When it ends.",
+    "until": "When the ban or mute ends.",
     "role": "`moderator` gives rights over the messages of others. Any other text is a role of your own.",
     "muted_until": "Until when the user may read and not write. `null` ends the mute.",
-    "ban": "Note the removal as a ban.",
+    "ban": "Record the removal as a ban.",
     "members": "The members, in ascending id; at most `limits.members_detail` of them.",
     "members_count": "How many members there are.",
     "receipts": "How far each member has read. Empty if there are more than `limits.members_detail` members.",
@@ -57,9 +58,9 @@ FIELDS = {
     "online": "The users who are connected. Empty if there are more than `limits.members_detail` members.",
     "online_count": "How many of them are connected.",
     "event": "The name of your event. Names of the protocol are refused.",
-    "data": "Any JSON; clients get it as it is.",
+    "data": "Any JSON. chatd passes it to the clients unchanged.",
     "user_ids": "Deliver only to these users. Without it everybody in the room gets the event.",
-    "reconnect": "Ask the clients to come back. Without it they stay away.",
+    "reconnect": "Ask the clients to reconnect. Without it they do not.",
     "closed": "How many connections were closed.",
     "before": "Void tokens that were issued before this moment, in RFC 3339 or unix seconds; now by default.",
     "ttl": "Seconds for which the token is valid. `auth.token_ttl`, if you leave it out.",
@@ -69,9 +70,9 @@ FIELDS = {
     "connections": "How many connections the user has on all nodes.",
     "has_more": "Whether there are more messages in that direction.",
     "after": "Only messages with a higher id.",
-    "limit": "How many messages at most.",
-    "reactions": "By emoji, the first users who gave it.",
-    "reaction_counts": "By emoji, how many users gave it, where not all of them are named.",
+    "limit": "The maximum number of messages.",
+    "reactions": "For each emoji, the first users who reacted with it.",
+    "reaction_counts": "For each emoji, how many users reacted with it, if `reactions` does not list all.",
     "unread": "How many messages the user has not read; counted up to 1,000.",
     "checks": "The state of each part: `database`, `migrations`, and `redis` if there is one.",
     "Alteration.content": "The new text. Leave it out to keep the text.",
@@ -94,7 +95,7 @@ IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "schema": {"type": "string", "minLength": 1, "maxLength": CLIENT_ID_CHARS},
-    "description": "Serves as `client_id` if the body has none. More than one is 422.",
+    "description": "Serves as `client_id` if the body has none. Several such headers are refused with 422.",
 }
 
 
@@ -112,7 +113,9 @@ class Description(OpenAPIProvider):
     _made: Json | None = None
 
     def schema(self) -> Json:
-        """Made when it is first asked for: all routes are known by then, and it takes 15 ms."""
+        """Return the description. It is generated at the first call, when all routes are registered: that takes
+        15 ms.
+        """
         self._made = self._made or self._make()
         return self._made
 
@@ -128,7 +131,7 @@ class Description(OpenAPIProvider):
         return _body(model), _schemas(model)
 
     def build_response_object(self, model: Any, headers_model: Any) -> tuple[Json, Json]:
-        # Not inspect.getdoc(): it takes msgspec's own documentation where a struct has none.
+        # inspect.getdoc() would return msgspec's own docstring for a struct without one.
         return _body(model) | {"description": inspect.cleandoc(model.__doc__ or "")}, _schemas(model)
 
     def build_querystring_parameters(self, model: Any) -> tuple[list[Json], Json]:
@@ -172,7 +175,7 @@ def _body(model: type[Struct]) -> Json:
 
 
 def _schemas(model: type[Struct]) -> Json:
-    """The schema of a struct and of all that it refers to, by name, with the meaning of each field."""
+    """Return the schemas of a struct and of the structs that it refers to, by name, with field descriptions."""
     _, found = msgspec.json.schema_components([model], ref_template=REFERENCE)
     for name, schema in found.items():
         schema["description"] = inspect.cleandoc(schema.get("description", ""))

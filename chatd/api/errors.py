@@ -1,4 +1,4 @@
-"""Every error leaves in one shape: `{"message", "code", "errors"?}`, as a Laravel client expects."""
+"""Every error answer has the same shape, which Laravel clients expect: `{"message", "code", "errors"?}`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatd.core.errors import BadRequest, ChatError, Internal
 _CODES = {404: "not_found", 413: "too_large", 408: "bad_request"}
 _SENTENCES = {
     413: "The body is too large.",
-    404: "There is nothing here.",
+    404: "This path does not exist.",
     405: "This method is not allowed here.",
 }
 
@@ -59,7 +59,7 @@ async def _unforeseen(error: Exception) -> Response:
 
 
 def unforeseen(error: Exception, method: str, path: str) -> Internal:
-    """Log it; what the peer is told names the line."""
+    """Log an unexpected error, and return the answer for the client, which has the log line's incident id."""
     incident = secrets.token_hex(6)
     log.error("request_failed", incident=incident, method=method, path=path, exc_info=error)
     return Internal(incident=incident)

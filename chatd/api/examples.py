@@ -1,4 +1,4 @@
-"""A request and its answer for each route, as the description shows them. A test sends them, in this order."""
+"""An example request and answer for each route of the description. A test sends them in this order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 class Example(NamedTuple):
     answer: Any
-    body: Any = None  # of the request; None: none is sent
+    body: Any = None  # the request's body; None: no body is sent
     query: str = ""
 
 

@@ -1,4 +1,6 @@
-"""Is it alive, should it get traffic, and its numbers. Never behind the token, never heavy."""
+"""Health checks and metrics: whether the process is alive, and whether it should get traffic. These routes need
+no token, and cost little.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from chatd.store.read import lookups
 from chatd.store.read.reader import Reader
 from chatd.store.write.writer import Writer
 
-REMEMBER = 1.0  # seconds that a look at the database serves all who ask
-DATABASE_DEADLINE = 2.0  # seconds; a probe waits for no longer than this
+REMEMBER = 1.0  # seconds for which a check of the database answers all requests
+DATABASE_DEADLINE = 2.0  # seconds that a check waits for the database
 
 
 class Alive(Struct, frozen=True):
-    """The event loop turns."""
+    """The process answers."""
 
     status: str = "ok"
 
@@ -38,7 +40,7 @@ class Ready(Struct, frozen=True):
 
 class Health:
     def __init__(self, read: Reader, writer: Writer, bus: Bus, stopping: trio.Event, *, redis: bool) -> None:
-        """`redis`: whether the bus is one that can be down."""
+        """`redis`: whether the bus uses Redis, and so can be down."""
         self._read, self._writer, self._bus = read, writer, bus
         self._stopping, self._redis = stopping, redis
         self._revision: str | None = None  # None while the database does not answer
@@ -47,12 +49,15 @@ class Health:
         self._head = migrations.head()
 
     async def report(self) -> tuple[int, dict[str, Any]]:
-        """Without Redis posts succeed and this node's clients are served: degraded, but ready."""
+        """Return the HTTP status and the body of `/readyz`. Without Redis, posts still succeed and this node's
+        clients are still served, so the status is `degraded` but 200.
+        """
         revision = await self._find_revision()
         database = self._state_of_database(revision)
         checks = {"database": database}
         if revision is not None:
-            # A newer one is no trouble: migrations only add. An older one has been put in its place.
+            # A newer schema works, because migrations only add. An older one means that the database was
+            # replaced by an older copy.
             checks["migrations"] = "ok" if revision == self._head else f"at {revision}, not {self._head}"
         if self._redis:
             checks["redis"] = "ok" if self._bus.up else "down"
@@ -63,9 +68,9 @@ class Health:
         return 200, {"status": "ok" if self._bus.up else "degraded", "checks": checks}
 
     def _state_of_database(self, revision: str | None) -> str:
-        """`read_only`: the last write found it locked, full or gone; the writer goes on trying.
+        """`read_only`: the last write failed because the database was locked, full or gone. The writer retries.
 
-        `damaged`: since the start somebody has read from the file what SQLite has not written there.
+        `damaged`: since the start, a read of the SQLite file has found content that SQLite did not write.
         """
         if revision is None:
             return "down"
@@ -74,7 +79,7 @@ class Health:
         return "read_only" if self._writer.failing else "ok"
 
     async def _find_revision(self) -> str | None:
-        async with self._look:  # one look for all who ask
+        async with self._look:  # one check for all requests that wait
             if trio.current_time() - self._looked >= REMEMBER:
                 found = None
                 with trio.move_on_after(DATABASE_DEADLINE), suppress(Unavailable):

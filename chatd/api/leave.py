@@ -1,4 +1,4 @@
-"""How HTTP connections end at a stop: after their next answer at first, and then as soon as they are idle."""
+"""How HTTP connections end when the daemon stops: at first each after its next answer, later all idle ones."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import trio
 
 
 class Leave:
-    """Shared by all connections. Each wait for a client is a `patience` of it, which a stop can shorten."""
+    """The state of the stop, shared by all connections. Each wait for a client runs in a `patience` block,
+    which a stop can shorten.
+    """
 
     def __init__(self, leaving: trio.Event) -> None:
-        """`leaving`: from then on every answer says `Connection: close`, so that no pool keeps it."""
+        """After `leaving` is set every answer has `Connection: close`, so that clients' connection pools drop
+        the connection.
+        """
         self._leaving = leaving
         self._waits: dict[trio.CancelScope, float] = {}
         self._now = False
-        self.full = trio.Event()  # nobody more is accepted
-        self.done = 0  # requests and connections that have come and gone
+        self.full = trio.Event()  # set when no more connections are accepted
+        self.done = 0  # requests and connections that have ended
 
     @property
     def soon(self) -> bool:
@@ -28,7 +32,7 @@ class Leave:
         return self._now
 
     def let_go(self) -> None:
-        """Accept nobody any more, and leave the address to others."""
+        """Stop accepting, so that other processes can bind the address."""
         self.full.set()
 
     def at_once(self) -> None:
@@ -40,8 +44,8 @@ class Leave:
 
     @contextmanager
     def patience(self, seconds: float, last: float) -> Iterator[None]:
-        """A block that waits for the client, and is left when its time is over: so many seconds, and no more
-        than `last` from `at_once` on.
+        """A block that waits for the client. It is cancelled after `seconds`, and at most `last` seconds after
+        `at_once`.
         """
         with trio.move_on_after(min(seconds, last) if self._now else seconds) as scope:
             self._waits[scope] = last

@@ -1,6 +1,7 @@
-"""Files of chatd/web as answers of the API, with the headers that a page wants.
+"""Serves files of chatd/web over the API, with the security headers of a page.
 
-`web/client` leads to clients/js, where the client library is a package of its own. A wheel holds its files.
+`web/client` is a symbolic link to clients/js, where the client library is an npm package. A wheel has copies of
+its files.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 
 def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "") -> None:
-    """URL path → file below chatd/web; a style comes behind the palette of all pages. `sockets`: origins that a
-    page may connect to, beside its own.
+    """Add a route for each file. `files`: URL path → file below chatd/web. The palette of all pages is put
+    before each style sheet. `sockets`: origins to which a page may connect in addition to its own.
     """
     headers = headers_of(sockets)
     for path, file in files.items():
@@ -25,7 +26,7 @@ def serve_files(routes: Blueprint, files: Mapping[str, str], *, sockets: str = "
 
 
 def headers_of(sockets: str = "") -> dict[str, str]:
-    """What a page may load, and from where."""
+    """Return the headers that restrict what a page may load, and from where."""
     return {
         "Content-Security-Policy": (
             "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "

@@ -1,6 +1,6 @@
-"""The OpenAPI description as operations and objects that a page can show, and that page: `/docs`.
+"""The page `/docs`, which shows the OpenAPI description, and the operations and objects that it is made of.
 
-It is one page of HTML without a script: the browser's own search finds everything in it.
+It is one HTML page without a script, so that the browser's own search finds everything in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILES = {"/docs/reference.css": "docs/reference.css"}
 OPEN_PATHS = frozenset([PATH, *FILES])
 
 Json = dict[str, Any]
-MOST = 2**53 - 1  # the bound of ids, which need not be shown
+MOST = 2**53 - 1  # the upper bound of ids, which the page does not show
 
 TITLES = {
     "messages": "Messages",
@@ -40,7 +40,7 @@ def blueprint() -> Blueprint:
     @routes.get(PATH)
     @hide
     async def docs() -> Response:
-        nonlocal made  # of the routes, all of which are known by now
+        nonlocal made  # generated at the first request, when all routes are registered
         made = made or page(current_app.extensions["QUART_SCHEMA"].openapi_provider.schema())
         return Response(made, content_type="text/html; charset=utf-8", headers=headers_of())
 
@@ -49,10 +49,10 @@ def blueprint() -> Blueprint:
 
 class Field(NamedTuple):
     name: str
-    kind: str  # for people: "integer, 1 or more"; names of objects are in brackets: "list of [Member]"
+    kind: str  # such as "integer, 1 or more"; names of objects are in brackets: "list of [Member]"
     text: str
     required: bool
-    place: str = ""  # path, query or header, of a parameter
+    place: str = ""  # for a parameter: path, query or header
 
 
 class Operation(NamedTuple):
@@ -60,9 +60,9 @@ class Operation(NamedTuple):
     path: str
     summary: str
     text: str
-    open: bool  # to who has no token
+    open: bool  # needs no token
     parameters: list[Field]
-    body: str  # the name of an object; empty: there is none
+    body: str  # the name of an object; empty if there is no body
     answer: str
     example_body: Any
     example_answer: Any
@@ -74,7 +74,7 @@ class Operation(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """A JSON object that is sent or answered."""
+    """A JSON object of a request or an answer."""
 
     name: str
     text: str
@@ -82,7 +82,7 @@ class Thing(NamedTuple):
 
 
 def operations(description: Json) -> dict[str, list[Operation]]:
-    """By noun, in the order of `TITLES`."""
+    """Return the operations by noun, in the order of `TITLES`."""
     found: dict[str, list[Operation]] = {noun: [] for noun in TITLES}
     for path, methods in description["paths"].items():
         for method, one in methods.items():
@@ -242,7 +242,7 @@ def _media_part(title: str, name: str, example: Any) -> str:
 
 
 def shown(example: Any) -> str:
-    """On one line where there is room."""
+    """Format an example as JSON, on one line if it fits."""
     line = json.dumps(example, ensure_ascii=False)
     return line if len(line) <= 90 else json.dumps(example, ensure_ascii=False, indent=2)
 
@@ -268,7 +268,7 @@ def _linked(kind: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text with `code` in it."""
+    """Escape a text, and turn its `code` into HTML."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
 
 

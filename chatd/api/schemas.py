@@ -1,4 +1,6 @@
-"""What is posted and answered, as structs, and how a request becomes one. OpenAPI is made of them too."""
+"""The structs of requests and answers, and the functions that decode and encode them. The OpenAPI description
+is generated from the structs.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ from chatd.store.read.snapshots import Cursor
 
 S = TypeVar("S", bound=Struct)
 
-BODY_BYTES = POST_BYTES  # of a request; a batch may be longer
-BODY_SECONDS = 10  # a backend has for its body
-RESPONSE_SECONDS = 10  # a backend has for reading the answer
+BODY_BYTES = POST_BYTES  # the limit of a request's body, except for a batch
+BODY_SECONDS = 10  # seconds in which a body must arrive
+RESPONSE_SECONDS = 10  # seconds in which the client must read the answer
 
 
 class Incomplete(BadRequest):
-    """The peer ended before the body did, or what came of it is no HTTP."""
+    """The connection ended before the body was complete, or the body is not valid HTTP."""
 
     status = 400
 
@@ -65,13 +67,13 @@ class BatchResult(Struct, frozen=True, kw_only=True):
 
 
 class BatchResults(Struct, frozen=True):
-    """What became of each message."""
+    """The result for each message."""
 
     results: list[BatchResult]
 
 
 class Alteration(Struct, frozen=True, kw_only=True):
-    """What you change in a message."""
+    """The changes of a message."""
 
     content: Content | None = None
     meta: Any = UNSET
@@ -90,21 +92,21 @@ class PageQuery(Struct, frozen=True, kw_only=True):
 
 
 class Membership(Struct, frozen=True, kw_only=True):
-    """What you set of a membership. What you leave out stays as it is."""
+    """The properties of a membership. A field that you leave out keeps its value."""
 
     role: Annotated[str, Meta(min_length=1, max_length=32)] | UnsetType | None = UNSET
     muted_until: str | UnsetType | None = UNSET
 
 
 class Removal(Struct, frozen=True, kw_only=True):
-    """How a member is removed. A removed member comes back only by `PUT`, banned or not."""
+    """How a member is removed. Only `PUT` restores a removed member, banned or not."""
 
     ban: bool = False
 
 
 class ConversationState(Struct, frozen=True, kw_only=True):
-    """Where a conversation stands. One with more than `limits.members_detail` members shows only the first of
-    them, and no `receipts` and `online`.
+    """The state of a conversation. If it has more than `limits.members_detail` members, `members` has only the
+    first of them, and `receipts` and `online` are empty.
     """
 
     conversation_id: int
@@ -136,7 +138,7 @@ class Disconnected(Struct, frozen=True, kw_only=True):
 
 
 class Revocation(Struct, frozen=True, kw_only=True):
-    """Which tokens are void."""
+    """Which tokens become void."""
 
     before: str | float | None = None
 
@@ -152,7 +154,7 @@ class Done(Struct, frozen=True):
 
 
 class TokenRequest(Struct, frozen=True, kw_only=True):
-    """Whose token you want."""
+    """The user for whom chatd issues a token, and the token's properties."""
 
     user_id: Id
     ttl: Annotated[int, Meta(ge=1, le=366 * 24 * 3600)] | None = None
@@ -165,22 +167,22 @@ class Token(Struct, frozen=True):
 
 
 def answer(body: Any, status: int = 200) -> Response:
-    # The newline is for people: a shell prompt does not stick to the answer.
+    # With the newline a shell prompt after `curl` begins on a new line.
     return Response(msgspec.json.encode(body) + b"\n", status, content_type="application/json")
 
 
 async def posted(kind: type[S]) -> S:
-    """The request's body. Raises NotJSON (400), BadRequest (422) with every field that is wrong."""
+    """Decode the request's body. Raises NotJSON (400), or BadRequest (422) with every field that is wrong."""
     return decode(kind, await request.get_data(cache=False, as_text=False), sent_as=request.mimetype)
 
 
 async def posted_or_empty(kind: type[S]) -> S:
-    """The same, for a body that may be left out: each of its fields has a default."""
+    """Decode a body that may be left out, because each of its fields has a default. Raises as `posted`."""
     return await posted(kind) if await request.get_data() else kind()
 
 
 def asked(kind: type[S]) -> S:
-    """The query string's parameters."""
+    """Decode the parameters of the query string. Raises BadRequest."""
     given = request.args.to_dict()
     try:
         return msgspec.convert(given, kind, strict=False)
@@ -189,15 +191,15 @@ def asked(kind: type[S]) -> S:
 
 
 def moment(field: str, text: str) -> str:
-    """RFC 3339, with UTC where no zone is given, as we write it. Raises BadRequest."""
+    """Convert an RFC 3339 time to chatd's form. A time without a zone is in UTC. Raises BadRequest."""
     try:
         found = datetime.fromisoformat(text)
         return timestamp(found if found.tzinfo else found.replace(tzinfo=UTC))
     except (ValueError, OverflowError):
-        raise BadRequest("Write a moment as 2026-01-01T00:00:00Z.", field=field) from None
+        raise BadRequest("Write a time such as 2026-01-01T00:00:00Z.", field=field) from None
 
 
 def check_id(name: str, value: int) -> int:
     if not 1 <= value <= MAX_ID:
-        raise BadRequest(f"The {name} is no id.", field=name)
+        raise BadRequest(f"The {name} is not a valid id.", field=name)
     return value

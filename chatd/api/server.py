@@ -1,4 +1,4 @@
-"""Hypercorn inside our nursery: its settings, and how it starts and ends with the daemon."""
+"""Runs Hypercorn in the daemon's nursery: its settings, how it starts, and how it stops with the daemon."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from chatd.net.gate import BACKLOG, somebody_waits
 from chatd.net.lobby import Lobby
 from chatd.observe.sampler import Sampler
 
-UNLIMITED = 1e9  # seconds; the daemon has deadlines of its own
-SETTLE = 0.1  # seconds until Hypercorn has stopped accepting
-LAST_ACCEPTS = 1.0  # seconds for those who had connected already when the daemon stops
+UNLIMITED = 1e9  # seconds; the daemon has its own deadlines for a stop
+SETTLE = 0.1  # seconds in which Hypercorn stops accepting
+LAST_ACCEPTS = 1.0  # seconds to accept the connections that the kernel had already queued at the stop
 
 hypercorn.trio.run.TCPServer = connection.Connection  # type: ignore  # Hypercorn offers no other way in
 
@@ -42,8 +42,8 @@ async def serve(
     *,
     task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until `stop`, then finish what is in progress; the event given to `started` says that it is. How
-    long that may take is the caller's affair.
+    """Serve until `stop`, then finish the requests in progress. `task_status.started` gets an event that is set
+    when they are finished. The caller limits the time for this.
     """
     finished = trio.Event()
     app = create_app(settings, chat, healthy, sampler, node)
@@ -55,7 +55,7 @@ async def serve(
         leave.at_once()
 
     async def all_are_in() -> None:
-        """Until nobody more is accepted, and who had connected before is in."""
+        """Wait until no more connections shall be accepted, and those queued in the kernel were accepted."""
         await leave.full.wait()
         with trio.move_on_after(LAST_ACCEPTS):
             while somebody_waits(listening):
@@ -63,7 +63,7 @@ async def serve(
         accepted.set()
 
     async def close() -> None:
-        """Hypercorn itself would hold the socket as long as it has connections."""
+        """Close the listening socket early: Hypercorn would keep it open as long as it has connections."""
         await accepted.wait()
         await trio.sleep(SETTLE)
         listening.close()

@@ -1,1 +1,1 @@
-"""The routes of the HTTP API, a module per noun."""
+"""The routes of the HTTP API, one module for each noun."""

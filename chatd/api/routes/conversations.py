@@ -1,4 +1,4 @@
-"""`/api/ws/conversations`: where they stand, history, members, events."""
+"""`/api/ws/conversations`: the state of a conversation, its messages, members and custom events."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Membership)
     @document_response(Done)
     async def add_member(conversation_id: int, user_id: int) -> Response:
-        """Add a member, bring a removed one back, or change a role or a mute.
+        """Add a member, restore a removed one, or change a role or a mute.
 
-        What you leave out of the body stays as it is. It takes effect on live connections within a second.
+        A field that you leave out keeps its value. Live connections see the change within a second.
         """
         body = await posted_or_empty(Membership)
         check_role(body.role or None)
@@ -83,7 +83,7 @@ def blueprint(chat: Chat) -> Blueprint:
     async def remove_member(conversation_id: int, user_id: int) -> Response:
         """Remove a member.
 
-        The live connections of that user hear nothing more of the conversation from one second later.
+        Within a second the live connections of that user get no more events of the conversation.
         """
         ban = asked(Removal).ban
         place, user = check_id("conversation_id", conversation_id), check_id("user_id", user_id)
@@ -94,7 +94,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(CustomEvent)
     @document_response(Done)
     async def send_event(conversation_id: int) -> Response:
-        """Send an event of your own to everybody who is in the room just now.
+        """Send an event of your own to everybody who is in the room at this moment.
 
         chatd does not store it.
         """

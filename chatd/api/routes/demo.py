@@ -1,4 +1,6 @@
-"""The demo's door: the chat page, and a token for whoever asks. On loopback, and only with `--demo`."""
+"""The demo's routes: the chat page, and a token for anybody who asks. They exist only with `--demo`, and only
+on a loopback address.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from chatd.chat.chat import Chat
 from chatd.config import Config, split_bind
 from chatd.core.protocol import Id
 
-TTL = 3600  # seconds; the page asks for a new token before
+TTL = 3600  # seconds; the page requests a new token before the old one expires
 CLIENT = ("chatd", "chatd-link", "chatd-room")
 PAGE = ("app", "composer", "conversation", "messages", "shared", "status")
 FILES = {
@@ -21,7 +23,7 @@ FILES = {
     **{f"/{name}.js": f"client/{name}.js" for name in CLIENT},
     **{f"/{name}.js": f"demo/{name}.js" for name in PAGE},
 }
-OPEN_PATHS = frozenset([*FILES, "/demo/token", "/favicon.ico"])  # the last: browsers ask, and get 404, not 401
+OPEN_PATHS = frozenset([*FILES, "/demo/token", "/favicon.ico"])  # browsers get 404 for the last, not 401
 
 
 class Who(Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""`/api/ws/messages`: post, post many, edit, delete."""
+"""`/api/ws/messages`: post one message or many, edit, delete, and see the delivery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chatd.store.write.packing import pack
 
 BATCH_BYTES = 4 * 1024 * 1024  # decoding more would keep the loop busy for over 10 ms
 BATCH_PATH = "/api/ws/messages/batch"
-YIELD_EVERY = 20  # messages of a batch that are checked between checkpoints: a wrong one takes some 100 µs
+YIELD_EVERY = 20  # messages of a batch that are checked between checkpoints: an invalid one takes about 100 µs
 
 
 def blueprint(chat: Chat) -> Blueprint:
@@ -38,7 +38,7 @@ def blueprint(chat: Chat) -> Blueprint:
         chatd creates the conversation if it does not exist, and makes the sender a member. A retry with the
         same `client_id`, or with the same `Idempotency-Key` header, never makes a second message.
         """
-        raise AssertionError("`hot` answers this; here it is described")
+        raise AssertionError("`ChatApp.hot` answers this route; this function only describes it")
 
     @routes.post("/batch")
     @document_request(Batch)
@@ -46,7 +46,7 @@ def blueprint(chat: Chat) -> Blueprint:
     async def post_batch() -> Response:
         """Store up to 1,000 messages, usually in one commit.
 
-        chatd accepts or refuses each message by itself.
+        chatd accepts or refuses each message on its own.
         """
         batch = await posted(Batch)
         commands: list[Create | ChatError] = []
@@ -80,21 +80,23 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.get("/<int:message_id>/delivery")
     @document_response(Delivery)
     async def delivery(message_id: int) -> Response:
-        """The users who have read or received a message, who are online, and who need a push."""
+        """The users who have read or received a message, those who are online, and those who need a push."""
         return answer(await chat.receipts.delivery(check_id("id", message_id)))
 
     return routes
 
 
 def check_key(lines: Sequence[bytes]) -> str | None:
-    """An `Idempotency-Key`, which serves as a `client_id`. Raises BadRequest, for two of them too."""
+    """Return the `Idempotency-Key`, which serves as a `client_id`. `lines`: the values of all such headers.
+    Raises BadRequest if there are several, or if the key is too long or empty.
+    """
     if not lines:
         return None
     key = lines[0].decode("latin-1")
     if len(lines) > 1:
-        raise BadRequest("There is more than one key.", field="Idempotency-Key")
+        raise BadRequest("There is more than one Idempotency-Key header.", field="Idempotency-Key")
     if not 1 <= len(key) <= CLIENT_ID_CHARS:
-        raise BadRequest(f"The key has 1 to {CLIENT_ID_CHARS} characters.", field="Idempotency-Key")
+        raise BadRequest(f"The key must have 1 to {CLIENT_ID_CHARS} characters.", field="Idempotency-Key")
     return key
 
 
@@ -104,7 +106,7 @@ def _checked(chat: Chat, raw: msgspec.Raw) -> Create | ChatError:
         chat.messages.check(command)
     except ChatError as refusal:
         return refusal
-    return pack(command)  # there may be a thousand of them, and they wait
+    return pack(command)  # to save memory: up to a thousand of them wait for the writer
 
 
 def stored(created: Created) -> Stored:
@@ -113,5 +115,5 @@ def stored(created: Created) -> Stored:
 
 
 def _result(outcome: Created | ChatError) -> Stored | dict[str, Any]:
-    """As `BatchResult` describes it."""
+    """Return a result in the form of `BatchResult`."""
     return body_of(outcome) if isinstance(outcome, ChatError) else stored(outcome)

@@ -1,7 +1,7 @@
-"""`POST /api/ws/messages` past Quart: the one route that a busy backend takes all the time.
+"""Answers `POST /api/ws/messages` without Quart, because a busy backend uses this route most.
 
-A request context, routing, signals and two tasks cost a third of a millisecond, which is a third of a post.
-`messages` describes the route for OpenAPI; it is answered here.
+Quart's request context, routing, signals and two tasks cost a third of a millisecond, which is a third of the
+time of a post. The module `messages` describes the route for OpenAPI.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Post:
         body += b"\n"
         size = b"%d" % len(body)
         headers = [(b"content-type", b"application/json"), (b"content-length", size), *extra]
-        # Whoever cancels this takes the end of the answer from a peer who is reading it.
+        # Shielded, because a cancelled write would cut off an answer that the client is reading.
         with trio.move_on_after(RESPONSE_SECONDS, shield=True):
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -71,7 +71,9 @@ class Post:
         return msgspec.json.encode(stored(created))
 
     def _submit(self, lines: Lines, headers: Headers, body: bytes) -> Submission:
-        """On its own, so that nothing of the message waits for the writer but what the writer counts."""
+        """Submit the message. This is a function of its own so that, while the caller waits for the writer, no
+        local variable holds the message, whose memory the writer's queue does not count.
+        """
         message = decode(NewMessage, body, sent_as=headers.get(b"content-type", b"").decode("latin-1"))
         return self._chat.messages.submit(create(message, check_key(_values(lines, b"idempotency-key"))))
 
@@ -81,7 +83,7 @@ def _values(lines: Lines, name: bytes) -> list[bytes]:
 
 
 async def _body(headers: Headers, receive: Any) -> bytes:
-    if int(headers.get(b"content-length", b"0")) > BODY_BYTES:  # h11 has made sure that it is a number
+    if int(headers.get(b"content-length", b"0")) > BODY_BYTES:  # h11 has checked that it is a number
         raise TooLarge("The body is too large.")
     parts: list[bytes] = []
     room, more = BODY_BYTES, True
@@ -89,14 +91,14 @@ async def _body(headers: Headers, receive: Any) -> bytes:
         while more:
             event = await receive()
             if event["type"] != "http.request":
-                raise Incomplete("The body is not whole.")
+                raise Incomplete("The body is incomplete.")
             parts.append(event.get("body", b""))
             room -= len(parts[-1])
             if room < 0:
                 raise TooLarge("The body is too large.")
             more = event.get("more_body", False)
         return b"".join(parts)
-    raise BodyTooSlow("The body took too long to come.")
+    raise BodyTooSlow("The body took too long to arrive.")
 
 
 def _retry_after(error: ChatError) -> list[tuple[bytes, bytes]]:

@@ -1,4 +1,6 @@
-"""`/status`: how the daemon is, for an operator without a Grafana. As open as /metrics, and as free of ids."""
+"""`/status`: a page with the daemon's state, for an operator without Grafana. Like /metrics it needs no token
+and shows no ids.
+"""
 
 from __future__ import annotations
 

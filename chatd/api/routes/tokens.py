@@ -1,4 +1,4 @@
-"""`/api/ws/tokens`: a token for a user whom the backend has recognised."""
+"""`/api/ws/tokens`: issues a token for a user whom the backend has authenticated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def blueprint(chat: Chat, settings: Settings) -> Blueprint:
         """Issue a token with which a user can connect."""
         body = await posted(TokenRequest)
         ttl = body.ttl or settings.now.auth.token_ttl
-        # After a revocation in this very second: else the user would have to wait for the next.
+        # Issued "after" a revocation in this same second. Otherwise the token would be void for up to a second.
         since = await chat.users.issue_from(body.user_id)
         return answer(Token(chat.tokens.issue(body.user_id, ttl, body.conversations, since=since), ttl))
 

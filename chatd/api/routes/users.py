@@ -1,4 +1,4 @@
-"""`/api/ws/users`: who is there and what is unread; send away, revoke, ban."""
+"""`/api/ws/users`: a user's presence and unread messages; disconnect, revoke tokens, ban."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chatd.chat.users import User
 from chatd.core.errors import BadRequest
 from chatd.core.model import FOR_EVER
 
-AHEAD = 60  # seconds that a backend's clock may be ahead of ours
+AHEAD = 60  # seconds that a backend's clock may be ahead of chatd's
 MOST_SECONDS = 253402300799  # FOR_EVER as unix seconds
 
 
@@ -34,7 +34,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @routes.get("/<int:user_id>")
     @document_response(User)
     async def get(user_id: int) -> Response:
-        """Whether a user is online, and what the user has not read in which conversation."""
+        """Whether a user is online, and how many messages of each conversation the user has not read."""
         return answer(await chat.users.get(check_id("user_id", user_id)))
 
     @routes.post("/<int:user_id>/disconnect")
@@ -53,7 +53,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Revocation)
     @document_response(Done)
     async def revoke(user_id: int) -> Response:
-        """Void the tokens that were issued before a moment.
+        """Void the tokens that were issued before a given time.
 
         chatd closes the connections that were made with them.
         """
@@ -65,7 +65,7 @@ def blueprint(chat: Chat) -> Blueprint:
     @document_request(Ban)
     @document_response(Done)
     async def ban(user_id: int) -> Response:
-        """Keep a user out of all conversations, until a moment or for ever.
+        """Ban a user from all conversations, until a given time or for ever.
 
         chatd closes the user's connections.
         """
@@ -88,9 +88,9 @@ def _seconds(before: str | float | None) -> float | None:
     if isinstance(before, str):
         before = datetime.fromisoformat(moment("before", before)).timestamp()
     if before is not None and not 0 <= before <= MOST_SECONDS:
-        raise BadRequest("Write unix seconds, or a moment as 2026-01-01T00:00:00Z.", field="before")
+        raise BadRequest("Write unix seconds, or a time such as 2026-01-01T00:00:00Z.", field="before")
     if before is not None and before > time.time() + AHEAD:
         raise BadRequest(
-            "This moment is still to come: tokens that are not issued yet cannot be void.", field="before"
+            "This time is in the future: only tokens that are already issued can be revoked.", field="before"
         )
     return before

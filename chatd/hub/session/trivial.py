@@ -71,5 +71,5 @@ class TrivialSession(Session):
 
 def _id_from_text(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 16 and 1 <= int(text) <= MAX_ID):
-        raise BadRequest("conversation_id is no id", field="conversation_id")
+        raise BadRequest("conversation_id is not a valid id", field="conversation_id")
     return int(text)
