@@ -1,7 +1,7 @@
-"""The bus: gives a committed group to this node's fanout first, and to Redis after, if there is one.
+"""The bus: passes a committed group to this node's fanout, and then to Redis, if it is configured.
 
-Receiver   what the fanout offers: changes, signals, foreign payloads, and whether the links are up
-Bus        what the daemon holds: `publish` for the writer, `run` for the nursery
+Receiver   the interface of the fanout: takes changes, signals, foreign payloads, and the state of the links
+Bus        the interface for the daemon: the writer calls `publish`, a nursery runs `run`
 """
 
 from __future__ import annotations
@@ -15,40 +15,50 @@ from chatd.core.model import Change, Group, Signal
 
 
 class Receiver(Protocol):
-    """All synchronous and bounded: a receiver that is overrun repairs itself from the database."""
+    """Takes what the bus delivers. All functions are synchronous, and a receiver's buffers are bounded: one
+    that overflows reads the database instead.
+    """
 
     def changes(self, changes: Sequence[Change], committed_at: float | None = None) -> None:
-        """`committed_at`: by trio's clock, if it was this node."""
+        """`committed_at`: time of the commit by trio's clock, if this node made it; else None."""
 
     def signal(self, signal: Signal) -> None: ...
     def foreign(self, conversation_id: int, name: str, payload: bytes) -> None: ...
 
     def links(self, up: bool) -> None:
-        """Whether other nodes' changes come by themselves just now."""
+        """The links went up or down. While they are down, changes of other
+        nodes do not arrive by themselves.
+        """
 
     def lost(self) -> None:
-        """Something may have been missed: look into the database at once."""
+        """Changes may have been missed: read the database at once."""
 
 
 class Bus(Protocol):
     @property
     def up(self) -> bool:
-        """False while something that other nodes or services need does not get through."""
+        """False while a link is down, so that other nodes or services may miss something."""
 
     def publish(self, group: Group) -> None:
-        """Never waits: called by the writer after each commit."""
+        """Publish a committed group; the writer calls this after each commit. Never blocks."""
 
     def tell(self, signal: Signal) -> None:
-        """What is not stored: this node at once, the others if Redis is there. Never waits."""
+        """Send a signal, which is not stored: to this node at once, to the others if Redis
+        answers. Never blocks.
+        """
 
     async def run(
         self, receiver: Receiver, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Give all that comes to `receiver`. Nothing may be published or told before this runs."""
+        """Deliver everything that arrives to `receiver`. Do not call `publish` or `tell`
+        before this has started.
+        """
 
 
 def give_to(receiver: Receiver, group: Group) -> None:
-    """Rights first: a message of the same group shall not reach who was removed by it."""
+    """Deliver a group on this node. Changes of rights go first, so that a removed user gets
+    no message of the group.
+    """
     for right in (*group.members, *group.users):
         receiver.signal(right)
     if group.changes:

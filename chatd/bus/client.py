@@ -1,4 +1,4 @@
-"""How chatd speaks to Redis: a client whose retries and reconnects are ours."""
+"""Makes Redis clients for chatd. chatd itself does the retries and reconnects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatd.config import Redis, redis_url
 
 STREAM, MESSAGES, SIGNALS = "chat.stream", "chat.messages", "chat.signals"
 SOCKET_TIMEOUT = 2.0  # seconds
-# Redis is gone, or there is no descriptor left to reach it with: redis-py reads a file of its own to connect.
+# Redis does not answer, or the process has no file descriptor left: redis-py opens a file when it connects.
 LOST = (redis.RedisError, OSError)
 
 
@@ -36,8 +36,8 @@ def client_of(config: Redis) -> redis.Redis:
         password=place.password,
         ssl=place.tls,
         **(tls if place.tls else {}),  # type: ignore[arg-type]
-        protocol=2,  # RESP3 builds a log line for every pub/sub message
-        retry=Retry(NoBackoff(), 0),  # its own ten retries would publish twice
+        protocol=2,  # with RESP3, redis-py formats a log line for every pub/sub message
+        retry=Retry(NoBackoff(), 0),  # redis-py's own retries could publish twice
         socket_timeout=SOCKET_TIMEOUT,
         socket_connect_timeout=SOCKET_TIMEOUT,
     )
@@ -54,5 +54,7 @@ def order(stream_id: str) -> tuple[int, int]:
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what waits for Redis. A limiter of its own: a thread that waits there takes no place from others."""
+    """Run a call that waits for Redis in a thread. It has a limiter of its own, so that it
+    blocks no other threads.
+    """
     return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))

@@ -1,4 +1,4 @@
-"""One user's words taken out of the stream that other services read, for `chatd user erase`."""
+"""Removes one user's messages from the stream that other services read, for `chatd user erase`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK = 1000  # entries
 
 
 def erase(config: Redis, user_id: int) -> int:
-    """How many entries of chat.stream are gone. Raises OperatorError."""
+    """Delete the user's entries in chat.stream; returns their number. Raises OperatorError."""
     client = client_of(config)
     try:
         count, start = 0, "-"
@@ -27,7 +27,9 @@ def erase(config: Redis, user_id: int) -> int:
                 return count
             start = f"({entries[-1][0].decode()}"
     except LOST as error:
-        raise OperatorError(f"Redis does not answer ({error}): what is in {STREAM} is there still.") from error
+        raise OperatorError(
+            f"Redis does not answer ({error}): {STREAM} still has the user's messages."
+        ) from error
     finally:
         client.close()
 

@@ -1,8 +1,8 @@
-"""Kicks on their way to the other nodes, also to one that could not reach Redis just then.
+"""Sends kicks to the other nodes, also to a node that cannot reach Redis at that moment.
 
-PUBLISH would not reach it, and no row of the database repairs a kick. So kicks have a stream of their own, and
-a node that is back reads again all that is kept there. A kick concerns the connections that are older than
-itself: to hear it late, or twice, harms nobody.
+Such a node would miss a PUBLISH, and no row of the database makes up for a missed kick. So kicks have a stream
+of their own, and a node that reconnects reads all of it again. A kick ends only connections that are older than
+itself, so it does no harm if it arrives late or twice.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import trio
 from chatd.core.model import Kick
 
 STREAM = "chat.kicks"
-KEPT = 1000  # in Redis, some 100 bytes each, and as many that wait for it here
+KEPT = 1000  # most kicks in the stream, about 100 bytes each; also most kicks that wait here for Redis
 PIPELINE = 100
 BEGINNING = "0-0"
 
 
 class Kicks:
-    """Those of this node that Redis has not taken yet."""
+    """The kicks of this node that Redis does not have yet."""
 
     def __init__(self, node: str) -> None:
         self._node = node
@@ -47,7 +47,7 @@ class Kicks:
 
         await trio.to_thread.run_sync(send, limiter=trio.CapacityLimiter(1))
         for one in taken:
-            if self._waiting and self._waiting[0] is one:  # those that came meanwhile may have pushed it out
+            if self._waiting and self._waiting[0] is one:  # newer kicks may have pushed it out in the meantime
                 self._waiting.popleft()
 
     def _entry(self, kick: Kick, age: float) -> dict[Any, Any]:
@@ -55,7 +55,9 @@ class Kicks:
 
 
 def heard(client: redis.Redis, entries: list[Any], node: str) -> list[Kick]:
-    """The other nodes' kicks among these, with their age by Redis's clock: those of nodes may differ."""
+    """The kicks of other nodes among `entries`. Their age is by Redis's clock, because
+    clocks of nodes may differ.
+    """
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6
     kicks = (_kick(entry_id, fields, now) for entry_id, fields in entries if fields.get(b"n") != node.encode())
@@ -63,7 +65,7 @@ def heard(client: redis.Redis, entries: list[Any], node: str) -> list[Kick]:
 
 
 def _kick(entry_id: bytes, fields: dict[bytes, bytes], now: float) -> Kick | None:
-    """None for what is no kick, or of a newer version."""
+    """A kick; None if the entry is not valid or from a newer version of chatd."""
     try:
         age = now - int(entry_id.partition(b"-")[0]) / 1e3 + float(fields[b"age"])
         return Kick(int(fields[b"user"]), bool(int(fields[b"reconnect"])), max(0.0, age))

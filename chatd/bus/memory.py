@@ -1,4 +1,4 @@
-"""The embedded default: one process, so a committed group goes to its own fanout and that is all."""
+"""The bus without Redis: there is one process, so a committed group goes only to its own fanout."""
 
 from __future__ import annotations
 

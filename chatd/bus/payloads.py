@@ -1,6 +1,7 @@
-"""What stands in Redis, as bytes: our own payloads, written and read; those of others, read with distrust.
+"""Encodes and decodes chatd's payloads in Redis, and checks the payloads of other services.
 
-Pure functions for `redis`. Anybody who may write to Redis may be wrong, so nothing here raises for bytes.
+These functions do no I/O. Any service with access to Redis may write invalid bytes, so no
+bytes make them raise.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from chatd.core.protocol import RESERVED_EVENTS
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 
-FOREIGN_BYTES = 65536  # a larger foreign payload is dropped
+FOREIGN_BYTES = 65536  # chatd drops larger payloads of other services
 
 MESSAGE = "message"
 _refused = {field: Recurring("foreign_payload_refused") for field in ("conversation_id", "event")}
 
 
 class _Head(Struct):
-    """The keys of a change that the fanout needs; the rest stays bytes."""
+    """The keys of a change that the fanout needs. The payload itself is not decoded."""
 
     event: str
     conversation_id: int
@@ -36,7 +37,7 @@ AnySignal = MemberChange | UserChange | Notice | Kick | Present
 
 
 class Envelope(Struct, frozen=True):
-    """A signal as it stands on the channel, and who sent it."""
+    """A signal on the channel, and the node that sent it."""
 
     node: str
     signal: AnySignal
@@ -50,22 +51,24 @@ _envelope = msgspec.json.Decoder(Envelope)
 
 
 def with_node(payload: bytes, node: str) -> bytes:
-    """For the channel: `{"event":"message","node":"…",` and the rest of the flat message."""
+    """A change for the channel: its payload with the node inserted, `{"event":"message","node":"…",…`."""
     event, comma, rest = payload.partition(b",")
     return b'%b,"node":"%b"%b%b' % (event, node.encode(), comma, rest)
 
 
 def entry(payload: bytes, node: str, members_version: int, previous: str | UnsetType | None) -> dict[Any, Any]:
-    """For the stream. `p` is the mark of the change before: empty if it has none, left out if not known."""
+    """A change for the stream. `p` is `previous`: empty if it is None, left out if it is UNSET."""
     known = {} if previous is UNSET else {"p": previous or ""}
     return {"m": payload, "n": node, "v": members_version} | known
 
 
 def change_of(fields: dict[bytes, bytes]) -> Change | None:
-    """An entry of the stream; None for what is wrong or of a newer version: the sweep finds its change."""
+    """The change in an entry of the stream. None: not valid or from a newer version; the
+    sweep finds the change.
+    """
     payload = fields.get(b"m", b"")
     try:
-        payload.decode()  # goes to clients as it is, so all of it must be text
+        payload.decode()  # clients get these bytes as they are, so they must be valid UTF-8
         head = _head.decode(payload)
         version = int(fields.get(b"v", b"0"))
         previous = fields[b"p"].decode() or None if b"p" in fields else UNSET
@@ -80,9 +83,9 @@ def signal(node: str, signal: Signal) -> bytes:
 
 
 def signal_of(data: bytes) -> Envelope | None:
-    """None for what is wrong, or of a newer version."""
+    """The signal in a publication; None if it is not valid or from a newer version of chatd."""
     try:
-        data.decode()  # a notice goes to clients as it is, so all of it must be text
+        data.decode()  # clients get a notice's bytes as they are, so they must be valid UTF-8
         return _envelope.decode(data)
     except _UNREADABLE:
         return None
@@ -94,9 +97,13 @@ def _refuse(field: str, **found: Any) -> None:
 
 
 def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
-    """(conversation_id, event name, payload) of somebody else's publication: an object without `node`."""
+    """(conversation_id, event name, payload) of another service's publication, which is an
+    object without `node`.
+
+    None if a node published it, or if chatd refuses it, which is logged.
+    """
     if _OF_A_NODE.match(data):
-        return None  # told by its first bytes: most of what comes here is our own
+        return None  # a quick check of the first bytes, because most publications come from nodes
     try:
         payload = msgspec.json.decode(data) if len(data) <= FOREIGN_BYTES else None
     except _UNREADABLE:
@@ -112,7 +119,7 @@ def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
     name = payload.get("event")
     name = MESSAGE if name is None else name
     if not isinstance(name, str) or not name or (name in RESERVED_EVENTS and name != MESSAGE):
-        # Under a name of ours clients would take it for what it is not; as a message they would show nothing.
+        # Clients would mistake an event with one of chatd's names for chatd's own.
         _refuse("event", conversation_id=conversation_id, found=repr(name)[:100])
         return None
     body = {key: value for key, value in payload.items() if key not in ("event", "seq")}

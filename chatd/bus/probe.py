@@ -1,4 +1,4 @@
-"""A look at Redis from outside, for `chatd doctor`. It writes nothing."""
+"""Examines Redis for `chatd doctor`. It writes nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.core.errors import OperatorError
 
-PINGS = 20  # of which the middle one counts
+PINGS = 20  # pings to measure; their median counts
 
 
 @dataclass(frozen=True)
 class Found:
-    """`ping` is in seconds, `memory` and `most_memory` (0: no limit) in bytes, `ahead` how far its clock is."""
+    """The result of `look`: `ping` in seconds, `ahead` the seconds by which Redis's clock is ahead of ours,
+    `memory` and `most_memory` (0: no limit) in bytes, `policy` its eviction policy.
+    """
 
     version: str
     ping: float
@@ -31,7 +33,7 @@ class Found:
 
 
 def look(config: Redis) -> Found:
-    """Raises OperatorError with a sentence where it does not answer."""
+    """Examine Redis. Raises OperatorError if it does not answer."""
     client = client_of(config)
     try:
         return _look(client)

@@ -1,9 +1,10 @@
-"""What goes to Redis: committed groups in their order, and signals.
+"""Publishes committed groups, in their order, and signals to Redis.
 
-One pipeline takes what waits: XADD chat.stream, PUBLISH chat.messages. A group is in the outbox until Redis has
-it, so what does not fit here, or was not taken, is read from there. Rights and receipts are kept until Redis
-has taken them, for no outbox has them. Past their bound the oldest go, which the sweep repairs. The other
-signals are worth nothing later: while Redis is away none of them waits.
+One pipeline sends all waiting groups: XADD chat.stream, PUBLISH chat.messages. The outbox has
+each group until Redis has it, so groups that do not fit into the queue here, or that Redis
+refused, are read from there. Changes of rights and receipts are not in the outbox, so they
+wait here until Redis has them. Their queue is bounded: it drops the oldest, and the sweep
+makes up for them. Other signals are worthless later, so they do not wait while Redis is down.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from chatd.core.limits import MAX_ID
 from chatd.core.model import Group, Kick, MemberChange, Notice, Signal, UserChange
 from chatd.observe import metrics
 
-PROBE = "chat.probe"  # a key that never is there
+PROBE = "chat.probe"  # a key that never exists
 
-QUEUE_BYTES = 32 * 1024 * 1024  # payloads that may wait for Redis; the outbox has what does not fit
-PIPELINE_BYTES = 256 * 1024  # payloads in one round trip: more would keep the loop waiting for the interpreter
-OUTBOX_RETRY = 1.0  # seconds between attempts to read the outbox, while the database is away
-RELAY_EVERY = 5.0  # seconds between looks for what dead nodes left in the outbox
+QUEUE_BYTES = 32 * 1024 * 1024  # bytes of payloads that wait here for Redis; the outbox has the others
+PIPELINE_BYTES = 256 * 1024  # bytes of payloads per round trip; more would hold the GIL for too long
+OUTBOX_RETRY = 1.0  # seconds between attempts to read the outbox while the database is down
+RELAY_EVERY = 5.0  # seconds between checks for groups that dead nodes left in the outbox
 
 log = structlog.get_logger()
 
@@ -49,7 +50,7 @@ class Left(Protocol):
 
 
 class Outbox(Protocol):
-    """What the store offers for groups that Redis has not taken."""
+    """The store's interface for groups that Redis does not have yet; see `store.queues.outbox`."""
 
     async def relay(self, publish: Callable[[Any], None], *, node: str, above: int = 0) -> tuple[int, int]: ...
     async def expire(self) -> int: ...
@@ -64,13 +65,13 @@ class Publisher:
         self._waiting_bytes = 0
         self._lasting, self._passing = WaitingSignals(), WaitingSignals()
         self._kicks = Kicks(node)
-        # True until everything committed before has been read from the outbox: then order is kept by its ids.
+        # True while older groups must first be read from the outbox, whose ids keep the order.
         self._behind = True
-        self._relayed = 0  # own outbox rows up to here are published
+        self._relayed = 0  # this node's outbox rows up to this id are published
         self._connected = False
         self._wake, self._passes = trio.Event(), trio.Event()
 
-    # Input: synchronous.
+    # Input. These functions are synchronous.
 
     def publish(self, group: Group) -> None:
         for signal in (*group.members, *group.users, *group.notices):
@@ -98,12 +99,13 @@ class Publisher:
     # The link to Redis.
 
     async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
-        """Until Redis fails; calls `up` when it answers. Signals that pass go their own way: they need no
-        database, and do not wait for one that is away.
+        """Publish until Redis fails; calls `up` when it answers. Raises one of `LOST`.
+
+        Passing signals have a task of their own, so that they need not wait for a database that is down.
         """
         self._fall_behind()
         self._passing.clear()
-        await in_thread(client.setrange, PROBE, 0, b"")  # as below
+        await in_thread(client.setrange, PROBE, 0, b"")  # see `_catch_up`
         up()
         failures: list[Exception] = []
 
@@ -124,14 +126,14 @@ class Publisher:
         raise failures[0]
 
     async def relay_foreign(self) -> None:
-        """What dead nodes left: `_catch_up` relays it with our own."""
+        """Make `_catch_up` run every few seconds, because it also publishes groups that dead nodes left."""
         while True:
             await trio.sleep(RELAY_EVERY * random.uniform(0.8, 1.2))
             if self._connected:
                 try:
                     expired = await self._outbox.expire()
                 except ChatError:
-                    continue  # the writer logs that the database is gone
+                    continue  # the writer reports that the database is gone
                 metrics.OUTBOX_EXPIRED.inc(expired)
                 if expired:
                     log.error("outbox_expired", groups=expired)
@@ -140,7 +142,7 @@ class Publisher:
 
     async def _publish_groups(self, client: redis.Redis) -> None:
         while True:
-            if self._lasting:  # first: who was removed shall not hear what comes after
+            if self._lasting:  # first, so that a removed user does not get later messages
                 await _send_signals(client, self._lasting)
             elif self._behind:
                 await self._try_to_catch_up(client)
@@ -166,24 +168,24 @@ class Publisher:
     async def _try_to_catch_up(self, client: redis.Redis) -> None:
         try:
             await self._catch_up(client)
-        except ChatError as error:  # the outbox could not be read: the database has failed, not Redis
+        except ChatError as error:  # the database has failed, not Redis
             log.warning("outbox_unavailable", error=str(error))
             self._behind = True
             await trio.sleep(OUTBOX_RETRY)
 
     def _fall_behind(self) -> None:
-        """Let go of what waits: it is in the outbox, and read from there in order."""
+        """Drop the waiting groups. They are in the outbox, from which `_catch_up` publishes them in order."""
         self._behind = True
         self._waiting.clear()
         self._waiting_bytes = 0
 
     async def _catch_up(self, client: redis.Redis) -> None:
-        await in_thread(client.setrange, PROBE, 0, b"")  # fails where Redis is full, and changes nothing
-        self._behind = False  # set again by an overflow while we read
+        await in_thread(client.setrange, PROBE, 0, b"")  # changes nothing, but fails if Redis is full
+        self._behind = False  # an overflow in the meantime sets it again
 
         def publish(row: Left) -> None:
-            # Neither its version nor the mark before it is known any more: a node that has not pushed it yet
-            # reads it from the database, with the rights.
+            # The outbox has neither members_version nor the mark of the change before. With these values, a
+            # node that has not delivered the change yet reads it from the database, with the rights.
             self._send(client, [(row.node, payload, MAX_ID, UNSET) for payload in row.payloads])
 
         while True:
@@ -217,9 +219,9 @@ class Publisher:
     def _send(
         self, client: redis.Redis, entries: Sequence[tuple[str, bytes, int, str | UnsetType | None]]
     ) -> None:
-        """`entries` are (node, payload, members_version, the mark of the change before)."""
-        # A transaction, for all of it or nothing: a full Redis refuses XADD and would take PUBLISH, and what is
-        # tried again would be published each time.
+        """Publish changes, given as (node, payload, members_version, previous mark)."""
+        # A transaction sends all or nothing. Without it, a full Redis refuses XADD but accepts PUBLISH, and
+        # each retry would publish again.
         with client.pipeline(transaction=True) as pipeline:
             for node, payload, version, previous in entries:
                 entry = payloads.entry(payload, node, version, previous)

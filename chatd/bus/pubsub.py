@@ -1,6 +1,6 @@
-"""What comes from Redis by pub/sub: signals of other nodes, and the payloads of other services.
+"""Receives signals of other nodes and payloads of other services from Redis pub/sub.
 
-The reader has a thread of its own, which gives what it has heard to the receiver in trio's thread.
+The reader runs in a thread of its own, and passes what it reads to the receiver in Trio's thread.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from chatd.bus import Receiver, payloads
 from chatd.bus.client import MESSAGES, SIGNALS, SOCKET_TIMEOUT, in_thread
 from chatd.config import Redis
 
-READ_COUNT, READ_BYTES = 1000, 2 * 1024 * 1024  # of one batch: more would keep the loop busy for over 10 ms
-BLOCK = 0.5  # seconds that a read waits; how long a stop waits for the thread
-# Nothing tells a subscription that its server is gone: after so many seconds of silence chatd pings it, and
-# gives the link up after so many more without an answer.
+READ_COUNT, READ_BYTES = 1000, 2 * 1024 * 1024  # limits of a batch; more would block the loop for over 10 ms
+BLOCK = 0.5  # seconds that a read waits, and that a stop has to wait for the thread
+# A subscription does not notice that its server is gone. So chatd pings the server after PING_AFTER seconds of
+# silence, and gives the link up after PATIENCE seconds without an answer.
 PING_AFTER, PATIENCE = 5.0, 5.0
 
 
 class PubSubReader:
-    """Listens to signals, and to the payloads of other services where they are accepted."""
+    """Subscribes to signals, and with `redis.accept_foreign` to payloads of other services."""
 
     def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
         self._channels = [SIGNALS, MESSAGES] if config.accept_foreign else [SIGNALS]
         self._node, self._receiver = node, receiver
 
     async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
-        """Until Redis fails; calls `up` when Redis has confirmed the subscriptions."""
+        """Receive until Redis fails; calls `up` when Redis has confirmed the subscriptions.
+        Raises one of `LOST`.
+        """
         with client.pubsub() as pubsub:  # type: ignore[no-untyped-call]
             await in_thread(self._listen, pubsub, up)
 
@@ -52,7 +54,7 @@ class PubSubReader:
                 trio.from_thread.run_sync(self._take, _batch(pubsub, got))
 
     def _await_confirmation(self, pubsub: Any) -> None:
-        """Raises redis.NoPermissionError where it is refused."""
+        """Raises redis.NoPermissionError if Redis refuses the subscription, redis.TimeoutError."""
         deadline = time.monotonic() + SOCKET_TIMEOUT
         while (left := deadline - time.monotonic()) > 0:
             got = pubsub.get_message(timeout=left)
@@ -60,7 +62,7 @@ class PubSubReader:
                 return
             if got is not None:
                 trio.from_thread.run_sync(self._take, [got])
-        raise redis.TimeoutError("a subscription was not confirmed")
+        raise redis.TimeoutError("Redis did not confirm a subscription")
 
     def _take(self, batch: list[dict[str, Any]]) -> None:
         for item in batch:
@@ -76,7 +78,7 @@ class PubSubReader:
 
 
 class _Silence:
-    """How long a subscription has been silent, and whether a ping is under way."""
+    """Measures how long a subscription has been silent, and decides when to ping."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -86,11 +88,11 @@ class _Silence:
         self._since, self._asked_at = time.monotonic(), None
 
     def wants_ping(self) -> bool:
-        """Raises redis.TimeoutError where a ping stays without an answer."""
+        """Whether to send a ping now. Raises redis.TimeoutError if the last one got no answer in time."""
         now = time.monotonic()
         if self._asked_at is not None:
             if now - self._asked_at > PATIENCE:
-                raise redis.TimeoutError(f"a ping was not answered in {PATIENCE:.0f} s")
+                raise redis.TimeoutError(f"Redis did not answer a ping within {PATIENCE:.0f} s")
             return False
         if now - self._since <= PING_AFTER:
             return False
@@ -99,7 +101,7 @@ class _Silence:
 
 
 def _batch(pubsub: Any, got: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """This message, and those that have come already."""
+    """`got` and the messages that have arrived after it, up to the limits of a batch."""
     batch: list[dict[str, Any]] = []
     size = 0
     while got is not None and len(batch) < READ_COUNT and size < READ_BYTES:

@@ -1,6 +1,6 @@
-"""What comes from Redis by its streams: the changes of other nodes, and kicks.
+"""Reads the changes and kicks of other nodes from Redis streams.
 
-The reader has a thread of its own, which gives what it has read to the receiver in trio's thread.
+The reader runs in a thread of its own, and passes what it reads to the receiver in Trio's thread.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from chatd.bus.trimming import Trimming, trim_what_is_there
 from chatd.config import Redis
 from chatd.core.model import Kick
 
-READ_COUNT = 1000  # entries of one XREAD: more would keep the loop busy for over 10 ms
-READ_BYTES = 2 * 1024 * 1024  # of one, about: Redis counts entries, so the size of the last ones is the guess
-BLOCK = 500  # ms an XREAD waits; below the socket's timeout, and how long a stop waits for the thread
-BATCHES = 4  # batches read ahead of the fanout; a slow fanout slows the reader
+READ_COUNT = 1000  # most entries of one XREAD; more would block the loop for over 10 ms
+READ_BYTES = 2 * 1024 * 1024  # approximate bytes of one XREAD, guessed from the size of the last entries
+BLOCK = 500  # ms that an XREAD waits, and a stop has to wait for the thread; less than the socket's timeout
+BATCHES = 4  # batches read ahead of the fanout; then a slow fanout slows the reader (backpressure)
 
 
 class StreamReader:
-    """Reads the streams of changes and of kicks with XREAD, in batches. It goes on where it was after an
-    outage.
+    """Reads the streams of changes and kicks with XREAD, in batches. After an
+    outage it continues where it was.
     """
 
     def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
@@ -33,7 +33,7 @@ class StreamReader:
         self._position = ""
 
     async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
-        """Until Redis fails; calls `up` when it answers."""
+        """Read until Redis fails; calls `up` when it answers. Raises one of `LOST`."""
         send, receive = trio.open_memory_channel[list[Any]](BATCHES)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_batches, receive)
@@ -49,12 +49,12 @@ class StreamReader:
     ) -> None:
         last = last_id(client)
         if not self._position or order(last) < order(self._position):
-            self._position = last  # the first start, or a flush: what was missed is found by the sweep
+            self._position = last  # first start, or Redis was flushed: the sweep finds missed changes
         trimming = Trimming(self._config.stream_bytes)
         trim_what_is_there(client, STREAM, self._config.stream_bytes)
         trio.from_thread.run_sync(up)
-        count = READ_COUNT // 10  # until something is known of their size
-        kicked = kicks.BEGINNING  # all that are kept: each concerns older connections only
+        count = READ_COUNT // 10  # a careful start, before the size of entries is known
+        kicked = kicks.BEGINNING  # read all kicks again: each ends only connections older than itself
         while True:
             trio.from_thread.check_cancelled()
             wanted: dict[Any, Any] = {STREAM: self._position, kicks.STREAM: kicked}
@@ -88,6 +88,6 @@ class StreamReader:
 
 
 def fitting_count(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> int:
-    """How many entries like these make up `READ_BYTES`."""
+    """The number of entries of this average size that fill `READ_BYTES`; from 1 to READ_COUNT."""
     size = sum(len(value) for _, fields in entries for value in fields.values())
     return max(1, min(READ_COUNT, READ_BYTES * len(entries) // max(size, 1)))

@@ -1,13 +1,13 @@
-"""Redis: publish committed groups, receive what other nodes committed.
+"""The bus over Redis: publishes committed groups, and receives those of other nodes.
 
-Three links, each a thread with a client of its own and a reconnect loop of ours:
+It has three links, each with a client of its own, which chatd reconnects by itself:
 
-    publish   one pipeline for all groups that wait, and signals: see `publisher`
-    stream    XREAD in batches: other nodes' changes, and kicks
-    pubsub    chat.signals, and chat.messages where foreign payloads are accepted
+    publish   sends waiting groups in one pipeline, and signals: see `publisher`
+    stream    reads changes of other nodes, and kicks, with XREAD: see `readers`
+    pubsub    receives chat.signals, and with `redis.accept_foreign` chat.messages: see `pubsub`
 
-Redis is never on the way to an acknowledgement. What it loses is repaired from the database by the fanout;
-what it did not take stays in the outbox until it does.
+An acknowledgement to a client never waits for Redis. If Redis loses changes, the fanout reads them from the
+database. If Redis does not take a group, the group stays in the outbox.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect
 
 log = structlog.get_logger()
 
-# Serves one link over this client until Redis fails, and calls the function when Redis answers.
+# Serves one link with a client until Redis fails; calls the given function when Redis answers.
 Link = Callable[[redis.Redis, Callable[[], None]], Awaitable[None]]
 
 
 class RedisBus:
-    """`up`: all three links are."""
+    """The bus over Redis. `up`: all three links are up."""
 
     def __init__(self, config: Redis, *, node: str, outbox: Outbox) -> None:
         self._config, self._node = config, node
@@ -70,7 +70,9 @@ class RedisBus:
             task_status.started()
 
     async def _keep(self, name: str, link: Link) -> None:
-        """Connect, serve, and when Redis fails do it again: the one thing restarted inside the process."""
+        """Keep one link connected: when Redis fails, reconnect with backoff. No other task
+        restarts in the process.
+        """
         backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while True:
             started = trio.current_time()

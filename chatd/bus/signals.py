@@ -1,4 +1,4 @@
-"""Signals that wait for Redis, encoded: bounded in number and in bytes. Past either bound the oldest go."""
+"""A queue of encoded signals for Redis, bounded in number and bytes. When it is full, it drops the oldest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 
 KEPT = 10_000
 KEPT_BYTES = 8 * 1024 * 1024  # a custom event has 64 KiB
-PIPELINE, PIPELINE_BYTES = 1000, 256 * 1024  # of one round trip
+PIPELINE, PIPELINE_BYTES = 1000, 256 * 1024  # most signals and bytes per round trip
 
 
 class WaitingSignals:
@@ -28,7 +28,7 @@ class WaitingSignals:
         self._bytes = 0
 
     def first(self) -> list[bytes]:
-        """As many as one round trip takes. They wait on until they are `done`."""
+        """The signals for the next round trip. They stay in the queue until `done`."""
         taken: list[bytes] = []
         size = 0
         for signal in self._waiting:
@@ -39,7 +39,7 @@ class WaitingSignals:
         return taken
 
     def done(self, taken: list[bytes]) -> None:
-        """Redis has them. Those that came meanwhile may have pushed some out already."""
+        """Remove the signals that Redis has. Newer signals may have pushed some of them out already."""
         for signal in taken:
             if self._waiting and self._waiting[0] is signal:
                 self._drop()

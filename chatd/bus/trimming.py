@@ -1,6 +1,6 @@
-"""How much of `chat.stream` is kept: a number of bytes, for a message may have ten of them or 30,000.
+"""Limits `chat.stream` by bytes, because a number of entries says little: a message has ten bytes or 30,000.
 
-Each node reads the whole stream, whoever has written it, so each can tell where its newest bytes begin.
+Each node reads the whole stream, so each knows at which entry the newest bytes begin.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-ENTRY_BYTES = 60  # that an entry takes beside its payload, about
-PARTS = 64  # of what is kept: a cut takes one of them at least
+ENTRY_BYTES = 60  # approximate bytes of an entry without its payload
+PARTS = 64  # each cut removes at least this fraction of the limit, so that cuts are rare
 
 
 class Trimming:
-    """Pure: told of all entries as they come, it says up to which id they are too many."""
+    """Counts the bytes of all entries as they arrive, and says where to cut the stream. No I/O."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._total = 0
-        self._ends: deque[tuple[str, int]] = deque()  # of parts: the last id, and all bytes up to it
-        self._part = 0  # bytes since the last of them
+        self._ends: deque[tuple[str, int]] = deque()  # per part: (last id, total bytes up to it)
+        self._part = 0  # bytes since the end of the last part
 
     def add(self, entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> str | None:
-        """The id below which everything may go, when it has moved."""
+        """Count new entries. Returns the id below which the stream can be
+        cut, or None if that has not moved.
+        """
         for id, fields in entries:
             size = len(fields.get(b"m", b"")) + ENTRY_BYTES
             self._total += size
@@ -38,7 +40,9 @@ class Trimming:
 
 
 def trim_what_is_there(client: Any, stream: str, most: int) -> None:
-    """At a start nobody knows where the newest bytes begin: entries are taken to be alike."""
+    """Cut the stream at the start, when no node knows the sizes of entries: assumes that all
+    have the same size.
+    """
     size = client.memory_usage(stream, samples=0) or 0
     if size > most:
         client.xtrim(stream, maxlen=client.xlen(stream) * most // size, approximate=True)

@@ -1,1 +1,1 @@
-"""The stream `chat.ingest`, from which messages of other services are posted."""
+"""Posts the messages that other services add to the Redis stream `chat.ingest`."""

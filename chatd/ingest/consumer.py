@@ -1,11 +1,12 @@
-"""The way in through Redis: what a backend XADDs to `chat.ingest` is committed, in that order, once.
+"""Commits the entries that backends XADD to `chat.ingest`, in their order and exactly once.
 
-A batch is committed before the next is read, and taken out of the stream after. What is not certain to be
-committed is tried again under the same `client_id`, so that it makes no second row.
+It commits a batch before it reads the next one, and removes the batch from the stream after
+the commit. If it is not certain that an entry was committed, it tries again with the same
+`client_id`, so there is never a second row.
 
-One node reads at a time, by a lease in Redis. A lease alone does not keep the order: a reader that was paused
-does not know that its own has ended, and would commit late what it holds. So a reader that begins puts a
-fencing token into the database, and each of its commits checks it in the same transaction.
+A lease in Redis lets one node read at a time. The lease alone does not keep the order: a node that was paused
+does not know that its lease has ended, and would commit its entries too late. So a node that starts to read
+writes a fencing token into the database, and each of its commits checks the token in the same transaction.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from chatd.observe.logs import Recurring
 from chatd.store.write.commands import Create
 from chatd.store.write.packing import pack
 
-IDLE = 1.0  # seconds between looks whether another node has stopped reading
+IDLE = 1.0  # seconds between two attempts to get the lease
 RETRY_FIRST, RETRY_MOST = 0.1, 2.0  # seconds between attempts, doubled each time, with jitter
-YIELD_EVERY = 20  # entries that are checked between checkpoints: a wrong one takes some 100 µs
-QUIET = 60.0  # seconds between two lines about refused entries
+YIELD_EVERY = 20  # entries checked between two checkpoints: an invalid entry takes about 100 µs
+QUIET = 60.0  # seconds between two log lines about refused entries
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -45,7 +46,7 @@ class Consumer:
         self._limiter = trio.CapacityLimiter(1)
         self._refused = Recurring("ingest_refused", every=QUIET)
         self._failing = False
-        self._term = 0  # of the stream's lease, in which `_fence` was put into the database
+        self._term = 0  # the term of the lease for which `_fence` was written to the database
         self._fence: str | None = None
         self._fences = count(1)
         self.finished = trio.Event()
@@ -53,7 +54,7 @@ class Consumer:
     async def run(
         self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Until `stop`, and the end of the batch in progress."""
+        """Read and commit until `stop`, and finish the batch in progress."""
         task_status.started(self.finished)
         backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while not stop.is_set():
@@ -82,11 +83,12 @@ class Consumer:
             await self._take_in(entries)
 
     async def _begin(self) -> None:
-        """From here on nobody else's entries are committed. Raises Unavailable."""
+        """Set a new fencing token: from now on no other node can commit entries. Raises Unavailable."""
         self._fence = None
         term, fence = self._stream.term, f"{self._stream.node}:{next(self._fences)}"
         await self._messages.fence(fence)
-        # After that: what was read before, somebody else may have committed meanwhile, and what follows it.
+        # Only now read from the start: until the fence was set, another node may have committed pending entries
+        # and later ones.
         self._stream.start_over()
         self._fence, self._term = fence, term
 
@@ -130,9 +132,10 @@ class Consumer:
         return replace(pack(command), fence=self._fence)
 
     async def _commit(self, commands: Sequence[Create]) -> list[Any] | None:
-        """The outcome of each. Those that may or may not have been committed are tried until that is known.
+        """The outcome of each command. Retries those that may or may not have been committed
+        until that is known.
 
-        None when another node has begun to read meanwhile: it has these entries too.
+        None: another node has started to read, and handles these entries itself.
         """
         term = self._term
         outcomes: list[Any] = [None] * len(commands)

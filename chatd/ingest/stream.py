@@ -1,11 +1,12 @@
-"""The Redis side of `chat.ingest`: who reads it, what waits in it, what was done with it.
+"""The Redis side of `chat.ingest`: the lease, the consumer group, and the stream of refused entries.
 
-Synchronous, for one thread at a time; `consumer` calls it. One node reads at a time, so that messages are
-committed in the order of XADD: it holds a lease, and takes over first what its forerunner left pending.
+The functions are synchronous, for one thread at a time; `consumer` calls them. One node
+reads at a time, so that messages are committed in the order of XADD. It holds a lease, and
+first takes over the entries that the node before it left pending.
 
-A process may be paused between any two of its steps, for longer than its lease lasts. So each step that changes
-something in Redis is a script that looks at the lease first, in the same moment; and what was read is committed
-under a fencing token, which the database checks (see `consumer`).
+A process may be paused between any two steps for longer than its lease lasts. So each step
+that changes something in Redis is a script that also checks the lease, and commits check a
+fencing token in the database (see `consumer`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from chatd.core.errors import Unavailable
 
 STREAM, DEAD, LEASE, GROUP = "chat.ingest", "chat.ingest.dead", "chat.ingest.reader", "chatd"
 
-COUNT = 500  # entries of one read: what the writer commits at once
-BLOCK = 500  # ms that a read waits for entries; how long a stop waits for the thread
-LEASE_MS = 5000  # after which another node reads, if this one has not renewed it
-DEAD_BYTES = 256 * 1024  # that are kept of one refused entry, and
-DEAD_KEPT = 64 * 1024 * 1024  # of all of them: the oldest go
+COUNT = 500  # entries per read: as many as the writer commits at once
+BLOCK = 500  # ms that a read waits for entries, and that a stop has to wait for the thread
+LEASE_MS = 5000  # ms; if this node does not renew its lease for so long, another node reads
+DEAD_BYTES = 256 * 1024  # bytes to keep of each refused entry
+DEAD_KEPT = 64 * 1024 * 1024  # bytes to keep of all refused entries; beyond it the oldest are removed
 
-# Renews the lease or takes a free one: 1 or 2, and 0 where another node holds it.
+# Renews the lease (returns 1) or takes a free one (2). Returns 0 if another node holds it.
 _HOLD = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) return 1 end
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 2 end
@@ -37,12 +38,12 @@ return 0
 """
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
-# Begins each script below: nil where another node holds the lease, otherwise it is renewed.
+# Starts each script below: returns nil if this node does not hold the lease, otherwise renews it.
 _HELD = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
-# The next entries, and the last id that the group has ever been given. A script cannot wait for entries.
+# Returns the next entries and the group's last delivered id. A script cannot wait for entries: see `_read_new`.
 _READ = (
     _HELD
     + """
@@ -56,8 +57,9 @@ end
 return {read and read[1][2] or {}, last}
 """
 )
-# Takes over what is pending, whoever has read it. At the end consumers that have nothing pending go: each start
-# of a node is a consumer of its own. To delete one that has something pending would lose that.
+# Takes over the pending entries of all consumers. At the end it deletes other consumers
+# without pending entries, because each start of a node makes a new consumer. Deleting one
+# with pending entries would lose these.
 _TAKE_OVER = (
     _HELD
     + """
@@ -74,9 +76,9 @@ end
 return {claimed[1], claimed[2]}
 """
 )
-# ARGV after the first three: how many entries, their ids, the most bytes of the dead ones, and for each refused
-# entry the number of its arguments and these. XADD comes first: it is what a full Redis refuses. To ask for the
-# size takes a millisecond where many small ones are kept, so it is asked for once in a while.
+# ARGV after the first three: the number of entries, their ids, DEAD_KEPT, and for each refused entry the number
+# of its arguments and the arguments. XADD comes first, because a full Redis refuses it and then nothing has
+# changed. MEMORY USAGE takes a millisecond for many small entries, so the script calls it only now and then.
 _SETTLE = (
     _HELD
     + """
@@ -109,14 +111,16 @@ log = structlog.get_logger()
 
 
 class Entry(Struct, frozen=True):
-    """`payload` is None where the entry has no field `m`, or is gone from the stream."""
+    """An entry of the stream. `payload` is None if the entry has no field `m`,
+    or was deleted from the stream.
+    """
 
     id: str
     payload: bytes | None
 
 
 class Refusal(Struct, frozen=True):
-    """Why an entry goes to the dead ones. `code` and `message` as an HTTP error has them."""
+    """A refused entry and the reason. `code`, `message` and `field` are those of an HTTP error."""
 
     entry: Entry
     code: str
@@ -125,42 +129,43 @@ class Refusal(Struct, frozen=True):
 
 
 class IngestStream:
-    """All methods raise Unavailable where Redis does not answer, and may be called again.
+    """The stream as one node reads it. All methods raise Unavailable if Redis does not
+    answer, and can be retried.
 
-    `term` counts how often this node has begun to read: what another node has done in between is not known.
+    `term` counts how often this node has got the lease. Between two terms, another node may have read.
     """
 
     def __init__(self, config: Redis, node: str) -> None:
         self._config, self.node = config, node
         self._client: redis.Redis | None = None
-        self._claim_from: bytes | None = None  # where to go on taking over; None: all of it is taken
+        self._claim_from: bytes | None = None  # where to continue taking over pending entries; None: all done
         self.holding = False
         self.term = 0
 
     def hold(self) -> bool:
-        """Renew the lease, or begin a term; False while another node has it."""
+        """Renew the lease, or take it and start a new term. False: another node holds it."""
         return self._calling(self._hold)
 
     def read(self) -> list[Entry] | None:
-        """The next entries, in order; none where nothing comes for a while, None once another node reads.
+        """The next entries, in order; empty if none arrives within `BLOCK`; None: this node has lost the lease.
 
-        What is not settled comes again in the next term, and after `start_over`.
+        Entries that are not settled come again in the next term, and after `start_over`.
         """
         return self._calling(self._read)
 
     def start_over(self) -> None:
-        """Read everything that is not settled once more, before what is new."""
+        """Make `read` return all unsettled entries again, before new ones."""
         self._claim_from = b"0-0"
 
     def settle(self, done: Sequence[Entry], refused: Sequence[Refusal]) -> None:
-        """Take the entries out of the stream; refused ones go to the dead. All or nothing.
+        """Remove entries from the stream, and add refused ones to `chat.ingest.dead`, all or nothing.
 
-        Nothing once another node reads: it settles them itself.
+        Does nothing if this node has lost the lease: the node that has it settles the entries itself.
         """
         self._calling(self._settle, done, refused)
 
     def release(self) -> None:
-        """Let another node read at once."""
+        """Give the lease up, so that another node can read at once."""
         if self.holding:
             self.holding = False
             self._calling(lambda client: client.eval(_RELEASE, 1, LEASE, self.node))
@@ -177,7 +182,7 @@ class IngestStream:
             return work(self._client, *arguments)
         except LOST as error:
             self.close()
-            self.start_over()  # what was read and not settled is pending
+            self.start_over()  # entries that were read and not settled are pending
             raise Unavailable(f"Redis does not answer: {error}") from error
 
     def _hold(self, client: redis.Redis) -> bool:
@@ -202,7 +207,7 @@ class IngestStream:
         self.start_over()
 
     def _if_held(self, client: redis.Redis, script: str, *arguments: Any) -> Any:
-        """What the script returns; None once another node reads."""
+        """Run a script that checks the lease. Returns its result; None: this node has lost the lease."""
         lease = (self.node, str(LEASE_MS))
         found = client.eval(script, 3, LEASE, STREAM, DEAD, *lease, GROUP, *arguments)
         if found is None:
@@ -230,7 +235,7 @@ class IngestStream:
         found = self._if_held(client, _READ, COUNT)
         if found is None or found[0]:
             return found and _entries(found[0])
-        # Only to be woken: this gives the entry to nobody.
+        # Wait for a new entry with XREAD, which does not deliver it to the consumer group.
         if client.xread({STREAM: found[1]}, count=1, block=BLOCK):
             found = self._if_held(client, _READ, COUNT)
         return found and _entries(found[0])
@@ -247,7 +252,7 @@ class IngestStream:
 def _entries(raw: Sequence[tuple[bytes, list[bytes] | None] | None]) -> list[Entry]:
     found: list[Entry] = []
     for one in raw:
-        if one is not None:  # Redis 6.2 tells of what was deleted in this way
+        if one is not None:  # Redis 6.2 returns nil for deleted entries
             id, fields = one
             pairs = dict(zip((fields or [])[::2], (fields or [])[1::2], strict=True))
             found.append(Entry(id.decode(), pairs.get(b"m")))

@@ -1,1 +1,3 @@
-"""Sockets that both servers share: how many connections may come, and which of them make room for others."""
+"""Limits on connections, which the hub and the API share: how many to accept, and which to
+close when it is full.
+"""

@@ -1,19 +1,19 @@
-"""How many files this process may open, and how many of them may be connections.
+"""The limit of open files of this process, and the part of it that connections may use.
 
-A daemon whose clients hold every descriptor could neither serve its backend nor reach its database.
+If clients could use every file descriptor, the daemon could neither serve its backend nor reach its database.
 """
 
 from __future__ import annotations
 
 import resource
 
-RESERVED = 256  # descriptors that are left to the API, the database and Redis, or
-RESERVED_SHARE = 4  # a quarter of them, where there are few
-RAISED_MOST = 1_048_576  # where the hard limit is none
+RESERVED = 256  # descriptors reserved for the API, the database and Redis
+RESERVED_SHARE = 4  # reserve at most one in this many, if there are few descriptors
+RAISED_MOST = 1_048_576  # the limit to set if the system has no hard limit
 
 
 def raise_descriptor_limit() -> int:
-    """As many open files as the system allows this process; how many that are."""
+    """Raise this process's limit of open files as far as the system allows. Returns the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = RAISED_MOST if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -22,10 +22,10 @@ def raise_descriptor_limit() -> int:
 
 
 def client_slots(descriptors: int) -> int:
-    """How many of so many open files may be connections of clients."""
+    """The number of descriptors, out of `descriptors`, that connections of clients may use."""
     return descriptors - min(RESERVED, descriptors // RESERVED_SHARE)
 
 
 def unknown_slots(descriptors: int) -> int:
-    """How many of them may be connections to the API that have not shown its token."""
+    """The number of descriptors that connections to the API may use before they have shown its token."""
     return max(1, min(RESERVED, descriptors // RESERVED_SHARE) // 2)

@@ -1,4 +1,4 @@
-"""Accepts connections while there is room for them, and shares them fairly among several workers."""
+"""Accepts connections while there is a free place, and spreads them evenly over several workers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ import trio
 from chatd.net.lobby import Lobby
 from chatd.observe import metrics
 
-BACKLOG = 4096  # connections the kernel holds while a burst is accepted
+BACKLOG = 4096  # connections that the kernel queues during a burst
 
-# Whether other processes accept from the same sockets. The kernel wakes all of them for each connection, and on
-# an idle machine one may always be first: of 200 clients that came one by one, one of two had up to 185.
+# Whether several workers accept from the same sockets. The kernel wakes all of them for each
+# connection, and on an idle machine the same one may always be first: of 200 clients that
+# came one by one, one of two workers got up to 185.
 SHARED = "CHATD_WORKER_NUMBER" in os.environ
-# So each lets a random while pass, a longer one the more clients it has; seconds.
+# So each worker waits a random time, in seconds, which is longer the more clients it has.
 PAUSE_LEAST, PAUSE_EACH, PAUSE_MOST = 0.002, 0.000_01, 0.02
-IN_A_ROW = 16  # connections that are accepted without a pause where more wait than one: many come back at once
-LOOK = 0.05  # seconds between looks for a place, where there is none
+IN_A_ROW = 16  # connections accepted without a pause while more are waiting, as after a restart
+LOOK = 0.05  # seconds between two checks for a free place
 
 
 class Gate(trio.abc.Listener[trio.SocketStream]):
-    """A listener with room for so many connections. Beyond it the others wait in the kernel's backlog.
+    """A listener that accepts a connection only if `slots` has a place. Others wait in the kernel's backlog.
 
-    `crowd` tells how many clients there are, so that of several workers the one with few is the first. In the
-    `lobby` are those who make room for others.
+    `crowd` returns the number of clients of this worker: workers with fewer clients accept sooner. `lobby` has
+    the unknown connections, of which one is closed if there is no free place.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
         self._in_a_row = IN_A_ROW
 
     async def accept(self) -> trio.SocketStream:
-        """The caller gives the place back with `slots.release()` when the connection has ended."""
+        """Accept a connection. The caller calls `slots.release()` when it has ended."""
         if self._lobby is not None:
             await self._make_room(self._lobby)
         await self._slots.acquire()
@@ -68,7 +69,7 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
         return False
 
     async def _make_room(self, lobby: Lobby) -> None:
-        """Where there is none for who comes next, one of those who say nothing goes."""
+        """If there is no place for the next connection, close a silent one."""
         while lobby.full or not self._slots.value:
             await trio.lowlevel.wait_readable(self._listener.socket)
             if lobby.make_room():
@@ -88,14 +89,14 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
 
 
 def somebody_waits(listening: trio.socket.SocketType | socket.socket) -> bool:
-    """Whether a connection is there to be accepted."""
+    """Whether a connection is waiting to be accepted."""
     look = select.poll()
     look.register(listening.fileno(), select.POLLIN)
     return bool(look.poll(0))
 
 
 def hung_up(peer: trio.SocketStream) -> bool:
-    """Whether it has gone, or says nothing more, before anybody has answered it."""
+    """Whether the peer has closed its side of the connection already."""
     look = select.poll()
     look.register(peer.socket.fileno(), select.POLLRDHUP)
     return bool(look.poll(0))

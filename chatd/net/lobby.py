@@ -1,11 +1,13 @@
-"""Connections of those whom nobody knows yet: they have a share of the places, and make room for who comes.
+"""The lobby: connections that have not authenticated yet. They have a share of all places, and when it is full,
+one of them is closed for each new connection.
 
-Who is silent longest goes first, at once if one address holds many of the places, and after a moment's grace if
-not. So whoever comes and says who it is gets in, however many hold connections open and say nothing. Nobody is
-silent while it waits for us.
+The connection that has been silent for longest is closed first: at once if its address holds many of the
+places, otherwise after a grace period. So a client that connects and sends its token gets in, however many
+others hold connections open and send nothing. A connection does not count as silent while it waits for chatd.
 
-While an address holds many that say nothing, only some of its newcomers are let in, of those who speak at once,
-and the others are closed. A handshake takes time, and who comes from elsewhere would wait for all of theirs.
+While an address holds many silent connections, chatd accepts only some of its new ones, from
+among those that send data at once, and closes the others. Handshakes take time, and clients
+from other addresses would have to wait for all of them.
 """
 
 from __future__ import annotations
@@ -23,49 +25,57 @@ from chatd.core.addresses import counted_as
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 
-SHARE = 2  # one in so many places is for those whom nobody knows yet
-ADDRESS_SHARE = 4  # one in so many of these may be one address's, when they are all taken
-GRACE = 0.5  # seconds in which a peer says something, on a slow link too
-LOOKED_AT = 50  # of those who may have to go
-NEARLY = 7 / 8  # of the places: from here on newcomers of a crowd are turned away
-NEWCOMER = 0.01  # seconds from one that is let in all the same to the next, for there may be honest ones
+SHARE = 2  # one in this many places is for unknown connections
+ADDRESS_SHARE = 4  # an address with one in this many of these places is a crowd
+GRACE = 0.5  # seconds within which an honest peer sends something, even on a slow link
+LOOKED_AT = 50  # connections to examine when one has to be closed
+NEARLY = 7 / 8  # share of the places from which on new connections of a crowd are turned away
+NEWCOMER = 0.01  # least seconds between two connections of a crowd that are accepted, as they may be honest
 
 
 class Stay:
-    """One connection that is not known yet. `key`: whose address; empty: nobody's own."""
+    """One connection in the lobby. `key`: its address as limits count it; empty: shared by
+    many, as a proxy's is.
+    """
 
     __slots__ = ("_lobby", "end", "key", "ours", "since", "stream")
 
     def __init__(self, lobby: Lobby, stream: trio.SocketStream, key: str, end: Callable[[], None]) -> None:
-        """`end` ends the connection: synchronous."""
+        """`end` closes the connection, synchronously."""
         self._lobby, self.stream, self.key, self.end = lobby, stream, key, end
-        self.ours = False  # it is our turn: we work on what it has said
+        self.ours = False  # it is chatd's turn: chatd works on what the peer has sent
         self.enter(key)
 
     def enter(self, key: str) -> None:
-        """Again for somebody else: a proxy has said whose it is."""
+        """Enter the lobby, or enter again under another address, when a proxy has named the client's."""
         self.leave()
         self.key, self.since = key, trio.current_time()
         self._lobby.note(self)
 
     def leave(self) -> None:
-        """It is known, or has ended. Does nothing the second time."""
+        """Leave the lobby, because the client is known or the connection has
+        ended. A second call does nothing.
+        """
         self._lobby.forget(self)
 
     @contextmanager
     def our_turn(self) -> Iterator[None]:
-        """A block that works on what the peer has said. How long it takes is not the peer's fault."""
+        """A block in which chatd works on what the peer has sent. Its time does not count as
+        the peer's silence.
+        """
         self.ours = True
         try:
             yield
         finally:
             self.ours = False
             if self in self._lobby:
-                self.enter(self.key)  # from here on it has its own time
+                self.enter(self.key)  # the peer's time starts again
 
     @contextmanager
     def their_turn(self) -> Iterator[None]:
-        """A block within the other that waits for the peer, which has to say more or to read what we say."""
+        """A block within `our_turn` that waits for the peer, which must
+        send more data or read chatd's answer.
+        """
         before, self.ours = self.ours, False
         try:
             yield
@@ -74,19 +84,23 @@ class Stay:
 
     @property
     def silent(self) -> bool:
-        """Whether it is the peer's turn: nothing of it waits to be read by us, and we work on nothing."""
+        """Whether chatd waits for the peer: the peer has sent nothing that
+        chatd still has to read or work on.
+        """
         return not self.ours and is_silent(self.stream)
 
 
 class Lobby:
-    """`most` places. `port` is for the operator: `hub` or `api`."""
+    """The unknown connections of one port, with `most` places. `port`, `hub` or
+    `api`, is for logs and metrics.
+    """
 
     def __init__(self, port: str, most: int = 1) -> None:
         self.most, self._port = most, port
         self._told = Recurring("unknown_connections_ended")
         self._all: OrderedDict[Stay, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Stay, None]] = {}
-        self._next_newcomer = 0.0  # when one more of a crowd may come in
+        self._next_newcomer = 0.0  # when the next connection of a crowd may be accepted
 
     def __len__(self) -> int:
         return len(self._all)
@@ -100,7 +114,9 @@ class Lobby:
 
     @property
     def overfull(self) -> bool:
-        """For who lets in more than there are places."""
+        """Whether there are half as many connections again as places, for a caller that
+        accepts more than `most`.
+        """
         return 2 * len(self._all) >= 3 * self.most
 
     def note(self, stay: Stay) -> None:
@@ -117,22 +133,25 @@ class Lobby:
             del self._by_address[stay.key]
 
     def turns_away(self, peer: trio.SocketStream) -> bool:
-        """Whether a newcomer is one too many of its address."""
+        """Whether to close a new connection because its address holds too many silent ones."""
         key = key_of(peer)
         mine = self._by_address.get(key)
         if not key or mine is None or len(self._all) < NEARLY * self.most or not self._is_crowd(mine):
             return False
         now, oldest = trio.current_time(), next(iter(mine))
         if oldest.since > now - GRACE or not oldest.silent:
-            return False  # they are many, but they may all be honest
+            return False  # there are many, but all may be honest
         if now < self._next_newcomer or is_silent(peer):
             return True
-        # So seldom that each of them has its moment before it is the oldest.
+        # Accept so few that each gets its grace period before it is the oldest.
         self._next_newcomer = now + max(NEWCOMER, 2 * GRACE / len(mine))
         return False
 
     def make_room(self, *, hurry: bool = False) -> bool:
-        """End one; False where everybody still has time. In a `hurry` only those have whom we work on."""
+        """Close one connection. False: all are within their grace period.
+
+        With `hurry` there is no grace period, and only connections on which chatd is working are safe.
+        """
         stay = self._of_a_crowd() or self._overdue() or (self._oldest_idle() if hurry else None)
         if stay is None:
             return False
@@ -142,12 +161,12 @@ class Lobby:
         return True
 
     def count_ended(self) -> None:
-        """Somebody had to go, or did not come in."""
+        """Count and log a connection that was closed, or was not accepted."""
         metrics.UNKNOWN_ENDED.labels(self._port).inc()
         self._told.warn(port=self._port, places=self.most)
 
     def _of_a_crowd(self) -> Stay | None:
-        """One of the address that holds too many."""
+        """A connection to close of the address that holds too many; None if there is no such address."""
         crowds = (mine for key, mine in self._by_address.items() if key)
         mine = max(crowds, key=len, default=None)
         if mine is None or not self._is_crowd(mine):
@@ -155,7 +174,7 @@ class Lobby:
         looked_at = list(islice(mine, LOOKED_AT))
         idle = next((stay for stay in looked_at if stay.silent), None)
         slow = next((stay for stay in looked_at if not stay.ours), None)
-        return idle or slow or next(reversed(mine))  # we work on all: those before the last get done
+        return idle or slow or next(reversed(mine))  # chatd works on all of them: close the newest
 
     def _is_crowd(self, mine: Sized) -> bool:
         return len(mine) * ADDRESS_SHARE >= self.most
@@ -169,14 +188,16 @@ class Lobby:
 
 
 def is_silent(peer: trio.SocketStream) -> bool:
-    """Whether nothing of it is there to be read."""
+    """Whether the peer has sent nothing that is still unread."""
     look = select.poll()
     look.register(peer.socket.fileno(), select.POLLIN)
     return not look.poll(0)
 
 
 def key_of(peer: trio.SocketStream) -> str:
-    """The address of a stay. Empty where it may be everybody's, as a proxy's on this machine is."""
+    """The key of a peer's address. Empty for a loopback address, which many
+    clients behind a proxy may share.
+    """
     try:
         address = str(peer.socket.getpeername()[0])
     except OSError:

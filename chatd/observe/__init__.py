@@ -1,1 +1,1 @@
-"""What operators see of a running chatd: logs, metrics, and the samples that /status draws."""
+"""Observability: logs, metrics, and the samples that /status shows."""

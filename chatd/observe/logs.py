@@ -1,6 +1,7 @@
-"""Logging: one event a line, JSON for machines, columns for a terminal. No message bodies, no tokens.
+"""Logging: one event per line, as JSON for machines or as columns for a terminal. Never logs
+messages or tokens.
 
-Every module takes its logger from structlog; this says how lines look.
+Modules get their loggers from structlog; this module configures them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import structlog
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-# How syslog(3) numbers them: the journal reads `<4>` at the start of a line as a warning.
+# The numbers of syslog(3): the journal reads `<4>` at the start of a line as a warning.
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
-SELDOM = 10.0  # seconds between two lines about the same trouble
+SELDOM = 10.0  # seconds between two lines about the same problem
 
 
 class _Seldom(logging.Filter):
-    """A line now and then, without a traceback: an accept loop without descriptors tries ten times a second."""
+    """Lets one line pass in `SELDOM` seconds, without its traceback: Trio's accept loop logs ten times a second
+    when the process has no descriptors left.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +41,11 @@ class _Seldom(logging.Filter):
 
 
 class Recurring:
-    """Something that may happen very often: the log has the first at once, and then one line in `every`
-    seconds, in which `more` is how many it stands for beside itself. Each call returns whether it has written a
-    line.
+    """Logs an event that may happen very often: the first at once, and then at most one line
+    in `every` seconds.
+
+    The field `more` of a line counts the similar events since the last line, which were not logged. Each
+    function returns whether it has written a line.
     """
 
     def __init__(self, event: str, *, every: float = SELDOM) -> None:
@@ -68,7 +73,7 @@ class Recurring:
 
 
 class _Worker:
-    """Tells apart whose line it is, where several processes write to one log."""
+    """Adds the worker's number to each line, because several workers write to one log."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -79,7 +84,9 @@ class _Worker:
 
 
 class _Threshold:
-    """Drops what is below the level. structlog's own filter is fixed once a line was written."""
+    """Drops lines below the level. structlog's own filter cannot change after the first
+    line, but a reload must.
+    """
 
     def __init__(self) -> None:
         self.level = logging.INFO
@@ -116,7 +123,7 @@ def configure(level: str, form: str) -> None:
     set_level(level)
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        # Left to itself it shows what every variable holds, bodies and tokens, where `rich` is installed.
+        # If `rich` is installed, the default formatter prints all local variables, with messages and tokens.
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
             exception_formatter=structlog.dev.plain_traceback,
@@ -138,10 +145,10 @@ def configure(level: str, form: str) -> None:
             *([_with_priority] if _in_journal() and not text else []),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-        # A line is one write: workers share their standard error.
+        # This logger writes a line with one call, so that lines of workers do not mix.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # Quart, Hypercorn and Alembic use the standard library: only what is wrong with them is of interest.
+    # Quart, Hypercorn and Alembic log with the standard library. Show only their warnings and errors.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("trio.serve_listeners").addFilter(_Seldom())

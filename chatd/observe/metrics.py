@@ -1,6 +1,6 @@
-"""Numbers for Prometheus, shown at /metrics. No user or conversation ids in labels.
+"""The metrics for Prometheus at /metrics. Labels never have ids of users or conversations.
 
-Counted where things happen; this says what is counted and under which name.
+This module defines the metrics; the other modules count.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from chatd.core.errors import ChatError
 
-# One of several workers: each counts in files of its own, which whoever is asked adds up. They are named after
-# the worker's number, not its pid: one that was restarted counts on where the one before it ended.
+# Each of several workers counts in files of its own, and the worker that gets a request adds
+# up all files. They are named by the worker's number instead of its pid, so that a restarted
+# worker continues the counters of the old one.
 SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 if SHARED and "CHATD_WORKER_NUMBER" in os.environ:
     values.ValueClass = values.MultiProcessValue(lambda: os.environ["CHATD_WORKER_NUMBER"])  # type: ignore[no-untyped-call]
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # when a counter began tells nobody anything
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the start times of counters are useless
 
-# Seconds: the loop, and what should take no longer than a look at a screen.
+# Buckets in seconds, for the event loop and for operations that a user waits for.
 FINE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BYTES = (1024, 4096, 16_384, 65_536, 262_144, 524_288, 1_048_576)
 
@@ -49,7 +50,7 @@ RELOADED = Gauge(
 )
 RELOADED_AT = Gauge(
     "chatd_config_last_reload_timestamp_seconds",
-    "When chatd last read its configuration, or tried to",
+    "Time of chatd's last attempt to read its configuration, in unix seconds",
     multiprocess_mode="livemostrecent",
 )
 
@@ -62,14 +63,14 @@ CONNECTIONS = Gauge(
 )
 CONNECTING, READY = CONNECTIONS.labels("connecting"), CONNECTIONS.labels("ready")
 USERS = Gauge("chatd_users", "Users who are connected now", multiprocess_mode="livesum")
-ROOMS = Gauge("chatd_rooms", "Conversations that somebody is subscribed to", multiprocess_mode="livesum")
+ROOMS = Gauge("chatd_rooms", "Conversations with at least one subscription now", multiprocess_mode="livesum")
 SUBSCRIPTIONS = Gauge("chatd_subscriptions", "Subscriptions now", multiprocess_mode="livesum")
 OPENED = Counter("chatd_connections_opened_total", "WebSocket connections that chatd accepted")
 CLOSED = Counter("chatd_connections_closed_total", "WebSocket connections that ended", ["code"])
 FAILED = Counter("chatd_connections_failed_total", "Connections that ended in a broken protocol or an error")
 SLOW = Counter("chatd_slow_disconnects_total", "Connections of slow consumers that chatd cut")
 REJECTED = Counter("chatd_handshakes_rejected_total", "WebSocket handshakes refused", ["reason"])
-AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time that the backend took to say whose a token is")
+AUTH_SECONDS = Histogram("chatd_auth_seconds", "Time that the backend took to name the user of a token")
 AUTH_FAILURES = Counter(
     "chatd_auth_failures_total", "Logins that chatd refused, or that the backend did not decide", ["reason"]
 )
@@ -120,26 +121,26 @@ DELIVERED = Counter(
 DELIVERED_LIVE, DELIVERED_REPLAY = DELIVERED.labels("live"), DELIVERED.labels("replay")
 DELIVERY_LAG = Histogram(
     "chatd_delivery_lag_seconds",
-    "From a commit of this node until its changes were handed to the last socket: the oldest of a batch",
+    "Time from the oldest commit of a batch until all sockets of this node had its changes",
     buckets=FINE,
 )
 FANOUT_SECONDS = Histogram("chatd_fanout_duration_seconds", "Time to hand a batch to its rooms", buckets=FINE)
 QUEUE_DEPTH = Histogram(
     "chatd_send_queue_depth",
-    "Bytes that wait for a client, each time that not all could be sent",
+    "Bytes that wait for a client, measured each time that not everything could be sent",
     buckets=BYTES,
 )
-SHED = Counter("chatd_shed_total", "Ephemeral events that chatd left out for slow consumers")
-GAP_FILLS = Counter("chatd_gap_fills_total", "Holes that were read from the database")
+SHED = Counter("chatd_shed_total", "Ephemeral events that chatd dropped for slow consumers")
+GAP_FILLS = Counter("chatd_gap_fills_total", "Gaps in the changes that chatd filled from the database")
 BEHIND = Counter(
     "chatd_fallen_behind_total",
-    "Live subscriptions whose connection had no room for a change, so that it was read from the database",
+    "Times that a live subscription had no room for a change and chatd read it from the database later",
 )
 RESETS = Counter("chatd_resets_total", "Subscriptions that had to start over", ["reason"])
 OTHER_HISTORIES = Counter(
-    "chatd_other_histories_total", "Rooms that had to start over because the database went back in time"
+    "chatd_other_histories_total", "Rooms that had to start over because the database was restored"
 )
-RECOVERIES = Counter("chatd_recoveries_total", "Subscriptions that came with a cursor", ["recovered"])
+RECOVERIES = Counter("chatd_recoveries_total", "Subscriptions that started with a cursor", ["recovered"])
 
 # Redis and the backend.
 REDIS_UP = Gauge(
@@ -147,28 +148,30 @@ REDIS_UP = Gauge(
 )
 REDIS_RECONNECTS = Counter("chatd_redis_reconnects_total", "Reconnects to Redis")
 OUTBOX_PENDING = Gauge(
-    "chatd_outbox_pending", "Groups that Redis has not taken yet, of all nodes", multiprocess_mode="livemax"
+    "chatd_outbox_pending", "Groups of all nodes that Redis does not have yet", multiprocess_mode="livemax"
 )
-OUTBOX_OLDEST = Gauge("chatd_outbox_oldest_seconds", "Age of the oldest of them", multiprocess_mode="livemax")
+OUTBOX_OLDEST = Gauge(
+    "chatd_outbox_oldest_seconds", "Age of the oldest group in the outbox", multiprocess_mode="livemax"
+)
 OUTBOX_RELAYED = Counter(
-    "chatd_outbox_relayed_total", "Groups that were published late, after an outage or a crash"
+    "chatd_outbox_relayed_total", "Groups that chatd published late, after an outage or a crash"
 )
 OUTBOX_EXPIRED = Counter(
     "chatd_outbox_expired_total", "Groups that chatd gave up because they were too old to publish"
 )
-INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that were committed")
-INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that were refused", ["code"])
+INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that chatd committed")
+INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that chatd refused", ["code"])
 FOREIGN_REFUSED = Counter(
     "chatd_foreign_refused_total", "Foreign payloads on chat.messages that chatd refused", ["field"]
 )
-WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend took", ["event"])
-WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Attempts to deliver an event that failed")
+WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend accepted", ["event"])
+WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Failed attempts to deliver an event")
 # Nothing is dropped since 0.2. The name stays for a version, so that rules that use it still find it.
 Counter("chatd_webhooks_dropped_total", "Always 0 since 0.2: chatd drops no events of presence any more")
 WEBHOOKS_WAITING = Gauge(
-    "chatd_webhooks_waiting", "Events that were not delivered yet", multiprocess_mode="mostrecent"
+    "chatd_webhooks_waiting", "Events that are not delivered yet", multiprocess_mode="mostrecent"
 )
-WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that were given up", multiprocess_mode="mostrecent")
+WEBHOOKS_DEAD = Gauge("chatd_webhooks_dead", "Events that chatd gave up", multiprocess_mode="mostrecent")
 HOOK_SECONDS = Histogram("chatd_hook_seconds", "Time that the backend took to judge a message")
 HOOK_FAILURES = Counter(
     "chatd_hook_failures_total", "Messages and edits that the backend did not judge", ["reason"]
@@ -182,10 +185,10 @@ BACKEND_ANSWERS = Gauge(
 
 
 def exposition(accept: str = "") -> tuple[bytes, str]:
-    """The numbers of this process, or of all workers, and their content type, as an Accept header asks."""
+    """(metrics of this process or of all workers, their content type), in the format that `accept` asks for."""
     try:
         encode, content_type = choose_encoder(accept)
-    except (TypeError, ValueError):  # a header that the library cannot read asks for nothing
+    except (TypeError, ValueError):  # an unreadable header gets the default format
         encode, content_type = choose_encoder("")
     return encode(_registry()), content_type
 
@@ -199,9 +202,9 @@ def _registry() -> CollectorRegistry:
 
 
 def samples() -> dict[str, float]:
-    """Every sample by its name, added up over its labels; of a histogram's bucket as `name{0.1}`.
+    """name → value, summed over labels; a histogram's bucket is `name{0.1}`.
 
-    It takes some milliseconds, so call it in a thread.
+    This takes some milliseconds, so call it in a thread.
     """
     found: dict[str, float] = {}
     for family in _registry().collect():
@@ -213,7 +216,7 @@ def samples() -> dict[str, float]:
 
 
 def count_outcomes(counter: Counter, outcomes: Iterable[Any]) -> None:
-    """`counter` has a label `outcome`."""
+    """Count outcomes in a counter that has a label `outcome`."""
     for name, count in Tally(map(_name, outcomes)).items():
         counter.labels(name).inc(count)
 

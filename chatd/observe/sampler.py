@@ -1,4 +1,6 @@
-"""How the daemon is: gauges looked up now and then, the loop's lag, and the last minutes for /status."""
+"""Samples the daemon's state: updates gauges, measures the event loop's lag, keeps the last
+minutes for /status.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from msgspec import Struct
 from chatd.core.errors import Unavailable
 from chatd.observe import metrics
 
-LAG_PERIOD = 0.1  # seconds between two looks at how late the loop is
+LAG_PERIOD = 0.1  # seconds between two measurements of the loop's lag
 PERIOD = 2.0  # seconds between two points of the curves
-POINTS = 150  # five minutes
-BACKLOG_PERIOD = 10.0  # seconds between two looks at the outbox
+POINTS = 150  # points to keep: five minutes
+BACKLOG_PERIOD = 10.0  # seconds between two reads of the outbox's size
 
 
 class Point(Struct, frozen=True):
-    """One moment of the curves. Rates are a second's; lags seconds, the 99th percentile since the last."""
+    """One point of the curves. Rates are per second. Lags are in seconds: 99th percentiles
+    since the last point.
+    """
 
     at: float  # unix seconds
     connections: float
@@ -37,15 +41,15 @@ class Point(Struct, frozen=True):
 
 
 class Counts(Struct, frozen=True):
-    """How many there are of each at this moment."""
+    """Present numbers of this process."""
 
     rooms: int
     subscriptions: int
     users: int
-    reads: int  # on their way to the database
+    reads: int  # reads of the database that are running
 
 
-# Groups that wait in the outbox, and the age of the oldest in seconds. Raises Unavailable.
+# Returns (groups in the outbox, age of the oldest in seconds). Raises Unavailable.
 Backlog = Callable[[], Awaitable[tuple[int, float]]]
 
 
@@ -123,7 +127,11 @@ def _point(now: dict[str, float], before: dict[str, float], seconds: float) -> P
 
 
 def percentile(name: str, now: dict[str, float], before: dict[str, float], share: float = 0.99) -> float:
-    """Of what a histogram counted in between: the upper bound of the bucket that holds it; 0.0 for nothing."""
+    """A percentile of what a histogram has counted between two calls of `samples`; 0.0 if it
+    has counted nothing.
+
+    The result is the upper bound of the percentile's bucket, or the highest finite bound.
+    """
     prefix = f"{name}_bucket{{"
     grown = sorted(
         (float(key[len(prefix) : -1]), value - before.get(key, 0.0))
