@@ -330,7 +330,9 @@ async def test_the_log_says_what_is_wrong_with_a_token_and_the_client_does_not(d
     daemon = await in_thread(lambda: daemons(auth__secret=SECRET))
     wrong = {
         "not UUIDs": sign("HS256", SECRET, sub="6f9619ff-8b86-d011-b42d-00c04fc964ff"),
-        "the token's alg 'HS512' is not in auth.algorithms": jwt.encode({"sub": "7", "exp": 4e9}, "x" * 64, "HS512"),
+        "the token's alg 'HS512' is not in auth.algorithms": jwt.encode(
+            {"sub": "7", "exp": 4e9}, "x" * 64, "HS512"
+        ),
         "the token has no exp": jwt.encode({"sub": "7"}, SECRET),
         "no key of this server matches": jwt.encode({"sub": "7", "exp": 4e9}, "x" * 32),
         "the token is not a JWT": "a.b",

@@ -11,7 +11,10 @@ from math import inf
 
 import trio
 
-BUFFER_BYTES = 16 * 1024  # what is under way on a link, in the kernel
+BUFFER_BYTES = 16 * 1024  # what is under way to a client, in the kernel
+# What the kernel takes from chatd ahead of the link. It acknowledges in steps of about half of its buffer, twice this:
+# with 16 KiB nothing for 2.5 s at 10 KB/s, where the far end of a real link acknowledges every segment.
+AHEAD_BYTES = 2 * 1024
 CHUNKS = 10  # reads a second of a slow link
 READ_BYTES = 64 * 1024
 
@@ -65,7 +68,7 @@ class Links:
 
     async def _link(self, near: trio.SocketStream, target: int) -> None:
         far_socket = trio.socket.socket()
-        far_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        far_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, AHEAD_BYTES)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         with far_socket, trio.CancelScope() as scope:
             await far_socket.connect(("127.0.0.1", target))
