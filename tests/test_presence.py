@@ -9,7 +9,18 @@ import trio
 import trio.testing
 
 from chatd.chat.leases import Life
-from chatd.chat.presence import FORGET, GATHER, ROOMS, SAY, SILENT, SLICE, TELL_ALL, USERS, Presence, Transition
+from chatd.chat.presence import (
+    FORGET,
+    GATHER,
+    HEARTBEAT,
+    ROOMS,
+    SEND_ALL,
+    SILENT,
+    SLICE,
+    USERS,
+    Presence,
+    Transition,
+)
 from chatd.core.model import Present, Signal
 from tests.client import connect, login
 from tests.conftest import Daemons, Deployment
@@ -213,7 +224,7 @@ async def test_what_was_lost_is_told_again(autojump_clock: trio.testing.MockCloc
         a.arrive(USERS, 3)
         await trio.sleep(1)
         world.sent.clear()  # lost
-        await trio.sleep(TELL_ALL)
+        await trio.sleep(SEND_ALL)
         await world.pass_on()
         assert b.present(USERS) == {2, 3}
         nursery.cancel_scope.cancel()
@@ -226,10 +237,10 @@ async def test_a_whole_set_that_lacks_a_part_removes_nobody(autojump_clock: trio
         await run(world, nursery)
         for user in range(1, 2501):
             a.arrive(USERS, user)
-        await trio.sleep(TELL_ALL + 1)
+        await trio.sleep(SEND_ALL + 1)
         await world.pass_on()
         assert len(b.present(USERS)) == 2500
-        await trio.sleep(TELL_ALL)
+        await trio.sleep(SEND_ALL)
         parts = [signal for signal in world.sent if signal.node == "a" and signal.whole]
         assert [signal.whole[1:] for signal in parts if signal.whole] == [(0, 3), (1, 3), (2, 3)]
         await world.hear(parts[1:], b)
@@ -306,7 +317,7 @@ async def test_fifty_thousand_users_of_a_node_come_and_go_in_slices(
         await world.pass_on()
         assert len(b.present(USERS)) == 50_000
         b.life = lambda name: Life.OVER
-        await trio.sleep(SILENT + 2 * SAY)
+        await trio.sleep(SILENT + 2 * HEARTBEAT)
         assert len(b.present(USERS)) == 0
         assert (sum(steps), max(steps)) == (100_000, SLICE)
         nursery.cancel_scope.cancel()
@@ -337,7 +348,7 @@ async def test_nothing_is_kept_of_who_has_gone(
         await world.pass_on()
         moment += 120_000
         for _ in range(3):
-            await trio.sleep(TELL_ALL)
+            await trio.sleep(SEND_ALL)
             await world.pass_on()
         assert (len(a._versions), len(b._versions), len(b._nodes["a"].entries)) == (0, 0, 0)
         nursery.cancel_scope.cancel()

@@ -77,7 +77,7 @@ class WebhookDelivery:
     def __init__(self, settings: Webhooks, table: WebhookQueue, fetch: Fetcher) -> None:
         self._settings, self._table, self._fetch = settings, table, fetch
         self._lanes = [Lane(self, again=False), Lane(self, again=True)]
-        self._said = False  # whether the log has said that deliveries fail
+        self._logged_failing = False  # whether the log has said that deliveries fail
         self._failed = Recurring("webhook_failed", every=QUIET)
         self._given_up = Recurring("webhook_given_up", every=QUIET)
         self._count_now = trio.Event()
@@ -116,13 +116,13 @@ class WebhookDelivery:
 
     def succeed(self, one: Waiting) -> None:
         metrics.WEBHOOKS_SENT.labels(one.event).inc()
-        if self._said:
-            self._said = False
+        if self._logged_failing:
+            self._logged_failing = False
             log.info("webhook_works_again")
 
     def fail(self, one: Waiting, problem: Problem) -> Failed:
         metrics.WEBHOOKS_FAILED.inc()
-        self._said = self._said or self._failed.warn(error=problem.error)
+        self._logged_failing = self._logged_failing or self._failed.warn(error=problem.error)
         if not problem.final and one.attempts + 1 < self._settings.attempts:
             return Failed(one.id, problem.error, backoff.delay(one.attempts, RETRY_FIRST, RETRY_MOST, JITTER))
         self._given_up.error(id=one.id, of=one.event, attempts=one.attempts + 1, error=problem.error)

@@ -26,8 +26,8 @@ from chatd.core.model import Present, Signal
 
 USERS, ROOMS = 0, -1
 
-TELL_ALL = 10.0  # seconds between two signals with a node's whole state
-SAY = 2.0  # seconds between heartbeats
+SEND_ALL = 10.0  # seconds between two signals with a node's whole state
+HEARTBEAT = 2.0  # seconds between heartbeats
 SILENT = 8.0  # seconds of silence after which a node is gone, if its lease is over
 FORGET = 25.0  # seconds of silence after which a node that never had a lease is gone
 GATHER = 0.05  # seconds that changes wait for further ones, before they are sent to the other nodes
@@ -86,12 +86,12 @@ class Presence:
         self._nodes: dict[str, _Node] = {}
         self._present: dict[int, dict[int, int]] = {}  # scope → id → number of nodes that have it
         self._versions: dict[Key, int] = {}
-        self._untold: dict[Key, None] = {}
+        self._unsent: dict[Key, None] = {}
         self._heard: deque[Present] = deque(maxlen=HEARD)
         self._gone: deque[tuple[_Node, list[Key]]] = deque()
         self._wake, self._work = trio.Event(), trio.Event()
         self._round = 0
-        self._told_all = -TELL_ALL
+        self._sent_all_at = -SEND_ALL
         self._on_change: list[Callable[[Transition], None]] = []
         self._on_own_change: list[Callable[[Key], None]] = []
 
@@ -146,7 +146,7 @@ class Presence:
             self._own[key] = _Entry(1, self._next_version(key))
             self._count(key, 1, self._own[key].version, own=True)
             self._owned(key)
-        self._tell_soon(key)
+        self._send_soon(key)
 
     def leave(self, scope: int, id: int) -> None:
         key = (scope, id)
@@ -157,7 +157,7 @@ class Presence:
             del self._own[key]
             self._count(key, -1, entry.version, own=True)
             self._owned(key)
-        self._tell_soon(key)
+        self._send_soon(key)
 
     def _owned(self, key: Key) -> None:
         for call in self._on_own_change:
@@ -254,7 +254,7 @@ class Presence:
 
     def tell_all_soon(self) -> None:
         """Send the whole state soon, because the other nodes may have missed signals."""
-        self._told_all = -TELL_ALL
+        self._sent_all_at = -SEND_ALL
         self._wake.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -262,46 +262,46 @@ class Presence:
             nursery.start_soon(self._take_heard)
             task_status.started()
             while True:
-                if trio.current_time() - self._told_all >= TELL_ALL:
-                    self._told_all = trio.current_time()
-                    await self._tell_all()
+                if trio.current_time() - self._sent_all_at >= SEND_ALL:
+                    self._sent_all_at = trio.current_time()
+                    await self._send_all()
                     await self._forget_versions()
                 else:
-                    await self._tell_changed()
+                    await self._send_changed()
                 self._forget_silent()
-                with trio.move_on_after(SAY):
+                with trio.move_on_after(HEARTBEAT):
                     await self._wake.wait()
                     await trio.sleep(GATHER)
                 self._wake = trio.Event()
 
-    def _tell_soon(self, key: Key) -> None:
+    def _send_soon(self, key: Key) -> None:
         if self._tell is not None:
-            self._untold[key] = None
+            self._unsent[key] = None
             self._wake.set()
 
-    async def _tell_changed(self) -> None:
+    async def _send_changed(self) -> None:
         """Send the changes, or a heartbeat if there are none."""
         if self._tell is None:
             return
-        untold, self._untold = list(self._untold), {}
-        for part in list(_parts(untold)) or [[]]:
-            self._say([self._as_told(key) for key in part], None)
+        unsent, self._unsent = list(self._unsent), {}
+        for part in list(_parts(unsent)) or [[]]:
+            self._send([self._entry_of(key) for key in part], None)
             await trio.lowlevel.checkpoint()
 
-    async def _tell_all(self) -> None:
+    async def _send_all(self) -> None:
         if self._tell is None:
             return
         self._round += 1
         parts = list(_parts(list(self._own))) or [[]]
         for number, part in enumerate(parts):
-            self._say([self._as_told(key) for key in part], (self._round, number, len(parts)))
+            self._send([self._entry_of(key) for key in part], (self._round, number, len(parts)))
             await trio.lowlevel.checkpoint()
 
-    def _as_told(self, key: Key) -> tuple[int, int, int, int]:
+    def _entry_of(self, key: Key) -> tuple[int, int, int, int]:
         entry = self._own.get(key)
         return (*key, entry.connections if entry else 0, entry.version if entry else self._versions.get(key, 0))
 
-    def _say(self, entries: list[tuple[int, int, int, int]], whole: tuple[int, int, int] | None) -> None:
+    def _send(self, entries: list[tuple[int, int, int, int]], whole: tuple[int, int, int] | None) -> None:
         assert self._tell is not None
         self._tell(Present(self.node, entries, whole))
 
@@ -310,7 +310,7 @@ class Presence:
         for count, (key, version) in enumerate(list(self._versions.items()), 1):
             if (
                 version < old
-                and key not in self._untold
+                and key not in self._unsent
                 and not self.has(*key)
                 and self._versions[key] == version
             ):

@@ -139,7 +139,7 @@ class PresenceWebhooks:
             self._changed = taken | self._changed
             raise
         self._turned_at, self._doubts = now, turned.doubts and bool(self._scopes)
-        if turned.told:
+        if turned.webhooks:
             self._delivery.wake()
         await self._look(turned.others)
         return turned

@@ -16,11 +16,11 @@ TICK = 0.5  # seconds between two checks for what has ended
 
 
 class _State(Struct):
-    """`told_at` (the last event) and `until` are times of trio's clock, in seconds; `until`
+    """`sent_at` (the last event) and `until` are times of trio's clock, in seconds; `until`
     0: not typing any more.
     """
 
-    told_at: float
+    sent_at: float
     until: float
 
 
@@ -35,16 +35,16 @@ class Typing:
         """A user types. Does nothing within `EVERY` seconds of the last event."""
         now = trio.current_time()
         state = self._states.get((conversation_id, user_id))
-        if state is not None and now - state.told_at < EVERY:
+        if state is not None and now - state.sent_at < EVERY:
             return
         self._states[conversation_id, user_id] = _State(now, now + EXPIRES)
-        self._say(conversation_id, user_id, active=True)
+        self._send(conversation_id, user_id, active=True)
 
     def stop(self, conversation_id: int, user_id: int) -> None:
         state = self._states.get((conversation_id, user_id))
         if state is not None and state.until:
             state.until = 0.0
-            self._say(conversation_id, user_id, active=False)
+            self._send(conversation_id, user_id, active=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -54,10 +54,10 @@ class Typing:
             for key, state in list(self._states.items()):
                 if state.until <= now:
                     self.stop(*key)
-                if not state.until and now - state.told_at >= EVERY:
+                if not state.until and now - state.sent_at >= EVERY:
                     del self._states[key]
 
-    def _say(self, conversation_id: int, user_id: int, *, active: bool) -> None:
+    def _send(self, conversation_id: int, user_id: int, *, active: bool) -> None:
         payload = event(
             "typing",
             conversation_id=conversation_id,

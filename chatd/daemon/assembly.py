@@ -92,8 +92,8 @@ def _writer(config: Config, store: Store, node: str, bus: Bus, webhooks: Webhook
         if group.hooked:
             webhooks.wake()
 
-    told = frozenset[str](config.webhooks.events if config.webhooks.url else ())
-    return store.writer(node=node if config.redis.url else None, on_commit=committed, told=told)
+    wanted = frozenset[str](config.webhooks.events if config.webhooks.url else ())
+    return store.writer(node=node if config.redis.url else None, on_commit=committed, wanted=wanted)
 
 
 def _services(settings: Settings, store: Store, chat: Chat, *, counts_rooms: bool) -> Services:

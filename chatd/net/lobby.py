@@ -97,7 +97,7 @@ class Lobby:
 
     def __init__(self, port: str, most: int = 1) -> None:
         self.most, self._port = most, port
-        self._told = Recurring("unknown_connections_ended")
+        self._log = Recurring("unknown_connections_ended")
         self._all: OrderedDict[Stay, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Stay, None]] = {}
         self._next_newcomer = 0.0  # when the next connection of a crowd may be accepted
@@ -163,7 +163,7 @@ class Lobby:
     def count_ended(self) -> None:
         """Count and log a connection that was closed, or was not accepted."""
         metrics.UNKNOWN_ENDED.labels(self._port).inc()
-        self._told.warn(port=self._port, places=self.most)
+        self._log.warn(port=self._port, places=self.most)
 
     def _of_a_crowd(self) -> Stay | None:
         """A connection to close of the address that holds too many; None if there is no such address."""

@@ -63,13 +63,13 @@ class Store:
         self._file.stamp(self._writing)
 
     def writer(
-        self, *, node: str | None, on_commit: Callable[[Group], None], told: frozenset[str] = frozenset()
+        self, *, node: str | None, on_commit: Callable[[Group], None], wanted: frozenset[str] = frozenset()
     ) -> Writer:
         return Writer(
             self._writing,
             node=node,
             on_commit=on_commit,
-            told=told,
+            wanted=wanted,
             sessions=self._sessions,
             file=self._file,
             settled=self.outbox.settled,
@@ -197,9 +197,9 @@ def _as_operator_errors(url: str) -> Iterator[None]:
 
 def _away(url: str, error: Exception) -> str:
     return (
-        f"database.url: chatd can use no PostgreSQL at {', '.join(urls.servers(url))}"
-        f" ({why_unanswered(error)}). Start it there, or name a server that runs and takes writes;"
-        " then start chatd again."
+        f"database.url: chatd cannot use PostgreSQL at {', '.join(urls.servers(url))}"
+        f" ({why_unanswered(error)}). Start PostgreSQL there, or write the address of a server that runs and"
+        " accepts writes; then start chatd again."
     )
 
 

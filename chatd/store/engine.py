@@ -76,13 +76,13 @@ def looking_engine(url: str) -> Engine:
 
 
 def untouched_engine(file: Path) -> Engine:
-    """For a look at what may be another application's: not even an empty log is left beside it.
+    """A read-only engine for a file that may belong to another application. It leaves no new file next to it.
 
-    A log that is there belongs to it and is read with it. Without one nobody has the file open in WAL mode, and
-    an immutable one needs none.
+    An existing log belongs to the database and must be read with it. If there is none, no process has the file
+    open in WAL mode, and `immutable=1` keeps SQLite from creating a log.
     """
-    beside = (file.with_name(file.name + suffix) for suffix in ("-wal", "-journal"))
-    return _file_engine(file, "mode=ro" if any(one.exists() for one in beside) else "immutable=1")
+    logs = (file.with_name(file.name + suffix) for suffix in ("-wal", "-journal"))
+    return _file_engine(file, "mode=ro" if any(log.exists() for log in logs) else "immutable=1")
 
 
 def _file_engine(file: Path, how: str) -> Engine:

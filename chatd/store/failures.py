@@ -20,13 +20,13 @@ def primary(error: BaseException) -> str | None:
 
 
 def is_unanswered(error: BaseException) -> bool:
-    """Whether no server of PostgreSQL has let us in, or it went away: nobody has said an SQLSTATE."""
+    """Whether PostgreSQL could not be reached or closed the connection, so that the error has no SQLSTATE."""
     found = getattr(error, "orig", None) or error
     return isinstance(found, psycopg.OperationalError) and found.sqlstate is None
 
 
 def why_unanswered(error: BaseException) -> str:
-    """The reasons of libpq, each once: it tries one server after the other."""
+    """libpq's reasons, one for each server that it tried, without duplicates."""
     lines = str(getattr(error, "orig", None) or error).strip().splitlines()
     reasons = dict.fromkeys(line.rpartition("failed: ")[2].strip() for line in lines if "failed: " in line)
     return "; ".join(reasons) or lines[0]

@@ -109,8 +109,8 @@ class Sessions:
     def has_strayed(self, driver: Any, info: dict[str, Any]) -> bool:
         if info["generation"] != self._generation:
             return True
-        told = driver.pgconn.parameter_status
-        return b"on" in (told(_STANDBY), told(_READ_ONLY))
+        parameter = driver.pgconn.parameter_status
+        return b"on" in (parameter(_STANDBY), parameter(_READ_ONLY))
 
     def _set_up(self, driver: Any, record: Any) -> None:
         info = record.info
@@ -266,5 +266,5 @@ def _notice(info: dict[str, Any], notice: Diagnostic) -> None:
 
 def connect_arguments(given: Iterable[str]) -> dict[str, Any]:
     """Arguments for libpq: those of `CONNECT` that the URL does not give itself."""
-    said = set(given)
-    return {name: value for name, value in CONNECT.items() if name not in said}
+    in_url = set(given)
+    return {name: value for name, value in CONNECT.items() if name not in in_url}

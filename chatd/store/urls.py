@@ -24,7 +24,7 @@ def parse(url: str) -> URL:
 
 
 def servers(url: str) -> list[str]:
-    """`host:port` of each server that a PostgreSQL URL names; a directory stands for the socket in it."""
+    """`host:port` of each server in a PostgreSQL URL; for a Unix socket its directory."""
     parsed = parse(url)
     hosts = [parsed.host] if parsed.host else _listed(parsed, "host")
     ports = _listed(parsed, "port") or [str(parsed.port or _DEFAULT_PORT)]
@@ -34,7 +34,9 @@ def servers(url: str) -> list[str]:
 
 
 def _listed(parsed: URL, name: str) -> list[str]:
-    """libpq's lists; SQLAlchemy makes a tuple of a parameter that comes several times."""
+    """The items of a parameter: libpq separates them with commas, SQLAlchemy
+    makes a tuple of a repeated one.
+    """
     found = parsed.query.get(name, "")
     return [one for part in ([found] if isinstance(found, str) else found) for one in part.split(",") if one]
 

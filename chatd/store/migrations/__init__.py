@@ -29,12 +29,12 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
 
 
 def current(connection: Connection) -> str | None:
-    """The revision of this database, None for an empty one."""
+    """The revision of this database; None if it is empty."""
     return MigrationContext.configure(connection).get_current_revision()
 
 
 def head() -> str:
-    """The revision that this version of chatd works with."""
+    """The revision that this version of chatd needs."""
     revision = ScriptDirectory.from_config(_config()).get_current_head()
     assert revision is not None
     return revision

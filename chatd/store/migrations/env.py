@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection that `upgrade` hands over, inside its transaction."""
+"""Alembic runs this file. It uses the connection and the transaction of `upgrade`."""
 
 from alembic import context
 

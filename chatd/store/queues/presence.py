@@ -84,12 +84,12 @@ class Change(Struct, frozen=True):
 class Turned(Struct, frozen=True):
     """The result of a turn.
 
-    `others`: the leases of other nodes. `told`: the number of webhooks written. `more`: further checks are due
+    `others`: the leases of other nodes. `webhooks`: number of events written. `more`: further checks are due
     now. `doubts`: there are checks left, due or not.
     """
 
     others: list[Seen]
-    told: int
+    webhooks: int
     more: bool
     doubts: bool
 
@@ -136,11 +136,11 @@ def _turn(connection: Connection, lease: Lease, changes: Sequence[Change], annou
     clock = Clock(connection)
     _beat(connection, lease)
     _write(connection, lease.name, changes, clock)
-    told, more = _settle(connection, clock, announce) if announce is not None else (0, False)
+    written, more = _settle(connection, clock, announce) if announce is not None else (0, False)
     rows = connection.execute(select(nodes).where(nodes.c.lease != lease.name))
     others = [Seen(row.lease, row.node, row.beat) for row in rows]
     doubts = connection.scalar(_ANY_DOUBT) is not None
-    return Turned(others, told, more, doubts)
+    return Turned(others, written, more, doubts)
 
 
 def _beat(connection: Connection, lease: Lease) -> None:
@@ -189,8 +189,8 @@ def _settle(connection: Connection, clock: Clock, announce: Announce) -> tuple[i
             if (event := announce(place, id, there, version)) is not None:
                 events.append(event)
         settled.append((place, id, int(there), version))
-    if told := [row for row in settled if row[3]]:
-        connection.execute(_SETTLED[dialect], as_parameter(told))
+    if reported := [row for row in settled if row[3]]:
+        connection.execute(_SETTLED[dialect], as_parameter(reported))
     # Keys without a version came and went before the backend was told anything.
     if never := [row[:2] for row in settled if not row[3]]:
         connection.execute(_FORGET[dialect], as_parameter(never))

@@ -139,7 +139,7 @@ class Erasure:
         for rows in pages(self._engine, select(outbox.c.id, outbox.c.payloads), outbox.c.id, size=QUEUED):
             for row in rows:
                 lines = row["payloads"].split(b"\n")
-                kept = [line for line in lines if not self._says(json.loads(line))]
+                kept = [line for line in lines if not self._has_words(json.loads(line))]
                 if len(kept) < len(lines):
                     changed = update(outbox).values(payloads=b"\n".join(kept)) if kept else delete(outbox)
                     with self._engine.begin() as connection:
@@ -148,20 +148,20 @@ class Erasure:
     def _clean_webhooks(self) -> None:
         webhooks = schema.webhooks
         for rows in pages(self._engine, select(webhooks.c.id, webhooks.c.body), webhooks.c.id, size=QUEUED):
-            ids = [row["id"] for row in rows if self._says(json.loads(row["body"]))]
+            ids = [row["id"] for row in rows if self._has_words(json.loads(row["body"]))]
             if ids:
                 with self._engine.begin() as connection:
                     connection.execute(delete(webhooks).where(webhooks.c.id.in_(ids)))
 
-    def _says(self, event: Any) -> bool:
+    def _has_words(self, event: Any) -> bool:
         """Whether an event holds a message of the user, at any depth."""
         if isinstance(event, list):
-            return any(map(self._says, event))
+            return any(map(self._has_words, event))
         if not isinstance(event, dict):
             return False
         words = (event.get("content"), event.get("meta"))
         mine = event.get("user_id") == self._user_id and words != (None, None)
-        return mine or any(map(self._says, event.values()))
+        return mine or any(map(self._has_words, event.values()))
 
 
 def forget(engine: Engine, *, anew: bool) -> bool:

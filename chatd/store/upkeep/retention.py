@@ -83,7 +83,7 @@ class _Marks(Struct, frozen=True):
 class _Target:
     """A conversation, and the place `low` up to which its log is removed.
 
-    `told`: message id → seq of its last change, for messages with changes after `low`. That
+    `last_changes`: message id → seq of its last change, for messages with changes after `low`. That
     is known for the log up to `checked`.
     """
 
@@ -91,7 +91,7 @@ class _Target:
     marks: _Marks
     low: int = 0
     checked: int = 0
-    told: dict[int, int] = field(default_factory=dict)
+    last_changes: dict[int, int] = field(default_factory=dict)
 
 
 class Pruner:
@@ -221,7 +221,7 @@ def _look_at_log(connection: Connection, target: _Target, last_seq: int) -> None
     mine = (_changes.conversation_id == target.conversation_id) & (_changes.seq > target.checked)
     theirs = _changes.message_id < target.marks.below
     last = select(_changes.message_id, func.max(_changes.seq)).where(mine, theirs).group_by(_changes.message_id)
-    target.told.update((id, seq) for id, seq in connection.execute(last))
+    target.last_changes.update((id, seq) for id, seq in connection.execute(last))
     target.checked = last_seq
 
 
@@ -248,13 +248,13 @@ def _prune(connection: Connection, target: _Target) -> int | None:
     if target.low > row.low_seq:
         raised = update(schema.conversations).where(_heads.id == target.conversation_id)
         connection.execute(raised.values(low_seq=target.low))
-        connection.execute(delete(schema.removed).where(_untold(target)))
+        connection.execute(delete(schema.removed).where(_gone_from_log(target)))
     if _cut_log(connection, target):
         return 0
     return _remove_messages(connection, target)
 
 
-def _untold(target: _Target) -> ColumnElement[bool]:
+def _gone_from_log(target: _Target) -> ColumnElement[bool]:
     """Rows of removed messages that have no change left in the log."""
     removed = schema.removed.c
     return (removed.conversation_id == target.conversation_id) & (removed.last_seq <= target.low)
@@ -297,12 +297,12 @@ def _remember(connection: Connection, target: _Target, ids: list[int]) -> None:
         _messages.id.in_(ids), _messages.client_id.is_not(None)
     )
     connection.execute(_insert(connection, table).from_select([c.name for c in table.c], known))
-    told = select(conversation, _messages.id.label("message_id"), *_of_removed).where(
-        _messages.id.in_([id for id in ids if id in target.told])
+    with_changes = select(conversation, _messages.id.label("message_id"), *_of_removed).where(
+        _messages.id.in_([id for id in ids if id in target.last_changes])
     )
     rows = [
-        {**row, "last_seq": target.told[row["message_id"]], "deleted_at": row["deleted_at"] or now()}
-        for row in connection.execute(told).mappings()
+        {**row, "last_seq": target.last_changes[row["message_id"]], "deleted_at": row["deleted_at"] or now()}
+        for row in connection.execute(with_changes).mappings()
     ]
     if rows:
         connection.execute(_insert(connection, schema.removed), rows)

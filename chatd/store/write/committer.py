@@ -56,8 +56,8 @@ class Committer:
     `gone`: the database's file is gone, so there will be no more commits.
     """
 
-    def __init__(self, engine: Engine, *, node: str | None, told: frozenset[str], file: DatabaseFile) -> None:
-        self._engine, self._node, self._told, self._file = engine, node, told, file
+    def __init__(self, engine: Engine, *, node: str | None, wanted: frozenset[str], file: DatabaseFile) -> None:
+        self._engine, self._node, self._wanted, self._file = engine, node, wanted, file
         self.failing = False
         self.gone: DatabaseGone | None = None
 
@@ -113,7 +113,7 @@ class Committer:
         with self._engine.connect() as connection, connection.begin() as transaction:
             if lock_wait is not None:
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {lock_wait}")
-            written = Transaction(connection, self._node, self._told).run(
+            written = Transaction(connection, self._node, self._wanted).run(
                 [unpack(command) for command in commands], settled
             )
             if self.failing and not commands:  # an empty transaction would succeed on a full disk

@@ -30,7 +30,7 @@ _EVENTS = {
 }
 
 
-class _Told(Struct, frozen=True):
+class _MessageEvent(Struct, frozen=True):
     """An event for the webhook: a user has done something to a message. `row` is the message afterwards."""
 
     event: str
@@ -53,13 +53,13 @@ class Outgoing:
     messages and members.
     """
 
-    def __init__(self, connection: Connection, node: str | None, now: str, told: frozenset[str]) -> None:
+    def __init__(self, connection: Connection, node: str | None, now: str, wanted: frozenset[str]) -> None:
         """`node`: the node's name in the outbox; None: the bus is in memory, and there is no outbox.
 
-        `told`: the events that the webhook wants.
+        `wanted`: the events that the webhook wants.
         """
-        self._connection, self._node, self._now, self._wanted = connection, node, now, told
-        self._messages: list[_Told] = []
+        self._connection, self._node, self._now, self._wanted = connection, node, now, wanted
+        self._messages: list[_MessageEvent] = []
         self.notifications: list[Notify] = []
 
     def tell_message(self, kind: Kind, seq: int, row: dict[str, Any], command: ByUser) -> None:
@@ -67,7 +67,7 @@ class Outgoing:
         message has no id yet.
         """
         if (event := _EVENTS[kind]) in self._wanted:
-            self._messages.append(_Told(event, seq, row, command))
+            self._messages.append(_MessageEvent(event, seq, row, command))
 
     def fill_outbox(self, changes: Sequence[Change]) -> int | None:
         if self._node is None or not changes:
@@ -84,14 +84,14 @@ class Outgoing:
 
     def fill_webhooks(self, members: Iterable[MemberChange]) -> bool:
         """Write the webhook's events; whether there were any."""
-        told = [(one.event, one.body()) for one in self._messages]
-        told += [_of_member(one) for one in members if _member_event(one) in self._wanted]
-        told += [(one.event, one.body) for one in self.notifications]
-        if not told:
+        events = [(one.event, one.body()) for one in self._messages]
+        events += [_of_member(one) for one in members if _member_event(one) in self._wanted]
+        events += [(one.event, one.body) for one in self.notifications]
+        if not events:
             return False
         rows = [
             {"event": event, "body": content, "created_at": self._now, "due_at": LONG_AGO}
-            for event, content in told
+            for event, content in events
         ]
         self._connection.execute(statements.INSERT_WEBHOOKS, rows)
         return True

@@ -68,11 +68,11 @@ class Transaction:
     raises only the database's errors.
     """
 
-    def __init__(self, connection: Connection, node: str | None, told: frozenset[str] = frozenset()) -> None:
-        """`node`: see `Outgoing`. `told`: the events that the webhook wants."""
+    def __init__(self, connection: Connection, node: str | None, wanted: frozenset[str] = frozenset()) -> None:
+        """`node`: see `Outgoing`. `wanted`: the events that the webhook wants."""
         self._connection = connection
         self._now = now()
-        self._outgoing = Outgoing(connection, node, self._now, told)
+        self._outgoing = Outgoing(connection, node, self._now, wanted)
         self._steps: list[Step] = []
         self._conversations = Conversations(connection, self._now)
         self._messages = Messages(connection, self._now)

@@ -31,7 +31,7 @@ DEADLINE = 15.0  # seconds that a caller waits; longer than the database's own t
 OVERDUE_TICK = 0.5  # seconds between two checks for callers that have waited longer than that
 # Seconds after which an idle writer removes published outbox rows, retries a failed database, checks its file.
 SETTLE_AFTER = 2.0
-GOODBYE = 0.2  # seconds for the last answers to go out, before the process ends because its database is gone
+LAST_ANSWERS = 0.2  # seconds for the last answers to go out before the process ends without a database
 
 log = structlog.get_logger()
 
@@ -47,17 +47,17 @@ class Writer:
         *,
         node: str | None,
         on_commit: Callable[[Group], None],
-        told: frozenset[str] = frozenset(),
+        wanted: frozenset[str] = frozenset(),
         sessions: Sessions,
         file: DatabaseFile,
         settled: Settled,
     ) -> None:
-        """`node`: the node's name in the outbox; None: no outbox. `told`: the events that the webhook wants.
+        """`node`: the node's name in the outbox; None: no outbox. `wanted`: the events that the webhook wants.
 
         `file`: must still be in place before and after each commit. `settled`: published outbox rows, which the
         next commit removes.
         """
-        self._committer = Committer(engine, node=node, told=told, file=file)
+        self._committer = Committer(engine, node=node, wanted=wanted, file=file)
         self._on_commit, self._sessions = on_commit, sessions
         self._waiting: deque[Submission] = deque()
         self._committing: list[Submission] = []
@@ -137,7 +137,7 @@ class Writer:
             for submission in self._take():
                 submission.resolve([Unavailable()] * len(submission.commands))
         await trio.to_thread.run_sync(self._committer.leave, limiter=self._thread)
-        await trio.sleep(GOODBYE)
+        await trio.sleep(LAST_ANSWERS)
 
     async def _give_up_overdue(self) -> None:
         """Answer overdue callers with Unavailable. Their commands stay queued and may still be committed."""

@@ -1,7 +1,6 @@
 """Conversations, messages, their log of changes, members, users, read cursors, the outbox.
 
-A migration tells history, so it spells the tables out instead of taking them from `schema.py`;
-a test holds the two against each other.
+A migration must not change when `schema.py` does, so it defines the tables itself. A test compares both.
 """
 
 import sqlalchemy as sa

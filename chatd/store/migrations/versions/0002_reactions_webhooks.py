@@ -1,6 +1,6 @@
-"""Reactions, with a summary of them beside each message; events that wait for the backend's webhook.
+"""Reactions, with a summary in each message's row; events that wait for the backend's webhook.
 
-All of it is additive: the version before works on with this schema.
+This only adds to the schema, so the version of chatd before it keeps working.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""A random mark in each change, so that a cursor proves that it is of this history.
+"""A random mark in each change, by which a cursor proves that it belongs to this history.
 
-All of it is additive: the version before works on with this schema, and what it writes has no mark.
+This only adds to the schema, so the version of chatd before it keeps working. Its changes have no marks.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""Leases of running nodes, who is connected to each, and what the backend was told of it.
+"""Leases of running nodes, the users and rooms with connections to each, and the state reported to the backend.
 
-All of it is additive: the version before works on with this schema.
+This only adds to the schema, so the version of chatd before it keeps working.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""What outlives a message that retention removes; and which version of the members took a right from somebody.
+"""Idempotency keys and log entries of messages that retention removes; the version of the last removed member.
 
-All of it is additive: the version before works on with this schema.
+This only adds to the schema, so the version of chatd before it keeps working.
 """
 
 import sqlalchemy as sa
