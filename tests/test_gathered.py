@@ -12,10 +12,10 @@ import trio
 import trio.testing
 
 from chatd.store.read import batching
-from chatd.store.read.batching import GATHERED, Batcher
+from chatd.store.read.batching import BATCH_WEIGHT, Batcher
 
 Request = tuple[int, str, int]  # whose, what, and its weight
-HEAVY = GATHERED + 1
+HEAVY = BATCH_WEIGHT + 1
 
 
 class Database:
@@ -122,8 +122,8 @@ async def test_users_take_turns(database: Database, ask: Batcher[Request, str]) 
             nursery.start_soon(ask, (user, "first", HEAVY))
         await trio.testing.wait_all_tasks_blocked()
         for number in range(5):
-            nursery.start_soon(ask, (3, str(number), GATHERED // 2))
-        nursery.start_soon(ask, (4, "x", GATHERED // 2))
+            nursery.start_soon(ask, (3, str(number), BATCH_WEIGHT // 2))
+        nursery.start_soon(ask, (4, "x", BATCH_WEIGHT // 2))
         await trio.testing.wait_all_tasks_blocked()
         for event in list(database.held.values()):
             event.set()

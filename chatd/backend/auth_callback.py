@@ -29,7 +29,7 @@ from chatd.observe import metrics
 
 AT_ONCE = 32  # most calls at the same time
 REMEMBERED = 10_000  # most tokens in the cache
-_NO = frozenset([401, 403, 404, 422])  # with these statuses the backend says that the token is not valid
+_REFUSALS = frozenset([401, 403, 404, 422])  # with these statuses the backend says that the token is not valid
 
 
 class _Login(Struct, frozen=True):
@@ -92,7 +92,7 @@ class AuthCallback:
                 )
             finally:
                 metrics.AUTH_SECONDS.observe(trio.current_time() - started)
-            if answer.status in _NO:
+            if answer.status in _REFUSALS:
                 raise Unauthorized(Final.TOKEN_REFUSED, f"the backend answered {answer.status}")
             return _identity(answer.status, answer.body, asked_at, after)
 

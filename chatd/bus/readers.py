@@ -13,7 +13,7 @@ import trio
 
 from chatd.bus import Receiver, kicks, payloads
 from chatd.bus.client import LOST, STREAM, in_thread, last_id, order
-from chatd.bus.trimming import Trimming, trim_what_is_there
+from chatd.bus.trimming import Trimming, trim_at_start
 from chatd.config import Redis
 from chatd.core.model import Kick
 
@@ -51,7 +51,7 @@ class StreamReader:
         if not self._position or order(last) < order(self._position):
             self._position = last  # first start, or Redis was flushed: the sweep finds missed changes
         trimming = Trimming(self._config.stream_bytes)
-        trim_what_is_there(client, STREAM, self._config.stream_bytes)
+        trim_at_start(client, STREAM, self._config.stream_bytes)
         trio.from_thread.run_sync(up)
         count = READ_COUNT // 10  # a careful start, before the size of entries is known
         kicked = kicks.BEGINNING  # read all kicks again: each ends only connections older than itself

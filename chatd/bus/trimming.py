@@ -39,7 +39,7 @@ class Trimming:
         return cut
 
 
-def trim_what_is_there(client: Any, stream: str, most: int) -> None:
+def trim_at_start(client: Any, stream: str, most: int) -> None:
     """Cut the stream at the start, when no node knows the sizes of entries: assumes that all
     have the same size.
     """

@@ -45,7 +45,7 @@ class Conversations:
     ) -> Snapshot:
         """Enter a conversation. Raises NotFound if the user may not enter, Unavailable."""
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch))
-        return _the_one(found, conversation_id)
+        return _snapshot_of(found, conversation_id)
 
     async def read_on(
         self, identity: Identity, conversation_id: int, position: Position, epoch: str | None
@@ -54,7 +54,7 @@ class Conversations:
         behind. Raises the errors of `enter`.
         """
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch, portion=True))
-        return _the_one(found, conversation_id)
+        return _snapshot_of(found, conversation_id)
 
     async def enter_all(self, identity: Identity, rooms: Mapping[int, Position], epoch: str | None) -> Entered:
         """Enter several conversations in one snapshot. Changes that do not fit into a
@@ -86,7 +86,7 @@ class Conversations:
         return await self._read(lookups.conversations_of, identity.user_id, INBOX_ROOMS)
 
 
-def _the_one(found: Entered, conversation_id: int) -> Snapshot:
+def _snapshot_of(found: Entered, conversation_id: int) -> Snapshot:
     if isinstance(snapshot := found.rooms[conversation_id], NotFound):
         raise snapshot
     return snapshot

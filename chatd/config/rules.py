@@ -38,16 +38,16 @@ def contradictions(config: Config) -> Iterator[str]:
             continue
         if config.demo and not is_loopback(host):
             yield f"{key}: everybody knows the demo's token, so it listens on this machine only; use 127.0.0.1."
-    yield from _wrong_auth(config.auth)
-    yield from _wrong_webhooks(config.webhooks)
+    yield from _mistakes_in_auth(config.auth)
+    yield from _mistakes_in_webhooks(config.webhooks)
     for network in config.server.private_networks:
         if not _is_network(network):
             yield f"server.private_networks: {network!r} is neither an address nor a network."
     for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
-    yield from _wrong_database(config.database.url)
-    yield from _wrong_redis(config.redis.url)
+    yield from _mistakes_in_database(config.database.url)
+    yield from _mistakes_in_redis(config.redis.url)
     if config.server.workers > 1 and not config.redis.url:
         yield "server.workers: several workers exchange messages through Redis; set redis.url or use 1."
     if config.redis.accept_foreign and not config.redis.url:
@@ -60,7 +60,7 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"limits.trusted_proxies: {network!r} is neither an address nor a network."
 
 
-def _wrong_database(url: str) -> Iterator[str]:
+def _mistakes_in_database(url: str) -> Iterator[str]:
     if {_scheme(one) for one in _each_host(url)} not in ({"sqlite"}, {"postgresql"}):
         yield (
             "database.url: is not a database URL; write sqlite:///path/to/chatd.db or"
@@ -83,7 +83,7 @@ def _each_host(url: str) -> Iterator[str]:
     return (f"{scheme}://{user}{at}{host}" for host in hosts.split(","))
 
 
-def _wrong_redis(url: str) -> Iterator[str]:
+def _mistakes_in_redis(url: str) -> Iterator[str]:
     try:
         if url:
             redis_url.read(url)
@@ -91,7 +91,7 @@ def _wrong_redis(url: str) -> Iterator[str]:
         yield f"redis.url: {error}."
 
 
-def _wrong_auth(auth: Auth) -> Iterator[str]:
+def _mistakes_in_auth(auth: Auth) -> Iterator[str]:
     for key, url in (("backend_url", auth.backend_url), ("jwks_url", auth.jwks_url)):
         if not _may_be_called(url):
             yield f"auth.{key}: {_WRITE_URL}"
@@ -107,7 +107,7 @@ def _wrong_auth(auth: Auth) -> Iterator[str]:
         )
 
 
-def _wrong_webhooks(webhooks: Webhooks) -> Iterator[str]:
+def _mistakes_in_webhooks(webhooks: Webhooks) -> Iterator[str]:
     for key, url in (("url", webhooks.url), ("before_message_url", webhooks.before_message_url)):
         if not _may_be_called(url):
             yield f"webhooks.{key}: {_WRITE_URL}"

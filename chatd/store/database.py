@@ -191,11 +191,11 @@ def _as_operator_errors(url: str) -> Iterator[None]:
         ValueError,
     ) as error:  # TypeError and ValueError: the URL has an option that the driver does not know
         if is_unanswered(error):
-            raise DatabaseAway(_away(url, error)) from error
+            raise DatabaseAway(_unreachable_text(url, error)) from error
         raise OperatorError(f"database.url: {_first_line(error)}") from error
 
 
-def _away(url: str, error: Exception) -> str:
+def _unreachable_text(url: str, error: Exception) -> str:
     return (
         f"database.url: chatd cannot use PostgreSQL at {', '.join(urls.servers(url))}"
         f" ({why_unanswered(error)}). Start PostgreSQL there, or write the address of a server that runs and"

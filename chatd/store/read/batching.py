@@ -18,31 +18,31 @@ from chatd.store.read.reader import DEADLINE, Reader
 
 AT_ONCE = 2  # batches that are read at the same time, so that a slow one does not delay all others
 GATHER = 0.005  # seconds that a request waits for others if one came within the same time before it
-GATHERED = 200  # largest weight of a batch: about 10 ms of SQL, part of which holds the GIL
+BATCH_WEIGHT = 200  # largest weight of a batch: about 10 ms of SQL, part of which holds the GIL
 
 SHARE = 0.25  # share of one reader's time that a user may take in the long run
 FREE = 0.25  # seconds of a reader's time that a user may take at once
 DEBT_MOST = 1.0  # seconds; bounds a user's wait after a time in which the database was slow
 DEBTORS = 1000  # from this number of users on, those without a debt are removed
-NOT_WORTH = 0.001  # seconds; shorter reads are free
+NEGLIGIBLE = 0.001  # seconds; shorter reads are free
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
 class _Turn(Generic[Request, Answer]):
-    """A waiting request. `come` is set when it has a result, or when its task should read the next batch.
+    """A waiting request. `woken` is set when it has a result, or when its task should read the next batch.
 
     `failed`: the read ended with Unavailable. `alone`: the batch failed, so the request must be read by itself.
     """
 
-    __slots__ = ("alone", "answer", "come", "failed", "owner", "request", "weight")
+    __slots__ = ("alone", "answer", "woken", "failed", "owner", "request", "weight")
 
     def __init__(self, request: Request, owner: int, weight: int) -> None:
         self.request, self.owner, self.weight = request, owner, weight
         self.answer: Answer | None = None
         self.failed = self.alone = False
-        self.come = trio.Event()
+        self.woken = trio.Event()
 
     @property
     def over(self) -> bool:
@@ -60,7 +60,7 @@ class _Debts:
         return max(0.0, (self._now(owner, now) - FREE) / SHARE) if owner in self._of else 0.0
 
     def charge(self, owner: int, seconds: float, now: float) -> None:
-        if seconds < NOT_WORTH:
+        if seconds < NEGLIGIBLE:
             return
         self._of[owner] = (min(DEBT_MOST, self._now(owner, now) + seconds), now)
         if len(self._of) > DEBTORS:
@@ -101,7 +101,7 @@ class _Queue:
             if not turns:
                 del self._waiting[turn.owner]
 
-    def patience(self, owner: int) -> float:
+    def seconds_to_wait(self, owner: int) -> float:
         """Seconds after which the user's debt allows a read; infinity if another event must wake it."""
         return self._debts.wait(owner, trio.current_time()) or inf
 
@@ -110,7 +110,7 @@ class _Queue:
         return next((turns[0] for owner, turns in self._waiting.items() if self._may_read(owner, now)), None)
 
     def take(self) -> list[_Shared]:
-        """Take the next batch: one request of each user in turn, up to the weight `GATHERED`."""
+        """Take the next batch: one request of each user in turn, up to the weight `BATCH_WEIGHT`."""
         now = trio.current_time()
         taken: list[_Shared] = []
         passed: list[tuple[int, deque[_Turn[Any, Any]]]] = []
@@ -120,7 +120,7 @@ class _Queue:
             if not self._may_read(owner, now):
                 passed.append((owner, turns))
                 continue
-            if taken and weight + turns[0].weight > GATHERED:
+            if taken and weight + turns[0].weight > BATCH_WEIGHT:
                 passed.append((owner, turns))
                 break
             weight += turns[0].weight
@@ -190,9 +190,9 @@ class Batcher(Generic[Request, Answer]):
                     if self._on_their_way < AT_ONCE and (taken := self._queue.take()):
                         await self._read_these(taken)
                     else:
-                        mine.come = trio.Event()
-                        with trio.move_on_after(self._queue.patience(mine.owner)):
-                            await mine.come.wait()
+                        mine.woken = trio.Event()
+                        with trio.move_on_after(self._queue.seconds_to_wait(mine.owner)):
+                            await mine.woken.wait()
         finally:
             self._queue.remove(mine)
             self._pass_on()
@@ -220,12 +220,12 @@ class Batcher(Generic[Request, Answer]):
             self._on_their_way -= 1
             self._queue.done(taken, trio.current_time() - started)
             for turn in _turns(taken):
-                turn.come.set()
+                turn.woken.set()
             self._queue.put_back([turn for turn in _turns(taken) if not turn.over])  # this task was cancelled
 
     def _pass_on(self) -> None:
         if self._on_their_way < AT_ONCE and (turn := self._queue.next()):
-            turn.come.set()
+            turn.woken.set()
 
 
 def _turns(taken: Sequence[_Shared]) -> Iterator[_Turn[Any, Any]]:

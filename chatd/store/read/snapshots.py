@@ -123,7 +123,7 @@ def snapshots(connection: Connection, entries: Sequence[Entry]) -> list[Found]:
         for number, entry in enumerate(entries)
     ]
     cursors = _cursors(connection, {row.id for mine in allowed for row in mine if row.quiet})
-    marks = marks_of(connection, list(_to_prove(entries, conversations)))
+    marks = marks_of(connection, list(_changes_to_prove(entries, conversations)))
     missed = _Missed(connection, epoch_of(connection), marks)
     return [
         _of_entry(entry, {row.id: row for row in mine}, cursors, missed)
@@ -161,7 +161,7 @@ def _conversations(connection: Connection, entries: Sequence[Entry]) -> Conversa
     return {(number, id): _conversation(id, detail, *rest) for number, id, *rest in rows}
 
 
-def _to_prove(entries: Sequence[Entry], conversations: Conversations) -> Iterator[tuple[int, int]]:
+def _changes_to_prove(entries: Sequence[Entry], conversations: Conversations) -> Iterator[tuple[int, int]]:
     """The changes, as (conversation_id, seq), whose marks `is_same` needs. The last change's mark is known."""
     for number, entry in enumerate(entries):
         for id, position, _ in entry.rooms:

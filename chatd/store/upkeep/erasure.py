@@ -102,12 +102,12 @@ class Erasure:
         """Delete all messages, and the client_id and hash of those that the user has deleted before."""
         messages, count = schema.messages, 0
         left = or_(messages.c.deleted_at.is_(None), messages.c.request_hash != _NO_HASH)
-        nameless = {"client_id": None, "request_hash": _NO_HASH}
+        without_key = {"client_id": None, "request_hash": _NO_HASH}
         for rows in self._pages(messages, left):
             ids = [row["id"] for row in rows]
             with self._engine.begin() as connection:
                 outcomes = self._execute(connection, [Delete(message_id=id) for id in ids])
-                connection.execute(update(messages).where(messages.c.id.in_(ids)).values(nameless))
+                connection.execute(update(messages).where(messages.c.id.in_(ids)).values(without_key))
             count += sum(isinstance(outcome, Changed) for outcome in outcomes)
             self._tell(count)
         return count

@@ -76,11 +76,11 @@ class Committer:
             if _is_locked(error) and lock_wait is None:
                 return self._commit_apart(commands)
             self.failing = not _is_locked(error)
-            return Committed([_lost(error)] * len(commands), [])
+            return Committed([_unavailable_error(error)] * len(commands), [])
         except Exception as error:
             if len(commands) > 1:  # one bad command must not make the others fail
                 return self._commit_singly(commands)
-            return Committed([_bad(error)] * len(commands), [])
+            return Committed([_internal_error(error)] * len(commands), [])
         self.failing = False
         return Committed(outcomes, [group], settled=True)
 
@@ -152,12 +152,12 @@ class Committer:
             self.gone = gone
 
 
-def _lost(error: Exception) -> Unavailable:
+def _unavailable_error(error: Exception) -> Unavailable:
     _unavailable.warn(error=primary(error) or str(getattr(error, "orig", error)))
     return Unavailable()
 
 
-def _bad(error: Exception) -> Internal:
+def _internal_error(error: Exception) -> Internal:
     incident = secrets.token_hex(6)
     if isinstance(error, DBAPIError):
         log.error("write_failed", incident=incident, error=primary(error) or type(error.orig).__name__)
