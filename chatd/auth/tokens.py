@@ -57,8 +57,9 @@ class Tokens:
         *,
         frame_bytes: int = Limits().frame_bytes,
     ) -> None:
-        """`secret` is used if the configuration has none. Raises
-        ConfigError if a key file holds no valid key.
+        """`secret` is used if the configuration has none.
+
+        Raises ConfigError if a key file holds no valid key.
         """
         self._config, self._key_server = config, key_server
         # An issued token must fit into the `auth` frame that brings it.
@@ -94,8 +95,9 @@ class Tokens:
         return token
 
     async def authenticate(self, token: str) -> Identity:
-        """Verify a token. Raises Unauthorized, TokenExpired, NotYet; Unavailable if the key
-        server does not answer.
+        """Verify a token.
+
+        Raises Unauthorized, TokenExpired, NotYet; Unavailable if the key server does not answer.
         """
         if self._shared_only or len(token) > MAX_TOKEN_CHARS:
             return self.verify(token)
@@ -233,8 +235,9 @@ def _too_many(chars: int, most: int) -> str:
 
 
 def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
-    """The identity in a token's claims. `ours`: our secret signed it, so our
-    own claims in it can be trusted.
+    """The identity in a token's claims.
+
+    `ours`: our secret signed it, so our own claims in it can be trusted.
     """
     listed = claims.get("conversations")
     listed = [] if listed is None else listed

@@ -103,8 +103,9 @@ class BeforeMessage:
                 return self._verdict(answer)
 
     def _verdict(self, answer: Answer) -> _Verdict:
-        """Read the answer. Raises CallFailed if it is no verdict, UnusableVerdict if the
-        verdict has invalid fields.
+        """Read the answer.
+
+        Raises CallFailed if it is no verdict, UnusableVerdict if the verdict has invalid fields.
         """
         wrong = CallFailed("wrong_answer", f"the backend answered {answer.status} without a valid verdict")
         if answer.status != 200:

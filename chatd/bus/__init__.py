@@ -26,8 +26,9 @@ class Receiver(Protocol):
     def foreign(self, conversation_id: int, name: str, payload: bytes) -> None: ...
 
     def links(self, up: bool) -> None:
-        """The links went up or down. While they are down, changes of other
-        nodes do not arrive by themselves.
+        """The links went up or down.
+
+        While they are down, changes of other nodes do not arrive by themselves.
         """
 
     def lost(self) -> None:
@@ -43,21 +44,24 @@ class Bus(Protocol):
         """Publish a committed group; the writer calls this after each commit. Never blocks."""
 
     def tell(self, signal: Signal) -> None:
-        """Send a signal, which is not stored: to this node at once, to the others if Redis
-        answers. Never blocks.
+        """Send a signal, which is not stored: to this node at once, to the others if Redis answers.
+
+        Never blocks.
         """
 
     async def run(
         self, receiver: Receiver, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Deliver everything that arrives to `receiver`. Do not call `publish` or `tell`
-        before this has started.
+        """Deliver everything that arrives to `receiver`.
+
+        Do not call `publish` or `tell` before this has started.
         """
 
 
 def give_to(receiver: Receiver, group: Group) -> None:
-    """Deliver a group on this node. Changes of rights go first, so that a removed user gets
-    no message of the group.
+    """Deliver a group on this node.
+
+    Changes of rights go first, so that a removed user gets no message of the group.
     """
     for right in (*group.members, *group.users):
         receiver.signal(right)

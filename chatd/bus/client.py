@@ -54,7 +54,8 @@ def order(stream_id: str) -> tuple[int, int]:
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a call that waits for Redis in a thread. It has a limiter of its own, so that it
-    blocks no other threads.
+    """Run a call that waits for Redis in a thread.
+
+    It has a limiter of its own, so that it blocks no other threads.
     """
     return await trio.to_thread.run_sync(work, *arguments, limiter=trio.CapacityLimiter(1))

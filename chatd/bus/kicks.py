@@ -55,8 +55,9 @@ class Kicks:
 
 
 def heard(client: redis.Redis, entries: list[Any], node: str) -> list[Kick]:
-    """The kicks of other nodes among `entries`. Their age is by Redis's clock, because
-    clocks of nodes may differ.
+    """The kicks of other nodes among `entries`.
+
+    Their age is by Redis's clock, because clocks of nodes may differ.
     """
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6

@@ -63,8 +63,9 @@ def entry(payload: bytes, node: str, members_version: int, previous: str | Unset
 
 
 def change_of(fields: dict[bytes, bytes]) -> Change | None:
-    """The change in an entry of the stream. None: not valid or from a newer version; the
-    sweep finds the change.
+    """The change in an entry of the stream.
+
+    None: not valid or from a newer version; the sweep finds the change.
     """
     payload = fields.get(b"m", b"")
     try:

@@ -32,6 +32,7 @@ class PubSubReader:
 
     async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
         """Receive until Redis fails; calls `up` when Redis has confirmed the subscriptions.
+
         Raises one of `LOST`.
         """
         with client.pubsub() as pubsub:  # type: ignore[no-untyped-call]

@@ -24,8 +24,9 @@ BATCHES = 4  # batches read ahead of the fanout; then a slow fanout slows the re
 
 
 class StreamReader:
-    """Reads the streams of changes and kicks with XREAD, in batches. After an
-    outage it continues where it was.
+    """Reads the streams of changes and kicks with XREAD, in batches.
+
+    After an outage it continues where it was.
     """
 
     def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:

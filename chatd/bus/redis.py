@@ -70,8 +70,9 @@ class RedisBus:
             task_status.started()
 
     async def _keep(self, name: str, link: Link) -> None:
-        """Keep one link connected: when Redis fails, reconnect with backoff. No other task
-        restarts in the process.
+        """Keep one link connected: when Redis fails, reconnect with backoff.
+
+        No other task restarts in the process.
         """
         backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while True:

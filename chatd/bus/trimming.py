@@ -23,8 +23,9 @@ class Trimming:
         self._part = 0  # bytes since the end of the last part
 
     def add(self, entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> str | None:
-        """Count new entries. Returns the id below which the stream can be
-        cut, or None if that has not moved.
+        """Count new entries.
+
+        Returns the id below which the stream can be cut, or None if that has not moved.
         """
         for id, fields in entries:
             size = len(fields.get(b"m", b"")) + ENTRY_BYTES

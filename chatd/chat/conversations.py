@@ -50,8 +50,9 @@ class Conversations:
     async def read_on(
         self, identity: Identity, conversation_id: int, position: Position, epoch: str | None
     ) -> Snapshot:
-        """The next portion of changes for a live subscription that lags
-        behind. Raises the errors of `enter`.
+        """The next portion of changes for a live subscription that lags behind.
+
+        Raises the errors of `enter`.
         """
         found = await self._enter(self._entry(identity, {conversation_id: position}, epoch, portion=True))
         return _snapshot_of(found, conversation_id)

@@ -31,14 +31,16 @@ class Logins:
         return await self.authenticator.authenticate(token)
 
     async def renew(self, token: str, outdated: Outdated) -> Identity:
-        """Ask the issuer again after a revocation. Raises the errors of `verify`; `outdated`
-        if nobody can be asked.
+        """Ask the issuer again after a revocation.
+
+        Raises the errors of `verify`; `outdated` if nobody can be asked.
         """
         return await self.authenticator.renew(token, outdated)
 
     async def checked(self, token: str, identity: Identity) -> Identity:
-        """The identity if the login is valid, renewed if need be. Raises Revoked, Outdated,
-        NotYet, Unavailable.
+        """The identity if the login is valid, renewed if need be.
+
+        Raises Revoked, Outdated, NotYet, Unavailable.
         """
         try:
             await self._check(identity)

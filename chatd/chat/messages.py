@@ -74,8 +74,9 @@ class Messages:
         return [command if isinstance(command, ChatError) else next(outcomes) for command in commands]  # type: ignore[misc]
 
     async def fence(self, token: str) -> None:
-        """Set the fencing token: commands with another token fail with Superseded from now
-        on. Raises Unavailable.
+        """Set the fencing token: commands with another token fail with Superseded from now on.
+
+        Raises Unavailable.
         """
         await self._writer.submit([Fence(token=token)]).outcome()
 

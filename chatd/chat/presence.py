@@ -78,8 +78,9 @@ class Presence:
         tell: Callable[[Signal], None] | None,
         life: Callable[[str], Life] = _unknown,
     ) -> None:
-        """`tell` sends a signal to the other nodes; None: there are no others. `life`
-        returns the state of another node's lease.
+        """`tell` sends a signal to the other nodes; None: there are no others.
+
+        `life` returns the state of another node's lease.
         """
         self.node, self.life, self._tell = node, life, tell
         self._own: dict[Key, _Entry] = {}
@@ -168,8 +169,9 @@ class Presence:
         return version
 
     def _count(self, key: Key, by: int, version: int, *, own: bool = False) -> None:
-        """Count one node more or less for a key. Versions of this node's
-        `own` changes are the highest already.
+        """Count one node more or less for a key.
+
+        Versions of this node's `own` changes are the highest already.
         """
         scope, id = key
         here = self._present.setdefault(scope, {})

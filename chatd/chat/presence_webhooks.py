@@ -60,8 +60,9 @@ class PresenceWebhooks:
         events: Collection[str],
         delivery: Delivery,
     ) -> None:
-        """`delivery` is woken after webhooks were written. While it is
-        full, differences wait in the database.
+        """`delivery` is woken after webhooks were written.
+
+        While it is full, differences wait in the database.
         """
         self._table, self._presence, self._leases, self._delivery = table, presence, leases, delivery
         self._events = frozenset(events) & frozenset(_EVENTS.values())
@@ -93,8 +94,9 @@ class PresenceWebhooks:
     async def run(
         self, stop: trio.Event, *, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Run until `stop`, which must come after all connections have ended. Then write
-        that, and end the lease.
+        """Run until `stop`, which must come after all connections have ended.
+
+        Then write that, and end the lease.
         """
         task_status.started(self.finished)
         while not stop.is_set():

@@ -43,8 +43,9 @@ class Receipts:
         )
 
     def submit(self, moves: Sequence[MoveCursor], then: Then) -> None:
-        """Queue moves of cursors; the writer calls `then` with the outcomes. Raises
-        Unavailable if the queue is full.
+        """Queue moves of cursors; the writer calls `then` with the outcomes.
+
+        Raises Unavailable if the queue is full.
         """
         self._writer.submit(moves, then)
 

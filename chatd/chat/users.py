@@ -42,8 +42,9 @@ class Users:
         return User(user_id, self._presence.has(USERS, user_id), connections, conversations)
 
     def disconnect(self, user_id: int, *, reconnect: bool) -> int:
-        """Close the user's connections on all nodes; returns their number. `reconnect`:
-        clients may come back at once.
+        """Close the user's connections on all nodes; returns their number.
+
+        `reconnect`: clients may come back at once.
         """
         connections = self._presence.connections(user_id)
         self._tell(Kick(user_id, reconnect))

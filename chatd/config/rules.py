@@ -125,6 +125,7 @@ def _mistakes_in_webhooks(webhooks: Webhooks) -> Iterator[str]:
 
 def _is_key(secret: str) -> bool:
     """Whether a secret that starts with `whsec_` has a valid key after it.
+
     Every other secret is a valid key.
     """
     try:

@@ -162,8 +162,9 @@ RESERVED_EVENTS = frozenset(
 
 
 class CommandError(Exception):
-    """A frame is not a valid command. `ref` is the frame's own, or None if it
-    has none that can be sent back.
+    """A frame is not a valid command.
+
+    `ref` is the frame's own, or None if it has none that can be sent back.
     """
 
     def __init__(self, error: ChatError, ref: Any = None) -> None:
@@ -267,8 +268,9 @@ def error_event(error: ChatError, ref: Any = None) -> bytes:
 
 
 def position_of(since: Since | Subscribe | int | None) -> Position:
-    """The position that a client sent. A mark that is left out or null means
-    that the client does not know it.
+    """The position that a client sent.
+
+    A mark that is left out or null means that the client does not know it.
     """
     if since is None or isinstance(since, int):
         return Position(since)

@@ -111,8 +111,9 @@ log = structlog.get_logger()
 
 
 class Entry(Struct, frozen=True):
-    """An entry of the stream. `payload` is None if the entry has no field `m`,
-    or was deleted from the stream.
+    """An entry of the stream.
+
+    `payload` is None if the entry has no field `m`, or was deleted from the stream.
     """
 
     id: str

@@ -34,8 +34,9 @@ NEWCOMER = 0.01  # least seconds between two connections of a crowd that are acc
 
 
 class Stay:
-    """One connection in the lobby. `key`: its address as limits count it; empty: shared by
-    many, as a proxy's is.
+    """One connection in the lobby.
+
+    `key`: its address as limits count it; empty: shared by many, as a proxy's is.
     """
 
     __slots__ = ("_lobby", "end", "key", "ours", "since", "stream")
@@ -53,15 +54,17 @@ class Stay:
         self._lobby.note(self)
 
     def leave(self) -> None:
-        """Leave the lobby, because the client is known or the connection has
-        ended. A second call does nothing.
+        """Leave the lobby, because the client is known or the connection has ended.
+
+        A second call does nothing.
         """
         self._lobby.forget(self)
 
     @contextmanager
     def our_turn(self) -> Iterator[None]:
-        """A block in which chatd works on what the peer has sent. Its time does not count as
-        the peer's silence.
+        """A block in which chatd works on what the peer has sent.
+
+        Its time does not count as the peer's silence.
         """
         self.ours = True
         try:
@@ -91,8 +94,9 @@ class Stay:
 
 
 class Lobby:
-    """The unknown connections of one port, with `most` places. `port`, `hub` or
-    `api`, is for logs and metrics.
+    """The unknown connections of one port, with `most` places.
+
+    `port`, `hub` or `api`, is for logs and metrics.
     """
 
     def __init__(self, port: str, most: int = 1) -> None:
@@ -195,8 +199,9 @@ def is_silent(peer: trio.SocketStream) -> bool:
 
 
 def key_of(peer: trio.SocketStream) -> str:
-    """The key of a peer's address. Empty for a loopback address, which many
-    clients behind a proxy may share.
+    """The key of a peer's address.
+
+    Empty for a loopback address, which many clients behind a proxy may share.
     """
     try:
         address = str(peer.socket.getpeername()[0])

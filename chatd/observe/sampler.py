@@ -22,8 +22,9 @@ BACKLOG_PERIOD = 10.0  # seconds between two reads of the outbox's size
 
 
 class Point(Struct, frozen=True):
-    """One point of the curves. Rates are per second. Lags are in seconds: 99th percentiles
-    since the last point.
+    """One point of the curves.
+
+    Rates are per second. Lags are in seconds: 99th percentiles since the last point.
     """
 
     at: float  # unix seconds

@@ -148,8 +148,10 @@ def require(config: Database) -> None:
 
 @contextmanager
 def opened(config: Database) -> Iterator[Engine]:
-    """An engine for the block that may write. Raises OperatorError for every
-    error of the database or its URL, and changes nothing in the database of another application.
+    """An engine for the block that may write.
+
+    Raises OperatorError for every error of the database or its URL, and changes nothing in the database of
+    another application.
     """
     file = copies.file_of(config.url)
     with _as_operator_errors(config.url), _disposed(writing_engine(config.url)) as engine:

@@ -1,5 +1,6 @@
-"""The database's part of the operator's commands. Each opens an engine of its own, whether a
-daemon runs or not.
+"""The database's part of the operator's commands.
+
+Each opens an engine of its own, whether a daemon runs or not.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def backup(config: Database, target: Path) -> None:
 
 
 def restore(config: Database, source: Path) -> Path | None:
-    """Replace an SQLite database with the copy `source`. Returns where the old one is now.
-    Raises OperatorError.
+    """Replace an SQLite database with the copy `source`.
+
+    Returns where the old one is now. Raises OperatorError.
     """
     file = copies.file_of(config.url)
     if file is None:

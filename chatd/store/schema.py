@@ -77,8 +77,8 @@ conversations = Table(
     Column("last_seq", BigInteger, nullable=False, server_default="0"),
     # Retention has removed the log up to `low_seq`.
     Column("low_seq", BigInteger, nullable=False, server_default="0"),
-    # `members_version` grows with each change of the members; `removed_version` is its value
-    # at the last removal or ban.
+    # `members_version` grows with each change of the members; `removed_version` is its value at the last
+    # removal or ban.
     Column("members_version", BigInteger, nullable=False, server_default="0"),
     Column("removed_version", BigInteger, nullable=False, server_default="0"),
     Column("updated_at", Timestamp, nullable=False),

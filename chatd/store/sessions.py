@@ -67,8 +67,9 @@ class Strayed(Exception):
 
 
 class Sessions:
-    """The sessions of all engines that share this object. A session is usable while its
-    generation is the newest.
+    """The sessions of all engines that share this object.
+
+    A session is usable while its generation is the newest.
     """
 
     def __init__(self) -> None:
@@ -174,8 +175,9 @@ class Sessions:
 
 
 def strayed(connection: Connection) -> bool:
-    """Whether this session leads to an old primary: reads may be outdated and
-    commits lost. False for SQLite.
+    """Whether this session leads to an old primary: reads may be outdated and commits lost.
+
+    False for SQLite.
     """
     sessions: Sessions | None = connection.info.get("sessions")
     if sessions is None:

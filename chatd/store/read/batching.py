@@ -36,7 +36,7 @@ class _Turn(Generic[Request, Answer]):
     `failed`: the read ended with Unavailable. `alone`: the batch failed, so the request must be read by itself.
     """
 
-    __slots__ = ("alone", "answer", "woken", "failed", "owner", "request", "weight")
+    __slots__ = ("alone", "answer", "failed", "owner", "request", "weight", "woken")
 
     def __init__(self, request: Request, owner: int, weight: int) -> None:
         self.request, self.owner, self.weight = request, owner, weight
@@ -167,6 +167,7 @@ class Batcher(Generic[Request, Answer]):
         owner: Callable[[Request], int],
     ) -> None:
         """`many` answers requests in their order, each with an answer that is not None.
+
         `owner` returns the user.
         """
         self._read, self._many, self._weight, self._owner = read, many, weight, owner
@@ -175,8 +176,9 @@ class Batcher(Generic[Request, Answer]):
         self._last_asked = -GATHER
 
     async def __call__(self, request: Request) -> Answer:
-        """The answer to a request. Raises Unavailable, and what `many`
-        raises if it reads this request alone.
+        """The answer to a request.
+
+        Raises Unavailable, and what `many` raises if it reads this request alone.
         """
         mine: _Turn[Request, Answer] = _Turn(request, self._owner(request), self._weight(request))
         self._queue.add(mine)

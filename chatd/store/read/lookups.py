@@ -201,8 +201,9 @@ def history_for(
 
 
 def check_rights(connection: Connection, conversation_id: int, user_id: int, entitled: bool) -> None:
-    """Raises NotFound if the user may not read the conversation. `entitled`:
-    what holds without a members' row.
+    """Raises NotFound if the user may not read the conversation.
+
+    `entitled`: what holds without a members' row.
     """
     if not may(states(connection, conversation_id, [user_id]).get(user_id), entitled):
         raise NotFound(field="conversation_id")

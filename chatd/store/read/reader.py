@@ -26,8 +26,9 @@ _unavailable = Recurring("read_unavailable")
 
 
 class Reader:
-    """Runs reads in threads, as many at once as there are connections. Callers can be
-    cancelled while they wait.
+    """Runs reads in threads, as many at once as there are connections.
+
+    Callers can be cancelled while they wait.
     """
 
     def __init__(self, engine: Engine, readers: int, overdue: Callable[[], None] = lambda: None) -> None:
@@ -36,8 +37,9 @@ class Reader:
         self._limiter = trio.CapacityLimiter(readers)
 
     async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
-        """Run `read(connection, *arguments)` within one snapshot. Raises
-        Unavailable, and what `read` raises.
+        """Run `read(connection, *arguments)` within one snapshot.
+
+        Raises Unavailable, and what `read` raises.
         """
         started = trio.current_time()
         try:

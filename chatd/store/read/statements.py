@@ -68,8 +68,8 @@ NEWEST_MESSAGES = _page.order_by(messages.c.id.desc()).limit(_one("most"))
 MESSAGES_BEFORE = NEWEST_MESSAGES.where(messages.c.id < _one("before"))
 MESSAGES_AFTER = _page.where(messages.c.id > _one("after")).order_by(messages.c.id).limit(_one("most"))
 
-# The queries take several conversations at once, so a client with hundreds of rooms costs no
-# more queries than one with a single room.
+# The queries take several conversations at once, so a client with hundreds of rooms costs no more queries than
+# one with a single room.
 CURSORS = (
     select(reads.c.conversation_id, reads.c.user_id, reads.c.read_id, reads.c.delivered_id)
     .where(among(reads.c.conversation_id, "conversation_ids"))

@@ -116,8 +116,9 @@ def replace(target: Path, source: Path) -> Path | None:
 
 
 def _exchange(target: Path, fresh: Path) -> Path | None:
-    """Swap the files. A database has the name at every moment, since a starting daemon would
-    create a missing one.
+    """Swap the files.
+
+    A database has the name at every moment, since a starting daemon would create a missing one.
     """
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = target.with_name(f"{target.name}.before-restore-{moment}")
@@ -149,8 +150,9 @@ def _keep(target: Path, kept: Path) -> None:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """A block in which nobody else has or can open the database. Its log is in
-    the file. Raises OperatorError.
+    """A block in which nobody else has or can open the database.
+
+    Its log is in the file. Raises OperatorError.
     """
     with closing(_open(path, timeout=0)) as connection:
         try:  # SQLite leaves WAL mode only for a connection that is the only one
@@ -174,8 +176,9 @@ def _hand_over(path: Path, like: Path) -> None:
 
 
 def _open(path: Path, *, timeout: float = BUSY_SECONDS) -> sqlite3.Connection:
-    """Open an existing database. Raises sqlite3.OperationalError if there is none, where
-    SQLite would create one.
+    """Open an existing database.
+
+    Raises sqlite3.OperationalError if there is none, where SQLite would create one.
     """
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=timeout)
 

@@ -188,8 +188,9 @@ def forget(engine: Engine, *, anew: bool) -> bool:
 
 
 def _empty_log(driver: Any) -> bool:
-    """Empty the log; whether that worked within `BUSY`. A checkpoint of a daemon makes ours
-    fail at once: retry.
+    """Empty the log; whether that worked within `BUSY`.
+
+    A checkpoint of a daemon makes ours fail at once: retry.
     """
     deadline = time.monotonic() + BUSY
     while driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:

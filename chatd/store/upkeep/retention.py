@@ -95,8 +95,9 @@ class _Target:
 
 
 class Pruner:
-    """Applies the rules once: call `find` once, then `step` until it returns
-    None. Both block, so use a thread.
+    """Applies the rules once: call `find` once, then `step` until it returns None.
+
+    Both block, so use a thread.
     """
 
     def __init__(self, engine: Engine, rules: Rules, *, patient: bool = False) -> None:
@@ -127,8 +128,9 @@ class Pruner:
 
 
 def remove_leftovers(engine: Engine) -> int:
-    """Remove up to `BATCH` old rows from the outbox and from the given-up webhooks; returns
-    their number. Blocks.
+    """Remove up to `BATCH` old rows from the outbox and from the given-up webhooks; returns their number.
+
+    Blocks.
     """
     before = timestamp(datetime.now(UTC) - timedelta(seconds=LEFT_FOR))
     outbox, webhooks = schema.outbox, schema.webhooks
@@ -142,8 +144,9 @@ def remove_leftovers(engine: Engine) -> int:
 
 
 class Pruning:
-    """Runs a `Pruner` in a thread, for the daemon. A cancelled `step` still
-    completes: it takes milliseconds.
+    """Runs a `Pruner` in a thread, for the daemon.
+
+    A cancelled `step` still completes: it takes milliseconds.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -64,8 +64,9 @@ class Committer:
     def commit(
         self, commands: list[AnyCommand], settled: Iterable[int] = (), lock_wait: int | None = None
     ) -> Committed:
-        """Commit one group. `settled`: ids of published outbox rows to remove. `lock_wait`:
-        ms; None: the default.
+        """Commit one group.
+
+        `settled`: ids of published outbox rows to remove. `lock_wait`: ms; None: the default.
         """
         try:
             outcomes, group = self._transact(commands, settled, lock_wait)

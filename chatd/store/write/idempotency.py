@@ -40,8 +40,9 @@ class Idempotency:
                 self._earlier[row["chat_conversation_id"], row["user_id"], row["client_id"]] = dict(row)
 
     def find(self, command: Create) -> Row | None:
-        """The message of an earlier attempt, or None. Raises Conflict if the
-        earlier request had other content.
+        """The message of an earlier attempt, or None.
+
+        Raises Conflict if the earlier request had other content.
         """
         earlier = self._earlier.get(_key(command))
         if earlier is not None and earlier["request_hash"] != command.request_hash():

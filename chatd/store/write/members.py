@@ -93,8 +93,9 @@ class Members:
         shrinks: bool = False,
         quiet: bool = False,
     ) -> None:
-        """`announce`: the state has changed. `shrinks`: the user could read
-        the conversation and no longer can.
+        """`announce`: the state has changed.
+
+        `shrinks`: the user could read the conversation and no longer can.
         """
         conversation_id, user = key
         self._rows[key] = self._set[key] = {

@@ -49,8 +49,9 @@ class _MessageEvent(Struct, frozen=True):
 
 
 class Outgoing:
-    """The outgoing events of one transaction. `notifications` are webhook events other than
-    messages and members.
+    """The outgoing events of one transaction.
+
+    `notifications` are webhook events other than messages and members.
     """
 
     def __init__(self, connection: Connection, node: str | None, now: str, wanted: frozenset[str]) -> None:
@@ -63,8 +64,9 @@ class Outgoing:
         self.notifications: list[Notify] = []
 
     def tell_message(self, kind: Kind, seq: int, row: dict[str, Any], command: ByUser) -> None:
-        """Note an event for the webhook. Its body is made later, because the row of a new
-        message has no id yet.
+        """Note an event for the webhook.
+
+        Its body is made later, because the row of a new message has no id yet.
         """
         if (event := _EVENTS[kind]) in self._wanted:
             self._messages.append(_MessageEvent(event, seq, row, command))

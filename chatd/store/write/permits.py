@@ -43,8 +43,9 @@ def visible(members: Members, command: Edit | Delete | React, row: Row | None) -
 
 
 def own(members: Members, command: Edit | Delete, row: Row | None) -> Row:
-    """The message as it is now, if its author, a moderator or the backend asks. Raises
-    NotFound, Muted, Forbidden.
+    """The message as it is now, if its author, a moderator or the backend asks.
+
+    Raises NotFound, Muted, Forbidden.
     """
     row = visible(members, command, row)
     if command.user_id in (None, row["user_id"]):

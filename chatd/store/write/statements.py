@@ -134,8 +134,9 @@ INSERT_CHANGES = insert(changes)
 
 
 def _for_each_place(value: Any) -> dict[str, Select[Any]]:
-    """By dialect: a value per conversation. `keys` are [conversation_id];
-    `value` makes the subquery for one.
+    """By dialect: a value per conversation.
+
+    `keys` are [conversation_id]; `value` makes the subquery for one.
     """
 
     def of(dialect: str) -> Select[Any]:

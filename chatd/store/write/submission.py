@@ -46,8 +46,9 @@ class Submission:
                 log.error("answer_failed", exc_info=error)
 
     async def outcomes(self) -> Sequence[Outcome]:
-        """One outcome for each command. After the deadline all are
-        Unavailable: nobody knows the real outcome.
+        """One outcome for each command.
+
+        After the deadline all are Unavailable: nobody knows the real outcome.
         """
         if self._outcomes is None:
             self._done = self._done or trio.Event()

@@ -64,8 +64,9 @@ class Step(Struct):
 
 
 class Transaction:
-    """Executes one group of commands. `run` returns a result or a ChatError for each; it
-    raises only the database's errors.
+    """Executes one group of commands.
+
+    `run` returns a result or a ChatError for each; it raises only the database's errors.
     """
 
     def __init__(self, connection: Connection, node: str | None, wanted: frozenset[str] = frozenset()) -> None:

@@ -37,8 +37,9 @@ log = structlog.get_logger()
 
 
 class Writer:
-    """The writer. `failing`: the last write found no database that accepts
-    one; the idle writer keeps trying.
+    """The writer.
+
+    `failing`: the last write found no database that accepts one; the idle writer keeps trying.
     """
 
     def __init__(
