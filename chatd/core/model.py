@@ -17,7 +17,7 @@ FOR_EVER = "9999-12-31T23:59:59.000000Z"  # the last moment that this format can
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
-    """A message, in the order of the wire. JSON leaves out those fields from `reply_to` on that have no value."""
+    """A message, in the order of the wire. JSON leaves out fields from `reply_to` on that have no value."""
 
     conversation_id: int
     id: int
