@@ -12,8 +12,8 @@ from math import inf
 import trio
 
 BUFFER_BYTES = 16 * 1024  # what is under way to a client, in the kernel
-# What the kernel takes from chatd ahead of the link. It acknowledges in steps of about half of its buffer, twice this:
-# with 16 KiB nothing for 2.5 s at 10 KB/s, where the far end of a real link acknowledges every segment.
+# What the kernel takes from chatd ahead of the link. The far end of a real link acknowledges every segment; the
+# kernel does it in steps of about half of its buffer. With 16 KiB that was one step in 2.5 s at 10 KB/s.
 AHEAD_BYTES = 2 * 1024
 CHUNKS = 10  # reads a second of a slow link
 READ_BYTES = 64 * 1024
