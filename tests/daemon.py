@@ -31,6 +31,14 @@ class Answer:
         return json.loads(self.body)
 
 
+class Ended(AssertionError):
+    """chatd has ended with this `code` before it served."""
+
+    def __init__(self, code: int, log: str) -> None:
+        super().__init__(f"chatd ended with {code}:\n{log}")
+        self.code = code
+
+
 class Daemon:
     """`chatd serve` on ports of its own. `settings` are `section__key` names, as in the environment.
 
@@ -103,7 +111,7 @@ class Daemon:
         deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise AssertionError(f"chatd ended with {self._process.returncode}:\n{self.log}")
+                raise Ended(self._process.returncode, self.log)
             try:
                 if self.get("/healthz").status == 200:
                     return self

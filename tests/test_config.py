@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from chatd import config
@@ -17,6 +18,7 @@ from chatd.config import redis_url
 from chatd.core.errors import ConfigError
 from chatd.ops.showing import as_toml
 from chatd.store import urls
+from chatd.store.failures import is_unanswered
 from tests.daemon import Daemon
 from tests.services import RedisServer, free_port
 
@@ -272,6 +274,26 @@ def test_no_postgresql_at_the_start_is_told_with_all_its_hosts(tmp_path: Path) -
     assert f"no PostgreSQL at 127.0.0.1:{first}, 127.0.0.1:{second} (Connection refused)" in line
     assert "Start it there" in line
     assert "secret-word" not in line
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (psycopg.OperationalError("connection refused"), True),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.CrashShutdown(), True),
+        (psycopg.errors.CannotConnectNow(), True),
+        (psycopg.errors.TooManyConnections(), True),
+        (psycopg.errors.ReadOnlySqlTransaction(), True),
+        (psycopg.errors.ConnectionFailure(), True),
+        (psycopg.errors.InvalidPassword(), False),
+        (psycopg.errors.UndefinedTable(), False),
+        (psycopg.ProgrammingError("no such option"), False),
+    ],
+)
+def test_what_ends_a_start_with_75_may_pass(error: psycopg.Error, passing: bool) -> None:
+    """A service manager tries again after that, where a mistake of the operator's stays one."""
+    assert is_unanswered(error) == passing
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any
 
 import psycopg
 
-from tests.daemon import Daemon
+from tests.daemon import Daemon, Ended
 from tests.faults.contents import Rows, connect_sqlite, of_postgres, of_sqlite
 from tests.faults.workload import TOKEN
 from tests.replication import ReplicatedServer, Replication
@@ -31,6 +31,8 @@ from tests.services import PostgresServer, RedisServer, ServiceError
 SECRET = "a secret of the fault tests alone, long enough"
 PING_INTERVAL, PING_TIMEOUT = 2.0, 2.0  # seconds: a half-open peer is found within a phase
 DRAIN_WINDOW = 0.5
+STARTS = 50  # attempts while the database is away
+EX_TEMPFAIL = 75  # of sysexits.h: another attempt may succeed
 SMALL_DISK = 48  # MB
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 FAKETIME_FILE = "clock"
@@ -83,12 +85,24 @@ class Node(Daemon):
             }
             before, self.environ = self.environ, self.environ | clock
             try:
-                super().start()
+                self._start_again()
             finally:
                 self.environ = before
         else:
-            super().start()
+            self._start_again()
         return self
+
+    def _start_again(self) -> None:
+        """As a service manager does where the database went away during the start."""
+        for _ in range(STARTS):
+            try:
+                super().start()
+                return
+            except Ended as end:
+                if end.code != EX_TEMPFAIL:
+                    raise
+                time.sleep(0.1)
+        raise AssertionError(f"the database was away at {STARTS} starts")
 
     def step_clock(self, seconds: int) -> None:
         """Only for a node that was started as `faked`: its wall clock is now so far off."""
