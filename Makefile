@@ -7,7 +7,7 @@ VENV := .venv$(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run tour test test-quick test-systemd check docs reference install uninstall format bench bench-quick faults clean
+.PHONY: help run tour test test-quick test-systemd check outdated docs reference install uninstall format bench bench-quick faults clean
 
 # A .venv whose interpreter has gone (the system's Python was upgraded) is made anew.
 $(if $(shell $(BIN)/python -c "print('fine')" 2>/dev/null),,$(shell rm -f $(VENV)/run $(VENV)/docs $(VENV)/dev))
@@ -39,6 +39,9 @@ check: $(VENV)/dev  ## lint, format, types, which module may import which, and h
 	$(BIN)/mypy --strict chatd
 	$(BIN)/lint-imports
 	sh tests/units.sh
+
+outdated: $(VENV)/dev  ## which requirements have newer releases, and which are held on purpose: asks PyPI
+	@$(BIN)/python -m tools.outdated
 
 docs: $(VENV)/docs  ## the documentation as a searchable site in site/, with its links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
