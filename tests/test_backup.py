@@ -111,7 +111,7 @@ async def test_clients_start_over_after_a_restore(daemons: Daemons, tmp_path: Pa
     await trio.to_thread.run_sync(daemon.stop)
     done = await trio.to_thread.run_sync(daemon.command, "restore", str(copy))
     assert done.returncode == 0, done.stderr
-    kept = Path(done.stdout.split("The database that was there is ")[1].removesuffix(" now.\n"))
+    kept = Path(done.stdout.split("The old database is now ")[1].removesuffix(".\n"))
     with closing(sqlite3.connect(daemon.directory / kept)) as old:
         assert old.execute("SELECT count(*) FROM chat_messages").fetchone() == (2,), "nothing is thrown away"
     await trio.to_thread.run_sync(daemon.start)

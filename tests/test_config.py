@@ -221,9 +221,9 @@ def test_a_wrong_configuration_ends_with_78_and_every_mistake(tmp_path: Path) ->
         assert "Traceback" not in ended.stderr
     daemon = Daemon(tmp_path, api__internal_token="")
     assert "api.internal_token: is empty" in daemon.command("serve").stderr
-    fine = Daemon(tmp_path).command("check-config")
-    assert fine.returncode == 0
-    assert "fine" in fine.stdout
+    valid = Daemon(tmp_path).command("check-config")
+    assert valid.returncode == 0
+    assert "valid" in valid.stdout
 
 
 @pytest.mark.service
@@ -232,8 +232,11 @@ def test_no_token_is_needed_where_no_backend_is_served(tmp_path: Path) -> None:
     early = daemon.command("token", "7")
     assert (early.returncode, "no token would be valid" in early.stderr) == (1, True)
     migrated = daemon.command("migrate")
-    assert (migrated.returncode, migrated.stdout) == (0, "The schema went from nothing to version 0005.\n")
-    assert daemon.command("migrate").stdout == "The schema is at version 0005 already.\n"
+    assert (migrated.returncode, migrated.stdout) == (
+        0,
+        "The schema was migrated from an empty database to version 0005.\n",
+    )
+    assert daemon.command("migrate").stdout == "The schema is already at version 0005.\n"
     made = daemon.command("token", "7", "--ttl", "60")
     assert made.returncode == 0
     assert made.stdout.count(".") == 2

@@ -128,7 +128,7 @@ def test_low_limit_of_open_files(well: Daemon) -> None:
     code, found = doctor(well, prefix=("prlimit", "--nofile=1024:1024"), **nobody)
     assert code == 2
     assert wrong(found)["open files"] == (
-        "problem: the limit here is 1024: room for 768 clients, and limits.connections promises 5000"
+        "problem: the limit here is 1024: room for 768 clients, but limits.connections allows 5000"
     )
 
 
@@ -181,8 +181,8 @@ def test_postgresql(well: Daemon, postgres_url: str, postgres: Any) -> None:
     assert "clock" not in wrong(found)
     said = " ".join(one["found"] for one in found if one["subject"] == "database")
     assert "PostgreSQL 1" in said
-    assert "takes rows" in said
-    assert "a commit is on the disk in " in said
+    assert "accepts writes" in said
+    assert "a commit reaches the disk in " in said
     found = inspected(well, CHATD_DATABASE__URL=postgres.create_database())
     assert any("schema: none; this chatd needs" in one["found"] for one in found)
     found = inspected(well, CHATD_DATABASE__URL=f"postgresql://chatd@127.0.0.1:{free_port()}/x")
@@ -202,7 +202,7 @@ def test_a_damaged_file(well: Daemon, tmp_path: Path, table: str) -> None:
     assert well.command("backup", str(file)).returncode == 0
     database = {"CHATD_DATABASE__URL": f"sqlite:///{file}"}
     found = inspected(well, **database)
-    assert any(one["found"] == "the file is whole" for one in found)
+    assert any(one["found"] == "the file is intact" for one in found)
     damage(file, table)
     found = inspected(well, **database)
     assert wrong(found)["database"].startswith("problem: the file is damaged: ")
@@ -225,7 +225,7 @@ def test_a_locked_database_takes_no_rows(well: Daemon, monkeypatch: pytest.Monke
         holder.execute("BEGIN IMMEDIATE")
         found = inspected(well)
         holder.rollback()
-    assert wrong(found)["database"] == "problem: takes no rows: database is locked"
+    assert wrong(found)["database"] == "problem: does not accept writes: database is locked"
 
 
 @pytest.fixture
@@ -254,9 +254,9 @@ def test_files_that_others_can_read(well: Daemon, anybodys: Path) -> None:
     ]
     assert code == 2
     assert said == [
-        f"{toml} holds secrets, and everybody on this machine can read it (-rw-r--r--)",
+        f"{toml} holds secrets, and every user of this machine can read it (-rw-r--r--)",
         f"{token} holds secrets, and its group can change it (-rw--w----)",
-        f"everybody here can read {database} (-rw-r--r--): the messages, and what signs tokens",
+        f"every user of this machine can read {database} (-rw-r--r--): the messages, and the secret for tokens",
     ]
     tmp_path.chmod(0o700)  # nobody else gets there now
     assert not list(machine._too_open(toml))

@@ -317,9 +317,9 @@ async def test_the_command_tells_and_does(daemons: Daemons) -> None:
             daemon.post(1, 2, f"{number}")
         await here.messages(6)
         dry = await trio.to_thread.run_sync(daemon.command, "prune", "--dry-run")
-        assert dry.stdout == "3 messages would go.\n"
+        assert dry.stdout == "3 messages would be removed.\n"
         done = await trio.to_thread.run_sync(daemon.command, "prune", "--keep", "2")
-        assert (done.stdout, done.stderr, done.returncode) == ("4 messages are gone.\n", "", 0)
+        assert (done.stdout, done.stderr, done.returncode) == ("4 messages were removed.\n", "", 0)
         daemon.post(1, 2, "more")
         assert [one["seq"] for one in await here.messages(1)] == [7]
         page = await here.request("history", conversation_id=1)

@@ -1,4 +1,4 @@
-"""The commands: the only code that prints, and the only one that ends the process with a code."""
+"""The commands. Only this package prints and sets exit codes."""
 
 from chatd.cli.group import main
 

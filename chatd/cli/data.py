@@ -1,4 +1,4 @@
-"""`backup`, `restore`, `prune`, `user export`, `user erase`: what is done with the data, beside the daemon."""
+"""`backup`, `restore`, `prune`, `user export`, `user erase`: the commands that work on the data itself."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ FILE = click.Path(path_type=Path)
 
 
 class NewFile(click.Path):
-    """A file to be made, or a directory for it: `name/` is one, and no file gets its name if it is missing."""
+    """A path for a new file, or a directory for it. A path that ends with `/` must be an existing directory."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and value.endswith(os.sep) and not Path(value).is_dir():
-            self.fail(f"there is no directory {value} Make it first, or name a file.", param, ctx)
+            self.fail(f"there is no directory {value} Create it first, or give the path of a file.", param, ctx)
         return super().convert(value, param, ctx)
 
 
 NEW_FILE = NewFile(path_type=Path)
-LOOK_EVERY = 0.5  # seconds between two looks at how far a copy is
-# Seconds; by then a daemon has looked whose tokens are void, and ended their connections.
+LOOK_EVERY = 0.5  # seconds between two updates of the progress line
+# Seconds after which a running daemon's sweep has closed the connections with void tokens.
 GONE_AFTER = EVERY + 2.0
 WAIT_HELP = "Seconds to wait until the user's connections have ended; 0 if chatd does not run."
 
@@ -59,8 +59,8 @@ def settings_of(path: Path | None) -> config.Config:
 def backup(path: Path | None, target: Path) -> None:
     """Copy the database to a file, or into a directory, while chatd serves.
 
-    The copy is compact, holds the database as of one moment, and is checked; you alone can read it. This
-    works for SQLite. For PostgreSQL use pg_dump.
+    The copy is compact, has the state of one moment, and is checked. Only you can read it. This works for
+    SQLite. For PostgreSQL use pg_dump.
     """
     settings = settings_of(path)
     _tidy_up_when_terminated()
@@ -78,25 +78,25 @@ def backup(path: Path | None, target: Path) -> None:
 @click.option(
     "--new-epoch",
     is_flag=True,
-    help="After a restore with PostgreSQL's own tools: let older clients start over.",
+    help="After a restore with PostgreSQL's own tools: make clients without marks start over.",
 )
 @with_config
 def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
-    """Replace the database by a backup. Stop chatd first; the old database is kept beside the new one.
+    """Replace the database by a backup. Stop chatd first. The old database is kept beside the new one.
 
-    Clients that come back start over (`recovered: false`), unless they prove by a mark that the backup holds
+    Clients that reconnect start over (`recovered: false`), unless their mark proves that the backup has
     everything that they have seen.
     """
     settings = settings_of(path)
     if new_epoch == (source is not None):
-        raise click.UsageError("Name the backup; or, after PostgreSQL's own restore, give --new-epoch.")
+        raise click.UsageError("Give the path of the backup, or --new-epoch after PostgreSQL's own restore.")
     _tidy_up_when_terminated()
     if source is None:
         maintenance.new_epoch(settings.database)
-        click.echo("Clients that keep no marks will start over, from their next connection on. Restart chatd.")
+        click.echo("Clients without marks will start over at their next connection. Restart chatd now.")
         return
     kept = maintenance.restore(settings.database, source)
-    click.echo(f"Restored {source}." + (f" The database that was there is {kept} now." if kept else ""))
+    click.echo(f"Restored {source}." + (f" The old database is now {kept}." if kept else ""))
 
 
 @main.command()
@@ -104,13 +104,13 @@ def restore(path: Path | None, source: Path | None, new_epoch: bool) -> None:
     "--older-than",
     "days",
     type=click.FloatRange(0, 36_500),
-    help="Remove messages older than so many days. Otherwise retention.days counts.",
+    help="Remove messages older than this number of days, instead of retention.days.",
 )
 @click.option(
     "--keep",
     "messages",
     type=click.IntRange(0, MAX_ID),
-    help="Keep so many messages of each room. Otherwise retention.messages counts.",
+    help="Keep this number of messages of each room, instead of retention.messages.",
 )
 @click.option("--dry-run", is_flag=True, help="Only count the messages that would be removed.")
 @with_config
@@ -130,12 +130,12 @@ def prune(path: Path | None, days: float | None, messages: int | None, dry_run: 
 
     count = maintenance.prune(settings.database, rules, tell, dry=dry_run)
     _progress("")
-    click.echo(f"{count:,} messages would go." if dry_run else f"{count:,} messages are gone.")
+    click.echo(f"{count:,} messages would be removed." if dry_run else f"{count:,} messages were removed.")
 
 
 @main.group()
 def user() -> None:
-    """Export or erase everything that chatd knows of one user."""
+    """Export or erase all data about one user."""
 
 
 @user.command()
@@ -143,11 +143,11 @@ def user() -> None:
 @click.option(
     "--output",
     type=NEW_FILE,
-    help="Write to this new file, which you alone can read, instead of standard output.",
+    help="Write to this new file, which only you can read, instead of standard output.",
 )
 @with_config
 def export(path: Path | None, user_id: int, output: Path | None) -> None:
-    """Print all rows about a user, one JSON object on each line, with the `table` that each is from."""
+    """Print all rows about a user, one JSON object on each line. `table` names the table of the row."""
     rows = maintenance.exported(settings_of(path).database, user_id)
     lines = (msgspec.json.encode(row).decode() for row in rows)
     if output is None:
@@ -165,19 +165,17 @@ def export(path: Path | None, user_id: int, output: Path | None) -> None:
 
 @user.command()
 @click.argument("user_id", type=ID)
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @click.option("--wait", type=click.FloatRange(0), default=GONE_AFTER, show_default=True, help=WAIT_HELP)
-@click.option(
-    "--in-place", is_flag=True, help="Do not rewrite SQLite's file. Posts wait while it is rewritten."
-)
+@click.option("--in-place", is_flag=True, help="Do not rewrite SQLite's file. A rewrite makes posts wait.")
 @with_config
 def erase(path: Path | None, user_id: int, yes: bool, wait: float, in_place: bool) -> None:
-    """Erase what a user has written, and void the user's tokens. You cannot undo it.
+    """Erase what a user has written, and void the user's tokens. You cannot undo this.
 
-    The user's messages become deleted messages, so that conversations have no hole. chatd removes their
+    The user's messages become deleted messages, so that conversations have no gaps. chatd removes their
     content, and the user's reactions, receipts and memberships, also from chat.stream. It rewrites SQLite's
-    file, so that no byte is left; with --in-place older versions of edited messages may stay in the file.
-    Clients see the messages disappear within seconds. Backups still hold them.
+    file, so that no byte is left. With --in-place, older versions of edited messages may stay in the file.
+    Clients see the messages disappear within seconds. Backups still have them.
     """
     settings = settings_of(path)
     if not yes:
@@ -196,28 +194,32 @@ def erase(path: Path | None, user_id: int, yes: bool, wait: float, in_place: boo
     entries = stream.erase(settings.redis, user_id) if redis else 0
     click.echo(f"Erased: {count:,} messages" + (f", {entries:,} entries of chat.stream." if redis else "."))
     if not clean:
-        raise OperatorError("SQLite's log is in use and may hold some bytes still: run it again later.")
+        raise OperatorError(
+            "SQLite's log is in use and may still have some of the bytes: run the command again later."
+        )
 
 
 def _tidy_up_when_terminated() -> None:
-    """SIGTERM is what systemd stops a timer's job with: it shall leave as little behind as Ctrl-C."""
+    """Handle SIGTERM, with which systemd stops a timer's job, like Ctrl-C, so that temporary files are
+    removed.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _progress(text: str) -> None:
-    """A line that is written over by the next; only where a person looks."""
+    """Show a line that the next one overwrites. Nothing is printed if standard error is not a terminal."""
     if sys.stderr.isatty():
         click.echo(f"\r\033[K{text}", nl=False, err=True)
 
 
 @contextmanager
 def _growing(target: Path, source: Path | None) -> Iterator[None]:
-    """Show how far a copy is while the block makes it."""
+    """Show the progress of a copy while the block makes it."""
     done, partial = threading.Event(), copies.partial_of(target)
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
-            with suppress(OSError):  # it is begun in a moment, or was just finished
+            with suppress(OSError):  # the partial file does not exist yet, or was just renamed
                 sizes = [file.stat().st_size / 2**20 for file in (partial, source or partial)]
                 _progress(f"{sizes[0]:,.0f} MiB of at most {sizes[1]:,.0f}")
 

@@ -1,4 +1,4 @@
-"""`doctor`: looks for what goes wrong in practice."""
+"""`doctor`: checks an installation for mistakes that happen in practice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chatd.ops import checks
 from chatd.ops.finding import Case, Finding, Level, examine, problem
 
 COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
-WIDTH = 18  # of what was looked at
+WIDTH = 18  # characters of the column with the subject
 
 
 @main.command()
@@ -30,21 +30,23 @@ WIDTH = 18  # of what was looked at
     help="The configuration to read.",
 )
 @click.option(
-    "--url", default="", help="Check the proxy, too: where clients connect, as in wss://chat.example.com/ws."
+    "--url",
+    default="",
+    help="Check the proxy, too. This is the URL of the clients, such as wss://chat.example.com/ws.",
 )
 @click.option(
     "--write", is_flag=True, help="Send a message that is stored and deleted again, instead of an event."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
 def doctor(path: Path | None, url: str, write: bool, as_json: bool) -> None:
-    """Check what goes wrong in practice, and say what to do.
+    """Check the installation for common mistakes, and say how to correct them.
 
     Run it on the daemon's machine, as the daemon's user, with the daemon's configuration, but outside the
     sandbox of its unit. Exit codes: 0 all is well, 1 there are warnings, 2 there are problems.
 
-    It changes nothing that lasts. For the round trip it sends an event to the reserved room 9007199254740991
+    It leaves no lasting changes. For the round trip it sends an event to the reserved room 9007199254740991
     and the user of the same number. Nobody else gets it, and chatd does not store it. A webhook about presence
-    reports that user. With --write it sends a message and deletes it; its place in that room stays.
+    reports that user. With --write it sends a message and deletes it. The deleted message stays in that room.
     """
     if path is None and DEFAULT_FILE.is_file():
         path = DEFAULT_FILE
@@ -71,7 +73,7 @@ async def _examine(path: Path | None, url: str, write: bool, silent: bool) -> li
         case, wanted = Case(config.load(path), path, url, write), checks.ALL
     except ConfigError as error:
         for mistake in error.mistakes:
-            note(problem("configuration", mistake, "Mend it; until then the rest cannot be looked at."))
+            note(problem("configuration", mistake, "Correct it. The other checks need a valid configuration."))
         case, wanted = Case(config.Config()), checks.ALWAYS
     async for finding in examine(case, wanted):
         note(finding)
@@ -79,7 +81,7 @@ async def _examine(path: Path | None, url: str, write: bool, silent: bool) -> li
 
 
 def _websocket_url(url: str) -> str:
-    """As it is written in a browser, or without a scheme: `https://…`, `chat.example.com/ws`."""
+    """Return a ws:// or wss:// URL for one that begins with http(s)://, or that has no scheme."""
     if url.startswith(("https://", "http://")):
         return url.replace("http", "ws", 1)
     return url if not url or url.startswith(("ws://", "wss://")) else f"wss://{url}"

@@ -1,4 +1,4 @@
-"""The group of all commands, and what they have in common: the configuration, and how a mistake is told."""
+"""The group of all commands, and what they share: the option `--config`, and the reports of errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ DEFAULT_FILE = Path("chatd.toml")
 
 Command = Callable[..., None]
 
-# Which module of this package has a command. It is imported when the command is asked for: SQLAlchemy, JWTs and
-# trio take half a second, and a health check runs every few seconds.
+# The module of each command. It is imported only when the command is used: SQLAlchemy, JWTs and trio take half
+# a
+# second to import, and a health check runs every few seconds.
 HOMES = {
     "serve": "serving",
     "check-config": "serving",
@@ -42,19 +43,19 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in HOMES:
-            import_module(f"chatd.cli.{HOMES[name]}")  # adds it
+            import_module(f"chatd.cli.{HOMES[name]}")  # the module adds its command to `main`
         return super().get_command(ctx, name)
 
 
 def with_config(command: Command) -> Command:
-    """Give a command `--config`, and turn what an operator can mend into a sentence and an exit code."""
+    """Add `--config` to a command, and report an OperatorError as a sentence and an exit code."""
 
     @click.option(
         "--config",
         "path",
         type=click.Path(path_type=Path),
         envvar="CHATD_CONFIG",
-        help="The file to read; chatd.toml in this directory if there is one. The environment wins over it.",
+        help="The file to read; by default ./chatd.toml if it exists. The environment takes precedence.",
     )
     @wraps(command)
     def wrapped(path: Path | None, **options: Any) -> None:
@@ -63,7 +64,7 @@ def with_config(command: Command) -> Command:
         try:
             command(path, **options)
         except ConfigError as error:
-            click.echo(click.style("The configuration is not right:", bold=True), err=True)
+            click.echo(click.style("The configuration has mistakes:", bold=True), err=True)
             for mistake in error.mistakes:
                 click.echo(f"  {mistake}", err=True)
             sys.exit(error.exit_code)
@@ -77,7 +78,7 @@ def with_config(command: Command) -> Command:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="chatd")
 def main() -> None:
-    """A realtime chat daemon: messages in order, once, and none lost.
+    """A realtime chat daemon: it delivers messages in order, each once, and loses none.
 
     Try it with: chatd serve --demo
     """

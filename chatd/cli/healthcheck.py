@@ -1,4 +1,4 @@
-"""`healthcheck`: whether the daemon beside it is well, for containers."""
+"""`healthcheck`: whether the daemon on this machine works, for the health probes of containers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from chatd import config
 from chatd.cli.group import main, with_config
 from chatd.ops.api import ApiClient, Unreachable
 
-WITHIN = 2.5  # seconds, less than the probe's own patience: its word is worth more than SIGKILL
+WITHIN = 2.5  # seconds; less than the deadline of usual probes, so that this can report why it fails
 
 
 @main.command()
 @click.option(
-    "--ready", is_flag=True, help="Ask whether it can store messages, and not only whether it answers."
+    "--ready", is_flag=True, help="Check whether the daemon can store messages, not only whether it answers."
 )
 @with_config
 def healthcheck(path: Path | None, ready: bool) -> None:
-    """Ask the daemon on api.bind whether it is well. Exit codes: 0 yes, 1 no.
+    """Check whether the daemon on api.bind works. Exit codes: 0 yes, 1 no.
 
-    It is for containers and other probes. It needs no token, and of the configuration only api.bind.
+    This is for the health probes of containers. It needs no token, and of the configuration only api.bind.
     """
     settings = config.load(path, require_token=False)
     backend = ApiClient(settings, within=WITHIN)
@@ -31,5 +31,5 @@ def healthcheck(path: Path | None, ready: bool) -> None:
     except Unreachable as error:
         click.echo(str(error))
         sys.exit(1)
-    click.echo(f"{backend.url}: {answer.json.get('status', 'this is no chatd')} ({answer.status})")
+    click.echo(f"{backend.url}: {answer.json.get('status', 'this is not chatd')} ({answer.status})")
     sys.exit(answer.status != 200 or "status" not in answer.json)

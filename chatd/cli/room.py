@@ -1,4 +1,4 @@
-"""`tail` and `send`: a room from the terminal of an operator."""
+"""`tail` and `send`: an operator follows a room, or posts to it, from a terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ID = click.IntRange(1, MAX_ID)
 @main.command()
 @click.argument("room", type=ID)
 @click.argument("text")
-@click.option("--user", "user_id", type=ID, required=True, help="The user for whom you post.")
+@click.option("--user", "user_id", type=ID, required=True, help="The user in whose name you post.")
 @click.option("--url", default="", help="The URL of the HTTP API, if it is not on api.bind.")
 @with_config
 def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> None:
     """Post a message to a room, as a backend does, and print its id and seq.
 
-    With - as TEXT it reads standard input. chatd creates the room if it does not exist, and makes the user a
-    member. Exit codes: 0 posted; 75 not posted now, try again later; 1 refused.
+    If TEXT is -, the message is read from standard input. chatd creates the room if it does not exist, and
+    makes the user a member. Exit codes: 0 posted; 75 not posted, try again later; 1 refused.
     """
     settings = config.load(path)
     content = sys.stdin.read().rstrip("\n") if text == "-" else text
@@ -39,9 +39,9 @@ def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> Non
     if answer.status == 200 and "seq" in said:
         click.echo(f"id {said['id']} seq {said['seq']}")
         return
-    sentence = said.get("message", "no chatd answers there")
+    sentence = said.get("message", "another program answers there, not chatd")
     if answer.status == 401:
-        sentence = "api.internal_token here is not the daemon's. Use its configuration"
+        sentence = "api.internal_token here is not the daemon's. Use the daemon's configuration"
     elif said.get("errors"):
         sentence = " ".join(part for parts in said["errors"].values() for part in parts)
     kind: type[OperatorError] = Unreachable if answer.status in (429, 502, 503, 504) else OperatorError
@@ -50,19 +50,21 @@ def send(path: Path | None, room: int, text: str, user_id: int, url: str) -> Non
 
 @main.command()
 @click.argument("room", type=ID)
-@click.option("--user", "user_id", type=ID, help="Read as this member, who is shown as online meanwhile.")
-@click.option("--since", type=click.IntRange(0, 10_000), default=0, help="So many earlier messages first.")
+@click.option("--user", "user_id", type=ID, help="Read as this member, who appears online meanwhile.")
+@click.option(
+    "--since", type=click.IntRange(0, 10_000), default=0, help="Print this number of earlier messages first."
+)
 @click.option("--all", "everything", is_flag=True, help="Show typing and receipts, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as a line of JSON.")
 @click.option("--url", default="", help="The URL of the WebSocket, if it is not on hub.bind: wss://host/ws.")
 @with_config
 def tail(path: Path | None, room: int, user_id: int | None, url: str, **how: Any) -> None:
-    """Print what happens in a room until Ctrl-C, also over restarts of the daemon.
+    """Print the messages and events of a room until Ctrl-C, also over restarts of the daemon.
 
-    Without --user you read as the reserved user 9007199254740991, with a token for this room alone. That user
-    is nobody's account and becomes no member, but clients that ask who is online see it. With --user you see
-    what that user may see; exit code 1 says that the user may not enter. Nothing is marked as read or
-    delivered.
+    Without --user you read as the reserved user 9007199254740991, with a token for this room only. That user
+    is not a real account and does not become a member, but clients that ask who is online see it. With --user
+    you see what that user may see; the exit code is 1 if the user may not enter. No message is marked as read
+    or delivered.
     """
     settings = config.load(path, require_token=False)
     logs.configure("error", settings.logs.format)
@@ -79,7 +81,7 @@ def _follow(
     everything: bool,
     as_json: bool,
 ) -> None:
-    import trio  # these take long, and `send` needs none of them
+    import trio  # imported here, because these imports are slow and `send` does not need them
 
     from chatd.cli.token import issuer
     from chatd.ops import transcript
@@ -97,7 +99,7 @@ def _follow(
         if everything or event["event"] not in transcript.QUIET:
             click.echo(transcript.as_json(event) if as_json else transcript.as_line(event, emphasize))
 
-    newest = 0  # of the earlier messages; those that came while they were read come live, too
+    newest = 0  # the id of the newest earlier message: one that was posted during the read also arrives live
 
     async def earlier(connection: Connection) -> None:
         nonlocal newest
@@ -121,4 +123,4 @@ def _follow(
         why = innermost(group)
         raise OperatorError(f"Room {room} cannot be followed: {str(why).rstrip('.')}.") from None
     except* BrokenPipeError:
-        sys.stderr.close()  # whoever read has gone: nobody is left to be told
+        sys.stderr.close()  # the reader of the pipe has ended: avoid Python's own message about it

@@ -1,4 +1,4 @@
-"""`serve`, and what comes before it: `check-config`, `migrate`."""
+"""`serve`, and the commands that prepare for it: `check-config`, `migrate`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ log = structlog.get_logger()
 @click.option(
     "--demo",
     is_flag=True,
-    help="Serve a chat page and open rooms, with the token `secret`, on this machine alone.",
+    help="Serve a chat page and open rooms, with the token `secret`, on this machine only.",
 )
 @with_config
 def serve(path: Path | None, demo: bool) -> None:
     """Run the daemon until SIGTERM or Ctrl-C."""
-    faulthandler.enable()  # systemd's watchdog ends a stuck process with SIGABRT: say where it was stuck
+    faulthandler.enable()  # prints where a process hangs that systemd's watchdog ends with SIGABRT
 
     origins: config.Origins = {}
 
@@ -44,20 +44,20 @@ def serve(path: Path | None, demo: bool) -> None:
     if not workers.is_worker():
         _log_original_names(origins)
     store = database.open_store(settings.database)
-    greets = demo and not workers.is_worker()  # the parent greets for all
+    greets = demo and not workers.is_worker()  # the workers' parent prints the welcome
     on_ready = partial(_welcome, settings) if greets else lambda: None
     try:
         if settings.server.workers > 1 and not workers.is_worker():
-            store.close()  # opened for its mistakes, its migrations, and what is made once for all workers
+            store.close()  # it was opened to find mistakes, to migrate, and to create what the workers share
             sys.exit(trio.run(partial(workers.run, settings, read, on_ready=on_ready)))
         from chatd.daemon import (
-            lifecycle,  # Quart and Hypercorn take half a second that the other commands need not pay
+            lifecycle,  # imported here, because Quart and Hypercorn take half a second
         )
 
         trio.run(partial(lifecycle.run, settings, store, read, on_ready=on_ready))
     except* DatabaseGone as gone:
-        # Without closing it: SQLite would delete the log beside the database by its name, and that may be
-        # another file's by now, which another process has open.
+        # Exit without closing the store: SQLite would delete the log by its name, and that log may belong to
+        # another file by now, which another process has open.
         click.echo(str(_first(gone)), err=True)
         os._exit(1)
     except* OperatorError as group:
@@ -70,7 +70,7 @@ def serve(path: Path | None, demo: bool) -> None:
 @click.option("--demo", is_flag=True, help="Check it for `chatd serve --demo`.")
 @click.option("--show", is_flag=True, help="Print each value, without secrets, and where it comes from.")
 @click.option(
-    "--no-credentials", is_flag=True, help="Do not read systemd's credentials, and do not ask for a token."
+    "--no-credentials", is_flag=True, help="Do not read systemd's credentials, and do not require a token."
 )
 @with_config
 def check_config(path: Path | None, demo: bool, show: bool, no_credentials: bool) -> None:
@@ -90,24 +90,29 @@ def check_config(path: Path | None, demo: bool, show: bool, no_credentials: bool
     place = "PostgreSQL" if settings.database.url.startswith("postgres") else "SQLite"
     bus = "Redis" if settings.redis.url else "no Redis"
     origin = path or "defaults and environment"
-    click.echo(f"{origin}: fine. API on {settings.api.bind}, WebSocket on {settings.hub.bind}, {place}, {bus}.")
+    click.echo(
+        f"{origin}: valid. API on {settings.api.bind}, WebSocket on {settings.hub.bind}, {place}, {bus}."
+    )
 
 
 @main.command()
 @with_config
 def migrate(path: Path | None) -> None:
-    """Bring the database's schema to this version. For SQLite `chatd serve` does it at its start."""
+    """Migrate the database's schema to this version. For SQLite `chatd serve` does this when it starts."""
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
     before, after = database.migrate(settings.database)
     if before == after:
-        click.echo(f"The schema is at version {after} already.")
+        click.echo(f"The schema is already at version {after}.")
     else:
-        click.echo(f"The schema went from {before or 'nothing'} to version {after}.")
+        before = f"version {before}" if before else "an empty database"
+        click.echo(f"The schema was migrated from {before} to version {after}.")
 
 
 def _log_original_names(origins: config.Origins) -> None:
-    """A variable that is meant for another program may set an option: REDIS_HOST alone switches to Redis."""
+    """Log which options come from variables with the original names, because such a variable may be meant for
+    another program: REDIS_HOST alone switches chatd to Redis.
+    """
     for (section, key), name in origins.items():
         if name in config.ORIGINAL_NAMES:
             option = f"{section}.{key}"
@@ -126,9 +131,9 @@ def _welcome(settings: config.Config) -> None:
     click.echo(
         f"""
   The chat page:   {click.style(f"http://127.0.0.1:{api_port}/", bold=True)}
-                   Open it twice, and be somebody else in the second window.
+                   Open it in two windows, and choose another user in the second.
 
-  Post as a backend would, from another terminal:
+  Post a message as a backend does, from another terminal:
 
 curl -X POST http://localhost:{api_port}/api/ws/messages -H "Content-Type: application/json" \\
   -H "Accept: application/json" -H "X-Internal-Token: {settings.api.internal_token}" \\

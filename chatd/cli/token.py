@@ -1,4 +1,4 @@
-"""`token`: somebody's token, to try things with."""
+"""`token`: prints a user's token, for tests by hand."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from chatd.store import database
 
 @main.command()
 @click.argument("user_id", type=click.IntRange(1, MAX_ID))
-@click.option(
-    "--ttl", type=click.IntRange(1), help="Seconds for which it is valid. Otherwise auth.token_ttl counts."
-)
+@click.option("--ttl", type=click.IntRange(1), help="Seconds for which it is valid, instead of auth.token_ttl.")
 @click.option(
     "--room",
     "rooms",
     type=click.IntRange(1, MAX_ID),
     multiple=True,
-    help="A room that the token opens; you may repeat it.",
+    help="A room that the token opens. You may repeat this option.",
 )
 @with_config
 def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ...]) -> None:
-    """Print a token for a user, for trying things."""
+    """Print a token for a user, for tests by hand."""
     settings = config.load(path, require_token=False)
     logs.configure("warning", settings.logs.format)
     tokens = issuer(settings)
@@ -40,7 +38,9 @@ def token(path: Path | None, user_id: int, ttl: int | None, rooms: tuple[int, ..
 
 
 def issuer(settings: config.Config) -> Tokens:
-    """What makes tokens as the daemon does. Raises OperatorError where it accepts none of ours."""
+    """Return an issuer of tokens that the daemon accepts. Raises OperatorError if the configuration lets the
+    daemon accept none of its own tokens.
+    """
     secret = settings.auth.secret
     if not secret:
         secret = database.token_secret(settings.database)

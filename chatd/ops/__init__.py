@@ -1,1 +1,1 @@
-"""What an operator does beside the running daemon: look whether all is well, save, restore, clear up."""
+"""The code behind the operator's commands: it checks a running daemon, posts to it, and follows a room."""

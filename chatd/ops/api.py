@@ -1,4 +1,6 @@
-"""The running daemon, asked over HTTP as a backend asks it. Standard library alone: it is to start fast."""
+"""A client of the running daemon's HTTP API. It imports only the standard library, so that `chatd send` and
+`chatd healthcheck` start fast.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from chatd.config import Config, split_bind
 from chatd.core.errors import OperatorError
 
 EVERYWHERE = ("", "0.0.0.0", "::")
-WITHIN = 5.0  # seconds a connection, and each answer, may take
-ANSWER_BYTES = 4 * 1024 * 1024  # read of an answer, at most
+WITHIN = 5.0  # seconds for connecting, and for each read of the answer
+ANSWER_BYTES = 4 * 1024 * 1024  # bytes that are read of an answer, at most
 
 
 class Unreachable(OperatorError):
-    """Nobody answers. Trying again may help."""
+    """The server does not answer. A retry may succeed."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -27,7 +29,7 @@ class Answer(NamedTuple):
 
     @property
     def json(self) -> dict[str, Any]:
-        """Empty where it is no JSON object."""
+        """The body as a JSON object; empty if it is not one."""
         try:
             found = json.loads(self.body)
         except ValueError:
@@ -36,7 +38,9 @@ class Answer(NamedTuple):
 
 
 def reached_at(bind: str) -> str:
-    """`host:port` where a bind of this machine is reached: one for every address, over loopback."""
+    """Return the `host:port` under which this machine reaches a `bind`: loopback for a bind to all
+    addresses.
+    """
     host, port = split_bind(bind)
     host = ("::1" if host == "::" else "127.0.0.1") if host in EVERYWHERE else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -49,7 +53,7 @@ class ApiClient:
         self._token, self._within = config.api.internal_token, within
 
     def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """Raises Unreachable."""
+        """Send one request with the internal token. Raises Unreachable."""
         headers = {"X-Internal-Token": self._token, "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         return ask(self.url, method, path, headers, data, within=self._within)
@@ -58,13 +62,16 @@ class ApiClient:
 def ask(
     url: str, method: str, path: str, headers: dict[str, str], data: bytes | None = None, *, within: float
 ) -> Answer:
-    """One request, past proxies and redirects. Raises Unreachable."""
+    """Send one request, without a proxy and without following redirects. `within` is in seconds.
+
+    Raises Unreachable, or OperatorError for an invalid URL.
+    """
     try:
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=within)
     except (ValueError, http.client.HTTPException) as error:
-        raise OperatorError(f"{url}: this is no URL; write http://host:port.") from error
+        raise OperatorError(f"{url}: this is not a valid URL; write http://host:port.") from error
     try:
         connection.request(method, parts.path + path, data, headers)
         response = connection.getresponse()
@@ -76,6 +83,6 @@ def ask(
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the network has to say, in a line."""
+    """Return the text of a network error, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].strip().rstrip(".")

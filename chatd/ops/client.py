@@ -1,7 +1,4 @@
-"""A client of chatd.v1, for the commands: one connection, whose `next` and `request` are all there is to it.
-
-Beside hub/connection.py, the server's end, this is the only import of trio_websocket.
-"""
+"""A WebSocket client of chatd.v1 for the commands: one connection, which sends requests and receives events."""
 
 from __future__ import annotations
 
@@ -27,16 +24,16 @@ from chatd.core.errors import innermost
 from chatd.core.limits import HISTORY_PAGE_MAX
 from chatd.core.protocol import SUBPROTOCOL
 
-PATIENCE = 10.0  # seconds for a connection, a handshake, a reply
-GOODBYE = 1.0  # seconds for a close
-FRAME_BYTES = 16 * 1024 * 1024  # of one event; a `ready` has half a MiB
+PATIENCE = 10.0  # seconds for connecting, for the handshake, and for a reply
+CLOSE_SECONDS = 1.0  # seconds that the server has to answer a close frame
+FRAME_BYTES = 16 * 1024 * 1024  # the limit of one event; a large `ready` has half a MiB
 
 Event = dict[str, Any]
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 
 class Disconnected(Exception):
-    """There is no connection, or no longer. `code` is the one of a close, 0 where there was none."""
+    """The connection could not be made, or has ended. `code` is the close code; 0 without a close frame."""
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -44,12 +41,14 @@ class Disconnected(Exception):
 
     @property
     def final(self) -> bool:
-        """Whether trying again is of no use."""
+        """Whether the client must not reconnect (docs/protocol.md)."""
         return 4500 <= self.code <= 4999
 
 
 class NotUpgraded(Disconnected):
-    """The handshake was answered, but with no WebSocket. `headers` have lower-case names."""
+    """The server has answered the handshake with another status than 101. The names in `headers` are in lower
+    case.
+    """
 
     def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
         super().__init__(f"HTTP {status} instead of a WebSocket")
@@ -57,27 +56,29 @@ class NotUpgraded(Disconnected):
 
 
 class Connection:
-    """An open connection. Events come in order; what `request` passes over, `next` has later."""
+    """An open connection. `next` returns events in order, also those that arrive while `request` waits."""
 
     def __init__(self, ws: WebSocketConnection) -> None:
         self._ws = ws
-        self._passed_over: deque[Event] = deque()
+        self._passed_over: deque[Event] = deque()  # events that arrived while `request` waited for its reply
         self._ref = 0
-        self._silence = math.inf  # seconds after which nobody is there any more; `hello` tells
+        self._silence = math.inf  # seconds without an event after which the server is gone; from `hello`
 
     async def send(self, event: str, **fields: Any) -> None:
-        """Raises Disconnected."""
+        """Send an event. Raises Disconnected."""
         try:
             await self._ws.send_message(json.dumps({"event": event} | fields))
         except ConnectionClosed as end:
             raise _disconnected(end) from None
 
     async def next(self) -> Event:
-        """The next event but pings, which are answered. Waits as long as it takes. Raises Disconnected."""
+        """Wait for the next event and return it. Pings are answered and not returned. Raises Disconnected."""
         return self._passed_over.popleft() if self._passed_over else await self._receive()
 
     async def request(self, event: str, **fields: Any) -> Event:
-        """The reply, which may be an `error`. Raises Disconnected, also when none comes in time."""
+        """Send a request and return its reply, which may be an `error`. Raises Disconnected, also if no reply
+        arrives in time.
+        """
         self._ref += 1
         with trio.move_on_after(PATIENCE):
             await self.send(event, ref=self._ref, **fields)
@@ -98,9 +99,9 @@ class Connection:
             except ConnectionClosed as end:
                 raise _disconnected(end) from None
             except ValueError:
-                raise Disconnected("what comes is no JSON, so this is no chatd") from None
+                raise Disconnected("the server sends frames that are not JSON, so it is not chatd") from None
             if not isinstance(found, dict) or "event" not in found:
-                raise Disconnected("what comes is no event, so this is no chatd")
+                raise Disconnected("the server sends frames that are not events, so it is not chatd")
             if found["event"] == "hello":
                 self._silence = found["ping_interval"] + found["ping_timeout"] + PATIENCE
             if found["event"] != "ping":
@@ -112,14 +113,16 @@ class Connection:
 async def connect(
     url: str, *, origin: str = "", headers: dict[str, str] | None = None, context: ssl.SSLContext | None = None
 ) -> AsyncIterator[Connection]:
-    """A connection of which `hello` has not been read yet. `context` is for wss://, if not the system's.
+    """Open a connection for the duration of a block. Its first event is `hello`. `context`: TLS settings for
+    wss://, if not the system's.
 
     Raises Disconnected, or NotUpgraded.
     """
     sent = (headers or {}) | ({"Origin": origin} if origin else {})
     stream = await _open(url, context)
     failed: Exception | None = None
-    # The stream is ours, for the library leaves it open when the server has said goodbye first.
+    # This function closes the stream, because the library does not if the server has sent its close frame
+    # first.
     try:
         async with trio.open_nursery() as nursery:
             try:
@@ -127,12 +130,12 @@ async def connect(
                 try:
                     yield Connection(ws)
                 finally:
-                    with trio.move_on_after(GOODBYE, shield=True):
+                    with trio.move_on_after(CLOSE_SECONDS, shield=True):
                         await ws.aclose()
             except Exception as error:
-                failed = error  # leaves the nursery as it is, in no group
+                failed = error  # raised after the nursery, so that it is not wrapped in a group
             nursery.cancel_scope.cancel()
-    except ExceptionGroup as group:  # the library's reader has another answer than 101, or none that it knows
+    except ExceptionGroup as group:  # the library's reader got another answer than 101, or an invalid one
         raise _not_opened(group) from None
     finally:
         await trio.aclose_forcefully(stream)
@@ -146,7 +149,7 @@ async def _open(url: str, context: ssl.SSLContext | None) -> Stream:
         secure = parts.scheme in ("wss", "https")
         host, port = parts.hostname or "", parts.port or (443 if secure else 80)
     except ValueError:
-        raise Disconnected(f"{url}: this is no URL") from None
+        raise Disconnected(f"{url}: this is not a valid URL") from None
     with trio.move_on_after(PATIENCE):
         try:
             plain = await trio.open_tcp_stream(host, port)
@@ -192,7 +195,7 @@ async def _shake_hands(
 
 
 async def history(connection: Connection, conversation_id: int, count: int) -> list[Event]:
-    """The newest so many messages, oldest first. Raises Disconnected."""
+    """Return the newest `count` messages of a room, oldest first. Raises Disconnected."""
     found: list[Event] = []
     more = True
     while more and len(found) < count:
@@ -215,7 +218,7 @@ def _not_opened(error: BaseException) -> Disconnected:
     if isinstance(error, ConnectionRejected):
         given = {name.decode().lower(): value.decode("latin-1") for name, value in error.headers or ()}
         return NotUpgraded(error.status_code, given, error.body or b"")
-    return Disconnected(f"what comes is no WebSocket: {_why(error)}")
+    return Disconnected(f"the answer is not a WebSocket handshake: {_why(error)}")
 
 
 def _cause_of(error: BaseException) -> BaseException:
@@ -226,7 +229,7 @@ def _cause_of(error: BaseException) -> BaseException:
 
 
 def _why(error: BaseException) -> str:
-    """The reason, in a line."""
+    """Return the error's text, in one line."""
     error = _cause_of(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not valid: {error.verify_message}"

@@ -1,5 +1,5 @@
-"""What a check of `chatd doctor` finds, and how a check is run: it has a deadline, and whatever it raises is a
-finding, too.
+"""The findings of `chatd doctor`, and how its checks run: each has a deadline, and an error that it raises
+becomes a finding.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import trio
 from chatd.config import Config
 from chatd.core.errors import OperatorError, innermost
 
-DEADLINE = 15.0  # seconds of one check
+DEADLINE = 15.0  # seconds for one check
 
 
 class Level(IntEnum):
-    """Also the exit code of the worst."""
+    """How bad a finding is. The exit code of `doctor` is that of the worst finding."""
 
     OK = 0
     WARNING = 1
@@ -29,7 +29,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """`subject` is what was looked at, `found` what it was like, `advice` what to do."""
+    """`subject`: what was checked. `found`: the result. `advice`: what the operator should do."""
 
     level: Level
     subject: str
@@ -51,9 +51,9 @@ def problem(subject: str, found: str, advice: str) -> Finding:
 
 @dataclass
 class Case:
-    """What is examined. `url` is the public one, if it is known; `write`: a message may be stored.
+    """What the checks examine. `url`: the public URL, or empty. `write`: whether a message may be stored.
 
-    `running`: the daemon answered on api.bind.
+    `running`: whether the daemon has answered on api.bind; the check of the API sets it.
     """
 
     config: Config
@@ -64,18 +64,20 @@ class Case:
 
 
 def others_may(path: Path, right: int) -> bool:
-    """Whether everybody on this machine has a right to a file (S_IROTH, S_IWOTH), and can get there."""
+    """Whether all users of this machine have a right (S_IROTH, S_IWOTH) to a file and can enter its
+    directories.
+    """
     way = all(above.stat().st_mode & stat.S_IXOTH for above in path.absolute().parents)
     return way and bool(path.stat().st_mode & right)
 
 
-# A check is plain, and runs in a thread, or async. None where it does not apply.
+# A check is async, or a plain function, which runs in a thread. It returns None if it does not apply.
 Outcome = Iterable[Finding] | Finding | None
 Check = Callable[[Case], Outcome | Awaitable[Outcome]]
 
 
 async def examine(case: Case, checks: Sequence[Check], deadline: float = DEADLINE) -> AsyncIterator[Finding]:
-    """One check after the other: those that measure shall not be disturbed by the others."""
+    """Run the checks one after the other, so that they do not disturb each other's measurements."""
     for check in checks:
         for finding in await _findings(case, check, deadline):
             yield finding
@@ -89,14 +91,14 @@ async def _findings(case: Case, check: Check, deadline: float) -> list[Finding]:
         except OperatorError as error:
             return [problem(subject, str(error), "")]
         except Exception as error:
-            return [problem(subject, f"could not be checked: {_told(error)}", "")]
-    return [problem(subject, f"took longer than {deadline:.0f} s", "See whether something hangs.")]
+            return [problem(subject, f"could not be checked: {_text(error)}", "")]
+    return [problem(subject, f"took longer than {deadline:.0f} s", "Check whether something hangs.")]
 
 
 async def _run(case: Case, check: Check) -> list[Finding]:
     if inspect.iscoroutinefunction(check):
         return _listed(await check(case))
-    # Left to itself past its deadline: no driver can be interrupted.
+    # After the deadline the thread is abandoned, because a call of a database driver cannot be interrupted.
     return await trio.to_thread.run_sync(lambda: _listed(check(case)), abandon_on_cancel=True)  # type: ignore[arg-type]
 
 
@@ -106,7 +108,7 @@ def _listed(outcome: Outcome) -> list[Finding]:
     return [outcome] if isinstance(outcome, Finding) else list(outcome)
 
 
-def _told(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     error = innermost(error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,5 +1,5 @@
-"""Follows a room over restarts of the daemon, by the rules of docs/protocol.md §5 and §6: a cursor, resuming,
-and when to stop.
+"""Follows a room, also over restarts of the daemon, by the rules of docs/protocol.md §5 and §6: it keeps a
+cursor, resumes after a lost connection, and stops at a final close code.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import trio
 from chatd.core import backoff
 from chatd.ops.client import Connection, Disconnected, Event, connect
 
-RETRY_FIRST, RETRY_MOST = 0.5, 20.0  # seconds; a random moment before that, doubled each time
-LIVED = 10.0  # seconds past `ready` after which the next trouble is a new one
+RETRY_FIRST, RETRY_MOST = 0.5, 20.0  # seconds; the bound of a random pause, doubled each time
+LIVED = 10.0  # seconds after `ready` when the backoff begins from the start
 CHANGES = ("message", "message.updated", "message.deleted")
 
 First = Callable[[Connection], Awaitable[None]]
 
 
 class Refused(Exception):
-    """The server says no, and would again. `code` is one of errors.py, or of a close."""
+    """The server refuses, and would refuse a retry. `code` is an error code (docs/errors.md) or a close
+    code.
+    """
 
     def __init__(self, code: str | int, message: str) -> None:
         super().__init__(message)
@@ -28,10 +30,10 @@ class Refused(Exception):
 
 
 class Follower:
-    """Follows one room for as long as it can: events go to `tell`, each change once and in order.
+    """Follows one room. It calls `tell` for each event, and for each change once and in order.
 
-    `log_in` gives a fresh token for each connection. `notice` gets a sentence when the connection is lost, and
-    when it is back.
+    It calls `log_in` for a new token for each connection, and `notice` with a sentence when the connection is
+    lost and when it is restored.
     """
 
     def __init__(
@@ -46,14 +48,14 @@ class Follower:
         self._url, self._room, self._log_in = url, conversation_id, log_in
         self._tell, self._notice = tell, notice
         self._cursor: int | None = None
-        self._mark: str | None = None  # of the change at the cursor: proves that it is of the server's history
+        self._mark: str | None = None  # of the change at the cursor, so that the server can compare histories
         self._epoch: str | None = None
-        self._asked_at: int | None = None  # the cursor behind which a hole was asked for
+        self._asked_at: int | None = None  # the cursor at which missing changes were requested
         self._attempts = 0
         self._troubled = False
 
     async def run(self, first: First | None = None) -> None:
-        """Until cancelled. `first` is awaited once, with the connection that is in the room.
+        """Follow the room until cancelled. `first` is awaited once, with a connection that is in the room.
 
         Raises Refused.
         """
@@ -84,7 +86,7 @@ class Follower:
         if ready["event"] == "error":
             raise Refused(ready["code"], ready["message"])
         state = ready["rooms"].get(str(self._room))
-        while state is None:  # not let in, which comes as an event of its own
+        while state is None:  # an `unsubscribed` with the reason follows
             self._check_let_in(await connection.next())
         if self._troubled:
             self._troubled = False
@@ -94,12 +96,14 @@ class Follower:
         self._take_state(state | {"epoch": ready.get("epoch")})
 
     def _take_state(self, state: Event) -> None:
-        """What a (re)subscription brings: all that was missed, or the word that it is too much."""
+        """Handle the answer to a subscription: all changes that were missed, or the newest if these are too
+        many.
+        """
         self._asked_at = None
         known, recovered = self._cursor, state.get("recovered")
         if known is not None:
             if not recovered:
-                self._notice("What was missed cannot be had in one piece: these are the newest messages.")
+                self._notice("Too many messages were missed: these are the newest.")
             for change in state.get("changes", ()):
                 if not recovered or change["seq"] > known:
                     self._tell(change)
@@ -107,16 +111,16 @@ class Follower:
         self._epoch = state.get("epoch") or self._epoch
 
     async def _listen(self, connection: Connection) -> float:
-        """Until the server asks for another connection: in how many seconds to come back."""
+        """Handle events until the server asks the client to reconnect. Returns the seconds to wait before."""
         while True:
             event = await connection.next()
             if event["event"] == "reconnect":
                 least, most = event["delay"]
-                self._say_lost(Disconnected("the server asks to"))
+                self._say_lost(Disconnected("the server has asked for it"))
                 return random.uniform(least, most) / 1000
             self._check_let_in(event)
             if event["event"] == "error":
-                self._asked_at = None  # the next change behind the hole asks again
+                self._asked_at = None  # so that the next change after the gap requests the missing ones again
             if event["event"] == "subscribed":
                 self._take_state(event)
             elif event["event"] in CHANGES and "seq" in event:
@@ -127,10 +131,10 @@ class Follower:
     async def _take_change(self, connection: Connection, event: Event) -> None:
         assert self._cursor is not None
         if event["seq"] == self._cursor + 1:
-            # First: what `tell` raises shall not bring it twice.
+            # Advanced first, so that the change is not delivered twice if `tell` raises.
             self._cursor, self._mark = event["seq"], event.get("mark")
             self._tell(event)
-        elif event["seq"] > self._cursor and self._asked_at != self._cursor:  # once for each hole
+        elif event["seq"] > self._cursor and self._asked_at != self._cursor:  # one request for each gap
             self._asked_at = self._cursor
             fields = {"after": self._cursor, "mark": self._mark, "epoch": self._epoch}
             await connection.send("subscribe", conversation_id=self._room, **fields)

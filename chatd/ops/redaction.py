@@ -1,4 +1,4 @@
-"""Secrets of a configuration: which options hold one, and how they look when they are shown."""
+"""Hides the secrets of a configuration when it is shown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "(hidden)"
-SECRETS = ("secret", "token", "password")  # what the name of an option ends with that is one
-# user:password@ of a URL, and what stands after ? under a name that sounds like one. A password may hold an @.
+SECRETS = ("secret", "token", "password")  # the names of secret options end with one of these
+# The password of user:password@ in a URL, which may contain an @, and query parameters whose name suggests a
+# secret.
 _PASSWORD = re.compile(r"(?<=://)([^/?#:]*):([^/?#]*)@")
 _PARAMETER = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*)=[^&#]*", re.IGNORECASE)
 
 
 def redacted(key: str, value: Any) -> Any:
-    """A value as it may be shown."""
+    """Return the value with its secrets replaced by `HIDDEN`."""
     if not isinstance(value, str) or not value:
         return value
     if key.endswith(SECRETS):
@@ -26,6 +27,6 @@ def redacted(key: str, value: Any) -> Any:
 
 
 def holds_secret(path: Path) -> bool:
-    """Whether a configuration file has a value that is not to be shown."""
+    """Whether a configuration file contains a secret."""
     data = tomllib.loads(path.read_text("utf-8"))
     return any(redacted(key, value) != value for values in data.values() for key, value in values.items())

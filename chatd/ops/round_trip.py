@@ -1,7 +1,8 @@
-"""A round trip: post to the HTTP API as a backend, hear it on a WebSocket as a client, and take the time.
+"""A round trip: posts to the HTTP API as a backend does, receives it on a WebSocket as a client, and measures
+the time.
 
-It happens in a room, and by a user, that nobody else has (limits.OPERATOR). Unless a message is wanted it is an
-event of our own, which is not stored; the token lists the room, so that no membership is needed.
+It uses the reserved room and user limits.OPERATOR. It sends a custom event, which chatd does not store, or a
+message with `write`. The token lists the room, so that the user need not be a member.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from chatd.ops.api import Answer, ApiClient
 from chatd.ops.client import Connection, Disconnected, connect
 from chatd.ops.finding import Case
 
-TRIPS = 5  # of which the middle one counts
-PATIENCE = 5.0  # seconds for one
+TRIPS = 5  # the result is their median
+PATIENCE = 5.0  # seconds for one trip
 TOKEN_SECONDS = 60
 EVENT = "chatd.doctor"
 ROOM = f"/api/ws/conversations/{OPERATOR}"
@@ -28,20 +29,22 @@ MESSAGES = "/api/ws/messages"
 
 
 class NoToken(OperatorError):
-    """chatd issues none here: there is no way for us to log in."""
+    """chatd issues no tokens with this configuration, so the check cannot log in."""
 
 
 async def travel(case: Case, url: str) -> float:
-    """Seconds from the start of a post to its arrival on a WebSocket of `url`.
+    """Return the seconds from the start of a post to its arrival on a WebSocket of `url`.
 
-    Raises OperatorError, Disconnected; NoToken where we cannot log in.
+    Raises OperatorError, Disconnected, or NoToken if the check cannot log in.
     """
     backend = ApiClient(case.config)
     token = await _token(backend)
     async with connect(url) as connection:
         ready = await connection.request("auth", token=token, rooms={str(OPERATOR): None})
         if str(OPERATOR) not in ready.get("rooms", {}):
-            raise OperatorError(f"the login is refused: {ready.get('message', 'the room is closed to it')}")
+            raise OperatorError(
+                f"chatd refuses the login: {ready.get('message', 'the user may not enter the room')}"
+            )
         if case.write:
             return await _message(backend, connection)
         return median([await _event(backend, connection) for _ in range(TRIPS)])
@@ -51,7 +54,7 @@ async def _token(backend: ApiClient) -> str:
     body = {"user_id": OPERATOR, "ttl": TOKEN_SECONDS, "conversations": [OPERATOR]}
     answer = await _ask(backend, "POST", "/api/ws/tokens", body)
     if answer.status == 403:
-        raise NoToken(answer.json.get("message", "no token is issued"))
+        raise NoToken(answer.json.get("message", "chatd issues no token"))
     return str(_accepted(answer)["token"])
 
 
@@ -64,7 +67,7 @@ async def _event(backend: ApiClient, connection: Connection) -> float:
 
 
 async def _message(backend: ApiClient, connection: Connection) -> float:
-    """A stored one, deleted at the end: its place in the room stays, without its text."""
+    """Post a message and delete it afterwards. A deleted message without text stays in the room."""
     mark = secrets.token_hex(8)
     begun = trio.current_time()
     body = {"conversation_id": OPERATOR, "sender_id": OPERATOR, "content": "chatd doctor", "client_id": mark}
@@ -72,17 +75,17 @@ async def _message(backend: ApiClient, connection: Connection) -> float:
     try:
         return await _arrival(connection, "client_id", mark) - begun
     finally:
-        with trio.CancelScope(shield=True):  # bounded by the backend's own deadline
+        with trio.CancelScope(shield=True):  # the client's own deadline limits this
             await _ask(backend, "DELETE", f"{MESSAGES}/{posted['id']}")
 
 
 async def _arrival(connection: Connection, key: str, mark: str) -> float:
-    """When the event with this mark came."""
+    """Wait for the event with this mark, and return the time of its arrival."""
     with trio.move_on_after(PATIENCE):
         while (await connection.next()).get(key) != mark:
             pass
         return trio.current_time()
-    raise Disconnected(f"what was posted did not arrive in {PATIENCE:.0f} s")
+    raise Disconnected(f"the post did not arrive in {PATIENCE:.0f} s")
 
 
 async def _ask(backend: ApiClient, *request: Any) -> Answer:
@@ -93,5 +96,5 @@ def _accepted(answer: Answer) -> dict[str, Any]:
     if answer.status == 401:
         raise OperatorError("api.internal_token here is not the daemon's")
     if answer.status != 200:
-        raise OperatorError(f"the post is refused: {answer.json.get('message', answer.status)}")
+        raise OperatorError(f"chatd refuses the post: {answer.json.get('message', answer.status)}")
     return answer.json

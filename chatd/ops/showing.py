@@ -1,4 +1,4 @@
-"""The configuration as it is in effect, for people: TOML without its secrets, and where each comes from."""
+"""Shows the effective configuration as TOML, without its secrets, and where each value comes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatd.ops.redaction import redacted
 
 
 def as_toml(config: Config, origins: Origins) -> str:
-    """Every option. What is not the default has its origin behind it."""
+    """Return all options. A comment after each value that is not the default names its origin."""
     return "\n".join(_lines(config, origins)).strip()
 
 
@@ -28,5 +28,5 @@ def _lines(config: Config, origins: Origins) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    """What JSON writes is TOML, but for the one control character that JSON leaves as it is."""
+    """JSON is valid TOML here, except for the control character DEL, which TOML requires to be escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

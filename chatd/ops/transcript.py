@@ -1,5 +1,5 @@
-"""Events of a room as lines for a terminal. What people wrote never reaches it raw: it could move the cursor,
-set the window's title, or write a line that looks like somebody else's.
+"""Formats events of a room as lines for a terminal. Users' texts are escaped, because control characters could
+move the cursor, set the window's title, or imitate another user's line.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 Event = dict[str, Any]
 Style = Callable[[str], str]
 
-JOINER = "\u200d"  # holds an emoji's parts together, and does nothing else
-INDENT = "    "  # before the further lines of a message, so that none begins as a message does
-QUIET = frozenset(["typing", "receipt", "presence"])  # not shown unless asked for
+JOINER = "\u200d"  # joins the parts of an emoji, and is harmless
+INDENT = "    "  # before the further lines of a message, so that none of them looks like a message of its own
+QUIET = frozenset(["typing", "receipt", "presence"])  # events that are shown only with --all
 
 
 def printable(text: str) -> str:
-    """The same, with everything that is no visible character written as an escape. Line ends stay."""
+    """Escape all characters that are not visible, except line ends."""
     return "".join(_printable(character) for character in text.replace("\r\n", "\n"))
 
 
@@ -32,12 +32,12 @@ def _printable(character: str) -> str:
 
 
 def as_json(event: Event) -> str:
-    """One line, of ASCII alone: a terminal's control characters are more than those that JSON escapes."""
+    """Format an event as one line of ASCII. JSON alone does not escape all control characters of terminals."""
     return json.dumps(event, separators=(",", ":"))
 
 
 def as_line(event: Event, emphasize: Style = str) -> str:
-    """When, who, what. The text of several lines has the further ones indented."""
+    """Format an event as time, user and text. Further lines of the text are indented."""
     when = _clock(event.get("created_at")) if event["event"] == "message" else _clock(None)
     said = printable(_said(event)).replace("\n", "\n" + INDENT)
     who = f"{event['user_id']}: " if event["event"] == "message" and "user_id" in event else ""
@@ -66,7 +66,7 @@ def _said(event: Event) -> str:
             marks = [f"{mark} {event[mark]}" for mark in ("read", "delivered") if mark in event]
             return f"– {user} has {' and '.join(marks)}"
         case "presence":
-            return f"– {user} is {'here' if event.get('online') else 'gone'}"
+            return f"– {user} is {'online' if event.get('online') else 'offline'}"
         case name:
             return f"– {name} {json.dumps(event.get('data'), ensure_ascii=False)}"
 
@@ -76,7 +76,7 @@ def _names(users: list[int]) -> str:
 
 
 def _clock(timestamp: Any) -> str:
-    """Local time of a message, or now."""
+    """Return the time of a message, or the present time, in the local zone."""
     try:
         moment = datetime.fromisoformat(timestamp) if timestamp else datetime.now()
     except ValueError:

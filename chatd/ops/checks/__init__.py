@@ -1,6 +1,6 @@
-"""The checks of `chatd doctor`, a function each, in the order in which they are made.
+"""The checks of `chatd doctor`, one function each, in the order in which they run.
 
-machine   limits of the system, the clock, who may read the secrets
+machine   limits of the system, the clock, who can read the secrets
 data      the database, its directory, Redis
 serving   the daemon: its ports, and a round trip through it
 public    the same from outside, through the proxy
@@ -11,7 +11,7 @@ from __future__ import annotations
 from chatd.ops.checks import data, machine, public, serving
 from chatd.ops.finding import Check
 
-# These need no configuration that is right.
+# These checks need no valid configuration.
 ALWAYS: list[Check] = [machine.connection_queue, machine.clock]
 
 ALL: list[Check] = [

@@ -1,4 +1,4 @@
-"""The public URL: what clients come through, and what must not be reachable there."""
+"""Checks of the public URL, through the proxy: that clients can connect, and that the API is not reachable."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from chatd.ops.client import Disconnected, NotUpgraded, connect
 from chatd.ops.finding import Case, Finding, ok, problem, warning
 
 CONNECT = 5.0  # seconds
-FEW_DAYS, LAST_DAYS = 21, 7  # renewals begin 30 days before the end
+FEW_DAYS, LAST_DAYS = 21, 7  # certbot renews 30 days before the end, so less than that means a failure
 DAY = 86400
 CERTIFICATE, UPGRADE, INTERNAL = "certificate", "upgrade", "internal API"
 PASS_ON = (
     "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade;"
     " proxy_set_header Connection $chatd_connection;"
 )
-SHIPPED = "docs/nginx-websocket.conf has it all."
+SHIPPED = "docs/nginx-websocket.conf is a complete example."
 
-# Each is the API's if it answers like this: the status, and what its body begins with.
+# Paths of the internal API, and how the bodies of their answers begin.
 PRIVATE = {
     "/api/ws/users/1": b'{"message":"Unauthorized"',
     "/metrics": b"# HELP",
@@ -37,13 +37,13 @@ PRIVATE = {
 
 
 def certificate(case: Case) -> Finding | None:
-    """Whether clients will believe it, and for how long."""
+    """Whether the certificate is valid, and for how long."""
     if not case.url:
         return None
     parts = urlsplit(case.url)
     if parts.scheme != "wss":
         return problem(
-            CERTIFICATE, f"{case.url} is without TLS: tokens can be read on the way", f"Use wss://. {SHIPPED}"
+            CERTIFICATE, f"{case.url} has no TLS: others can read the tokens", f"Use wss://. {SHIPPED}"
         )
     host = parts.hostname or ""
     try:
@@ -56,27 +56,31 @@ def certificate(case: Case) -> Finding | None:
         return problem(
             CERTIFICATE,
             f"is not valid: {error.verify_message}",
-            "Renew it (certbot renew), with its whole chain.",
+            "Renew it (certbot renew), and serve it with its whole chain.",
         )
     except OSError as error:
         return problem(
-            CERTIFICATE, f"no TLS with {host}: {reason(error)}", "See the proxy, and the name's address."
+            CERTIFICATE,
+            f"no TLS connection to {host}: {reason(error)}",
+            "Check the proxy, and the address of the name.",
         )
     days = int((ssl.cert_time_to_seconds(ends) - time.time()) // DAY)
     text = f"of {host} is valid for {days} more days"
     if days < LAST_DAYS:
         return problem(
-            CERTIFICATE, text, "Renew it now: certbot renew, and see why that is not done by itself."
+            CERTIFICATE, text, "Renew it now (certbot renew), and find out why that does not happen by itself."
         )
     if days < FEW_DAYS:
         return warning(
-            CERTIFICATE, text, "See why it is not renewed: systemctl list-timers, certbot renew --dry-run."
+            CERTIFICATE,
+            text,
+            "Find out why it is not renewed: systemctl list-timers, certbot renew --dry-run.",
         )
     return ok(CERTIFICATE, text)
 
 
 async def upgrade(case: Case) -> Finding | None:
-    """Whether the proxy passes a browser's handshake on as it must."""
+    """Whether the proxy passes a browser's handshake to chatd correctly."""
     if not case.url:
         return None
     try:
@@ -86,11 +90,13 @@ async def upgrade(case: Case) -> Finding | None:
         return await _not_upgraded(case, refusal)
     except Disconnected as error:
         return problem(
-            UPGRADE, f"{case.url}: {error}", "See that the proxy runs, and that its name leads here."
+            UPGRADE,
+            f"{case.url}: {error}",
+            "Check that the proxy runs, and that its name resolves to this machine.",
         )
     if hello["event"] != "hello":
-        return problem(UPGRADE, f"{case.url} is no chatd", f"See the proxy's location for it. {SHIPPED}")
-    return ok(UPGRADE, f"{case.url} passes a browser's WebSocket on")
+        return problem(UPGRADE, f"{case.url} is not chatd", f"Check the proxy's location for it. {SHIPPED}")
+    return ok(UPGRADE, f"a browser can open a WebSocket to {case.url}")
 
 
 async def _not_upgraded(case: Case, refusal: NotUpgraded) -> Finding:
@@ -101,10 +107,10 @@ async def _not_upgraded(case: Case, refusal: NotUpgraded) -> Finding:
         return await trio.to_thread.run_sync(partial(_missing_header, case.url), abandon_on_cancel=True)
     advice = {
         404: "The proxy has no location for it: location = /ws { proxy_pass http://127.0.0.1:6001; … }",
-        502: "The proxy does not reach chatd: see its proxy_pass, and hub.bind.",
-        503: "chatd, or the proxy, has as many connections as it may: see limits, limit_conn, limit_req.",
-        504: "chatd does not answer the proxy: see its log.",
-    }.get(status, "The proxy serves something else there: see its location for /ws.")
+        502: "The proxy cannot reach chatd: check its proxy_pass, and hub.bind.",
+        503: "chatd or the proxy has reached a limit: check limits, limit_conn, limit_req.",
+        504: "chatd does not answer the proxy: check chatd's log.",
+    }.get(status, "The proxy serves something else there: check its location for /ws.")
     return problem(UPGRADE, f"{case.url} answers with {refusal}", f"{advice} {SHIPPED}")
 
 
@@ -113,19 +119,20 @@ def _foreign(case: Case) -> Finding:
     if case.config.hub.origins:
         return problem(
             UPGRADE,
-            f"a page of {base} may not connect: hub.origins names others",
-            f'Add "{base}" to hub.origins, if pages of that name are to chat.',
+            f"pages of {base} may not connect, because hub.origins does not list it",
+            f'Add "{base}" to hub.origins, if these pages shall connect.',
         )
     return problem(
         UPGRADE,
-        "the header Host is missing: chatd compares a page's Origin with the proxy's own name for it",
+        "the header Host is missing: chatd compares a page's Origin with the name that the proxy sends",
         f"Add to its location: proxy_set_header Host $host; {SHIPPED}",
     )
 
 
 def _missing_header(url: str) -> Finding:
-    """chatd answers 400 to what is no handshake. It looks at `Connection`, then at the version, then at
-    `Upgrade`: one with a version that it does not know tells how far it came.
+    """Find out which header the proxy drops. chatd answers an invalid handshake with 400. It checks the header
+    `Connection` first, then the version, then `Upgrade`. So a handshake with an unknown version gets 426 if
+    `Connection` has arrived.
     """
     headers = {
         "Connection": "Upgrade",
@@ -141,34 +148,34 @@ def _missing_header(url: str) -> Finding:
 
 
 def internal_api(case: Case) -> Iterator[Finding]:
-    """Whether the outside gets an answer that only api.bind should give. The token is not sent."""
+    """Whether the public URL gives answers of the internal API. The requests do not have the token."""
     if not case.url:
         return
     base = _base(case.url)
     try:
         answers = {path: ask(base, "GET", path, {}, within=CONNECT).body for path in PRIVATE}
     except OperatorError as error:
-        yield warning(INTERNAL, f"could not be looked for: {str(error).rstrip('.')}", "See the findings above.")
+        yield warning(INTERNAL, f"could not be checked: {str(error).rstrip('.')}", "See the findings above.")
         return
     reached = [path for path, begins in PRIVATE.items() if answers[path].startswith(begins)]
     if reached:
         yield problem(
             INTERNAL,
             f"can be reached from outside: {', '.join(base + path for path in reached)}",
-            f"Let the proxy pass on /ws alone: location / {{ return 404; }} {SHIPPED}",
+            f"Configure the proxy so that it passes only /ws on: location / {{ return 404; }} {SHIPPED}",
         )
     else:
         yield ok(INTERNAL, f"cannot be reached through {base}")
 
 
 async def public_round_trip(case: Case) -> Finding | None:
-    """From a post to a WebSocket through the proxy."""
+    """Measure the time from a post to its arrival on a WebSocket through the proxy."""
     if not (case.url and case.running):
         return None
     return await tried(case, case.url, "public round trip")
 
 
 def _base(url: str) -> str:
-    """`wss://host/ws` → `https://host`: the origin of its pages."""
+    """`wss://host/ws` → `https://host`, the origin of pages of that host."""
     parts = urlsplit(url)
     return f"{'https' if parts.scheme == 'wss' else 'http'}://{parts.netloc.rpartition('@')[2]}"
