@@ -19,10 +19,20 @@ def primary(error: BaseException) -> str | None:
     return str(message) if message else None
 
 
+# SQLSTATEs of a server that ends the session, starts, stops, follows another server, or has no connection left.
+_PASSING = frozenset({"57P01", "57P02", "57P03", "25006", "53300"})
+
+
 def is_unanswered(error: BaseException) -> bool:
-    """Whether PostgreSQL could not be reached or closed the connection, so that the error has no SQLSTATE."""
+    """Whether no PostgreSQL server serves chatd now: none accepted a connection (the error has no SQLSTATE), or
+    the server that did went away.
+    """
     found = getattr(error, "orig", None) or error
-    return isinstance(found, psycopg.OperationalError) and found.sqlstate is None
+    if not isinstance(found, psycopg.Error):
+        return False
+    if found.sqlstate is None:
+        return isinstance(found, psycopg.OperationalError)
+    return found.sqlstate in _PASSING or found.sqlstate.startswith("08")
 
 
 def why_unanswered(error: BaseException) -> str:
