@@ -274,8 +274,8 @@ def test_no_postgresql_at_the_start_is_told_with_all_its_hosts(tmp_path: Path) -
     ended = Daemon(tmp_path, database__url=url).command("serve")
     assert ended.returncode == 75
     (line,) = ended.stderr.splitlines()
-    assert f"no PostgreSQL at 127.0.0.1:{first}, 127.0.0.1:{second} (Connection refused)" in line
-    assert "Start it there" in line
+    assert f"cannot use PostgreSQL at 127.0.0.1:{first}, 127.0.0.1:{second} (Connection refused)" in line
+    assert "Start PostgreSQL there" in line
     assert "secret-word" not in line
 
 
