@@ -107,7 +107,7 @@ async def test_clients_start_over_after_a_restore(daemons: Daemons, tmp_path: Pa
         ready = client.ready  # type: ignore[attr-defined]
         assert ready["rooms"]["1"]["seq"] == 2
     refused = await trio.to_thread.run_sync(daemon.command, "restore", str(copy))
-    assert (refused.returncode, "stop it first" in refused.stderr) == (1, True), "chatd serves from it"
+    assert (refused.returncode, "stop it first" in refused.stderr) == (1, True), "chatd uses this database"
     await trio.to_thread.run_sync(daemon.stop)
     done = await trio.to_thread.run_sync(daemon.command, "restore", str(copy))
     assert done.returncode == 0, done.stderr
