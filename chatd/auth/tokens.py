@@ -1,8 +1,8 @@
 """JWTs: issues them for backends with the shared secret, and verifies them for connections with the right key.
 
-HS256 uses the current and the previous secret; RS256, ES256 and EdDSA use public keys from
-files or a key server. This module knows nothing of revocations: a token names the user, and
-the database says whether the login is revoked.
+HS256 uses the current and the previous secret; RS256, ES256 and EdDSA use public keys from files or a key
+server. This module knows nothing of revocations: a token names the user, and the database says whether the
+login is revoked.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Publishes committed groups, in their order, and signals to Redis.
 
-One pipeline sends all waiting groups: XADD chat.stream, PUBLISH chat.messages. The outbox has
-each group until Redis has it, so groups that do not fit into the queue here, or that Redis
-refused, are read from there. Changes of rights and receipts are not in the outbox, so they
-wait here until Redis has them. Their queue is bounded: it drops the oldest, and the sweep
-makes up for them. Other signals are worthless later, so they do not wait while Redis is down.
+One pipeline sends all waiting groups: XADD chat.stream, PUBLISH chat.messages. The outbox has each group until
+Redis has it, so groups that do not fit into the queue here, or that Redis refused, are read from there. Changes
+of rights and receipts are not in the outbox, so they wait here until Redis has them. Their queue is bounded: it
+drops the oldest, and the sweep makes up for them. Other signals are worthless later, so they do not wait while
+Redis is down.
 """
 
 from __future__ import annotations

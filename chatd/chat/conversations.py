@@ -28,9 +28,7 @@ class Conversations:
 
     @property
     def members_detail(self) -> int:
-        """In rooms with more members than this, users do not see receipts
-        and presence of others; 0: no limit.
-        """
+        """In rooms with more members than this, users see no receipts and presence of others; 0: no limit."""
         return self._settings.now.limits.members_detail
 
     def entitled(self, identity: Identity, conversation_id: int) -> bool:

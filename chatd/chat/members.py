@@ -61,8 +61,8 @@ class Members:
     async def remove(self, conversation_id: int, user_id: int, *, ban: bool = False) -> None:
         """Remove a member or ban a user. Raises Unavailable.
 
-        The member's row stays in the database with its new state, so that a token that lists
-        the conversation does not let the user in.
+        The member's row stays in the database with its new state, so that a token that lists the conversation
+        does not let the user in.
         """
         state = State.BANNED if ban else State.REMOVED
         await self._set(SetMember(conversation_id=conversation_id, user_id=user_id, state=state))

@@ -168,9 +168,9 @@ class PresenceWebhooks:
     async def _look(self, others: list[Seen]) -> None:
         """End the leases of dead nodes.
 
-        With the memory bus there are no other nodes, so all other leases belong to former
-        processes. Their users get the debounce time to reconnect. Users of a node that died
-        while this one was running have had that time.
+        With the memory bus there are no other nodes, so all other leases belong to former processes. Their
+        users get the debounce time to reconnect. Users of a node that died while this one was running have had
+        that time.
         """
         now = trio.current_time()
         if self._alone:

@@ -1,6 +1,4 @@
-"""Receipts: how far users have read and received a conversation, and which users
-have not received a message.
-"""
+"""Receipts: how far users have read and received a conversation, and which users have received a message."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The Redis side of `chat.ingest`: the lease, the consumer group, and the stream of refused entries.
 
-The functions are synchronous, for one thread at a time; `consumer` calls them. One node
-reads at a time, so that messages are committed in the order of XADD. It holds a lease, and
-first takes over the entries that the node before it left pending.
+The functions are synchronous, for one thread at a time; `consumer` calls them. One node reads at a time, so
+that messages are committed in the order of XADD. It holds a lease, and first takes over the entries that the
+node before it left pending.
 
-A process may be paused between any two steps for longer than its lease lasts. So each step
-that changes something in Redis is a script that also checks the lease, and commits check a
-fencing token in the database (see `consumer`).
+A process may be paused between any two steps for longer than its lease lasts. So each step that changes
+something in Redis is a script that also checks the lease, and commits check a fencing token in the database
+(see `consumer`).
 """
 
 from __future__ import annotations

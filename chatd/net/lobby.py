@@ -5,9 +5,9 @@ The connection that has been silent for longest is closed first: at once if its 
 places, otherwise after a grace period. So a client that connects and sends its token gets in, however many
 others hold connections open and send nothing. A connection does not count as silent while it waits for chatd.
 
-While an address holds many silent connections, chatd accepts only some of its new ones, from
-among those that send data at once, and closes the others. Handshakes take time, and clients
-from other addresses would have to wait for all of them.
+While an address holds many silent connections, chatd accepts only some of its new ones, from among those that
+send data at once, and closes the others. Handshakes take time, and clients from other addresses would have to
+wait for all of them.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class Stay:
 
     @contextmanager
     def their_turn(self) -> Iterator[None]:
-        """A block within `our_turn` that waits for the peer, which must
-        send more data or read chatd's answer.
-        """
+        """A block within `our_turn` that waits for the peer to send more data or to read chatd's answer."""
         before, self.ours = self.ours, False
         try:
             yield
@@ -87,9 +85,7 @@ class Stay:
 
     @property
     def silent(self) -> bool:
-        """Whether chatd waits for the peer: the peer has sent nothing that
-        chatd still has to read or work on.
-        """
+        """Whether chatd waits for the peer, which has sent nothing that chatd still has to read or work on."""
         return not self.ours and is_silent(self.stream)
 
 

@@ -144,8 +144,8 @@ class DatabaseFile:
             raise OperationalError("COMMIT", None, error) from error
 
     def leave(self, engine: Engine) -> None:
-        """Stop using a file that is gone: save the log, and remove it from the name where
-        the new file would use it.
+        """Stop using a file that is gone: save the log, and remove it from the name where the new file would
+        use it.
 
         If the old file still exists somewhere (moved away), the log's content goes into it, since somebody may
         need it. Otherwise the log is kept as `-wal.left`.

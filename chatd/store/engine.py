@@ -57,9 +57,7 @@ def writing_engine(url: str, shared: Sessions | None = None) -> Engine:
 
 
 def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> Engine:
-    """An engine whose transactions each see one snapshot, so that rights, head
-    and missed changes fit together.
-    """
+    """An engine whose transactions see one snapshot, so that rights, head and missed changes fit together."""
     engine = _engine(url, shared, name="read", pool_size=readers, isolation="REPEATABLE READ")
     if is_sqlite(engine):
         _begin_with(engine, "BEGIN")

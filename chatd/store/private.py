@@ -1,6 +1,4 @@
-"""Keeps SQLite's files private to their owner, because they hold all messages and
-the secret that signs tokens.
-"""
+"""Keeps SQLite's files private to their owner: they hold all messages and the secret that signs tokens."""
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ def servers(url: str) -> list[str]:
 
 
 def _listed(parsed: URL, name: str) -> list[str]:
-    """The items of a parameter: libpq separates them with commas, SQLAlchemy
-    makes a tuple of a repeated one.
-    """
+    """The items of a parameter. libpq separates them by commas; SQLAlchemy has a tuple if one is repeated."""
     found = parsed.query.get(name, "")
     return [one for part in ([found] if isinstance(found, str) else found) for one in part.split(",") if one]
 

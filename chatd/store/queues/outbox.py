@@ -63,9 +63,9 @@ class Outbox:
     async def relay(self, publish: Publish, *, node: str, above: int = 0) -> tuple[int, int]:
         """Publish this node's rows above an id, and rows of any node that are older than `FOREIGN_AGE`.
 
-        `publish` runs in a thread, once per row. If it raises, that row and those after it
-        stay. Returns (number of rows published, the highest id among this node's own).
-        Raises Unavailable, and whatever `publish` raises.
+        `publish` runs in a thread, once per row. If it raises, that row and those after it stay. Returns
+        (number of rows published, the highest id among this node's own). Raises Unavailable, and whatever
+        `publish` raises.
         """
         return await trio.to_thread.run_sync(self._relay, publish, node, above, limiter=self._thread)
 

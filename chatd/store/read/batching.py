@@ -153,10 +153,10 @@ class Batcher(Generic[Request, Answer]):
     """Answers all requests that arrive during a running read with the next read, as the
     writer commits in groups.
 
-    A transaction and a thread cost more than the queries of one login, so when thousands of
-    clients reconnect, dozens of logins share them. There is no task for the reading: a
-    request that finds no read running starts one in its own task. If that task is cancelled,
-    another waiting request starts over. Each connection has at most one waiting request.
+    A transaction and a thread cost more than the queries of one login, so when thousands of clients reconnect,
+    dozens of logins share them. There is no task for the reading: a request that finds no read running starts
+    one in its own task. If that task is cancelled, another waiting request starts over. Each connection has at
+    most one waiting request.
     """
 
     def __init__(

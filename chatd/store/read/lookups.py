@@ -124,9 +124,7 @@ def missing(connection: Connection, conversation_id: int, after: int, mark: str 
 
 
 def _chained(changes: Sequence[Change], previous: str | None, heads: Heads) -> Iterator[Change]:
-    """Give each change the mark of the one before: they were read from one log,
-    so each follows the one before.
-    """
+    """Give each change the mark of the one before it. They come from one log, so each follows the one before."""
     for change in changes:
         version = heads.removed_version
         yield msgspec.structs.replace(change, members_version=version, previous=previous)
@@ -147,9 +145,9 @@ def marks_of(connection: Connection, wanted: Sequence[tuple[int, int]]) -> Marks
 def is_of(conversation_id: int, after: int, mark: str | None, heads: Heads, marks: Marks) -> bool:
     """Whether the change `after` of this conversation has this mark, that is, belongs to the present history.
 
-    `marks` must have the change's mark, except for the last change, whose mark is in
-    `heads`. Retention keeps the change at `low_seq` in the log for this purpose. Versions of
-    chatd before marks did not keep it; there the mark is None.
+    `marks` must have the change's mark, except for the last change, whose mark is in `heads`. Retention keeps
+    the change at `low_seq` in the log for this purpose. Versions of chatd before marks did not keep it; there
+    the mark is None.
     """
     if after in (0, heads.seq):
         return mark == (heads.mark if after else None)

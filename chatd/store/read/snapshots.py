@@ -94,9 +94,7 @@ Found = dict[int, Snapshot | NotFound]
 
 
 class Entered(Struct, frozen=True):
-    """The user's restrictions (None: there are none) and the rooms, from one
-    snapshot of the history `epoch`.
-    """
+    """The user's restrictions (None: there are none) and the rooms, from one snapshot of history `epoch`."""
 
     standing: Standing | None
     epoch: str

@@ -46,9 +46,7 @@ _messages, _changes, _heads = schema.messages.c, schema.changes.c, schema.conver
 
 
 class Rules(Struct, frozen=True):
-    """What to keep: messages younger than `days`, and the newest `messages` of
-    each conversation; 0: no limit.
-    """
+    """What to keep: messages younger than `days`, the newest `messages` of each conversation; 0: no limit."""
 
     days: float = 0.0
     messages: int = 0
@@ -60,8 +58,8 @@ class Rules(Struct, frozen=True):
 class _Marks(Struct, frozen=True):
     """The messages of a conversation to remove: ids below `beyond`; and ids below `old` if older than `moment`.
 
-    Ids grow with time, but the clock may have been wrong for a while. The check of `moment`
-    keeps younger messages in that case.
+    Ids grow with time, but the clock may have been wrong for a while. The check of `moment` keeps younger
+    messages in that case.
     """
 
     beyond: int = 0
@@ -83,8 +81,8 @@ class _Marks(Struct, frozen=True):
 class _Target:
     """A conversation, and the place `low` up to which its log is removed.
 
-    `last_changes`: message id → seq of its last change, for messages with changes after `low`. That
-    is known for the log up to `checked`.
+    `last_changes`: message id → seq of its last change, for messages with changes after `low`. That is known
+    for the log up to `checked`.
     """
 
     conversation_id: int

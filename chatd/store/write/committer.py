@@ -1,8 +1,8 @@
 """Commits groups of commands, in the writer's thread, and returns an outcome for each command.
 
-If one bad command makes a group fail, each command gets a transaction of its own. If another
-process holds a lock that the group needs, each conversation gets a transaction of its own,
-so that the others do not wait for the lock.
+If one bad command makes a group fail, each command gets a transaction of its own. If another process holds a
+lock that the group needs, each conversation gets a transaction of its own, so that the others do not wait for
+the lock.
 """
 
 from __future__ import annotations
@@ -179,7 +179,5 @@ def _lock_of(command: AnyCommand) -> Any:
 
 
 def _is_locked(error: Exception) -> bool:
-    """Whether PostgreSQL's lock_timeout ended the wait for a row's lock
-    (SQLSTATE 55P03): nothing was written.
-    """
+    """Whether PostgreSQL's lock_timeout ended the wait for a row (SQLSTATE 55P03), so nothing was written."""
     return getattr(getattr(error, "orig", None), "sqlstate", None) == "55P03"

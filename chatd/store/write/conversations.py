@@ -49,9 +49,7 @@ class Conversations:
         return self.rows[id]
 
     def of_message(self, id: int) -> int | None:
-        """The conversation of a message that a command changes or replies
-        to; None: there is no such message.
-        """
+        """The conversation of a message that a command changes or replies to; None: no such message."""
         return self._of_message.get(id)
 
     def of(self, command: AnyCommand) -> int | None:

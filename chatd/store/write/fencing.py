@@ -1,7 +1,7 @@
 """The fencing token of the node that reads `chat.ingest`, within one transaction.
 
-Only `transaction` uses this. A row lock makes a commit that checks the token and one that
-changes it wait for each other.
+Only `transaction` uses this. A row lock makes a commit that checks the token and one that changes it wait for
+each other.
 """
 
 from __future__ import annotations

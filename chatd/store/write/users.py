@@ -34,8 +34,8 @@ class Users:
     def set(self, command: SetUser) -> UserSet:
         """Revoke tokens, ban or unban. A revocation is never undone: `valid_after` does not go back.
 
-        With `command.now` it always grows, even if the clock was set back: tokens may have
-        been issued since the last revocation.
+        With `command.now` it always grows, even if the clock was set back: tokens may have been issued since
+        the last revocation.
         """
         before = self._rows.get(command.user_id, {"valid_after": 0, "banned_until": None})
         banned = before["banned_until"] if command.banned_until is UNSET else command.banned_until
