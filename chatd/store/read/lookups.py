@@ -124,7 +124,7 @@ def missing(connection: Connection, conversation_id: int, after: int, mark: str 
 
 
 def _chained(changes: Sequence[Change], previous: str | None, heads: Heads) -> Iterator[Change]:
-    """Give each change the mark of the one before it. They come from one log, so each follows the one before."""
+    """Give each change the mark of the one before it. They come from one log, so each follows the other."""
     for change in changes:
         version = heads.removed_version
         yield msgspec.structs.replace(change, members_version=version, previous=previous)
