@@ -78,7 +78,7 @@ def with_config(command: Command) -> Command:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="chatd")
 def main() -> None:
-    """A realtime chat daemon that delivers messages in order, once, and loses none.
+    """A realtime chat daemon that delivers messages once, in order, without loss.
 
     Try it with: chatd serve --demo
     """
