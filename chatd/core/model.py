@@ -49,7 +49,7 @@ class Change(Struct, frozen=True):
 
     `members_version` is the conversation's version at the last removal of a member before this commit, so that
     no node delivers the change to a user who was removed. Additions, roles and mutes take no right to read from
-    anybody and do not count. 0: there was no removal. A huge value: the version is no longer known, and the
+    anybody and do not count. 0: no removal is known. A huge value: the version is no longer known, and the
     node must ask the database.
 
     `mark` is a random string, the same for all changes of one transaction. A database that was restored from a
