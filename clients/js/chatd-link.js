@@ -1,30 +1,30 @@
 /**
- * chatd-link.js: what chatd.js needs for a connection, without rooms and without a decision when to connect. Link is one
- * WebSocket with frames and replies, Token is renewed before it ends, the Outbox has what the server has not answered yet.
+ * chatd-link.js: the connection of chatd.js, without rooms and without the decision when to connect. Link is one WebSocket with
+ * frames and replies, Token is renewed before it expires, the Outbox has the changes that the server has not answered yet.
  */
 
 export const SECOND = 1000; // ms, the unit of all times
-const OPEN_TIMEOUT = 20 * SECOND; // to get a token, open the socket and hear the first frame
-const PROBE = 5 * SECOND; // for the answer to a ping that asks whether the other side is still there
-const LATE = 1 * SECOND; // a timer that fires later than this has slept: with the machine, the page or a debugger
-const ERROR_GRACE = 250; // ms in which an `error` must be followed by the `close` that says more
-const TIMER_MAX = 2 ** 31 - 1; // setTimeout fires at once beyond it
+const OPEN_TIMEOUT = 20 * SECOND; // to get a token, open the socket and receive the first frame
+const PROBE = 5 * SECOND; // for the answer to a ping
+const LATE = 1 * SECOND; // a timer that fires later than this was suspended, with the machine, the page or a debugger
+const ERROR_GRACE = 250; // ms that an `error` waits for the `close` event, which has more details
+const TIMER_MAX = 2 ** 31 - 1; // setTimeout fires at once for a longer time
 const LONGEST_REST = 20 * SECOND;
-const REFUSALS_MAX = 10; // a request that the server keeps failing must not block those behind it for ever
+const REFUSALS_MAX = 10; // after so many failures a request is given up, so that it does not block those after it for ever
 
 // Close codes
 export const LOST = 1006, NO_PONG = 4000;
 const TOO_BIG = 1009;
 
 export const RETRYABLE = new Set(["rate_limited", "unavailable", "internal", "disconnected"]);
-const LONG_ANSWERS = new Set(["auth", "subscribe", "history"]); // nothing else is heard while one arrives over a slow link
+const LONG_ANSWERS = new Set(["auth", "subscribe", "history"]); // over a slow link, one of these delays all other frames
 
 export const random = (limit) => Math.random() * limit;
 const sleep = (ms) => new Promise((wake) => setTimeout(wake, ms));
-/** Random from nought: the clients of a server that fell over must not all come back in step. */
+/** Exponential backoff with full jitter, so that the clients of a crashed server do not all reconnect at once. */
 export const backoff = (tries, longest) => random(Math.min(longest, 0.5 * SECOND * 2 ** tries));
 
-/** The server's `error`, or code "disconnected" when the connection ended before the reply. */
+/** The server's `error`, or an error with code "disconnected" if the connection ended before the reply. */
 export class ChatError extends Error {
   constructor({ code, message, field, retryable = RETRYABLE.has(code), retry_after }) {
     super(message || code);
@@ -32,7 +32,7 @@ export class ChatError extends Error {
   }
 }
 
-/** A conversation's id or a message's, which pages often hold as text. Throws a TypeError for anything else. */
+/** Returns the id of a conversation or a message as a number: pages often have it as text. Throws a TypeError if it is none. */
 export function idOf(value) {
   const id = typeof value === "string" && /^\d+$/.test(value) ? Number(value) : value;
   if (!Number.isSafeInteger(id) || id < 1) throw new TypeError(`not an id: ${value}`);
@@ -41,10 +41,10 @@ export function idOf(value) {
 
 export const sizeOf = (text) => new TextEncoder().encode(text).length;
 
-/** From the wish for a connection to its end: frames, replies, and whether the other side is alive. */
+/** One connection, from before it is opened to its end: sends frames, matches replies, and notices a dead server. */
 export class Link {
   readyAt = 0;
-  limits = {}; // the server's, once it has said hello
+  limits = {}; // the server's limits, after its `hello`
   over = false;
   #socket = null;
   #replies = new Map(); // by ref: {resolve, reject, about, size, long}
@@ -53,12 +53,12 @@ export class Link {
   #silence = OPEN_TIMEOUT;
   #patience;
   #heard = Date.now();
-  #due = Infinity; // when the watchdog looks again
+  #due = Infinity; // when the watchdog checks again
   #watchdog;
 
   /**
-   * `received(frame, about)` is called for each frame, with what `request` was told that it is about; `ended(code, reason)`
-   * once. `patience` multiplies the silence that the server's `hello` allows.
+   * `received(frame, about)` is called for each frame; for a reply, `about` is the argument of its `request`. `ended(code,
+   * reason)` is called once. `patience` multiplies the silence that the server's `hello` allows.
    */
   constructor({ received, ended, patience = 1 }) {
     Object.assign(this, { received, ended });
@@ -75,7 +75,7 @@ export class Link {
     socket.onerror = () => this.after(ERROR_GRACE, () => this.end(LOST, "the connection failed"));
   }
 
-  /** Calls `act` in so many ms, unless the link has ended by then. */
+  /** Calls `act` after `ms`, unless the link has ended by then. */
   after(ms, act) {
     if (this.over) return;
     const timer = setTimeout(() => (this.#timers.delete(timer), act()), ms);
@@ -84,7 +84,7 @@ export class Link {
 
   post(frame) { return this.#send(JSON.stringify(frame)); }
 
-  /** Posts a frame; the promise is the server's reply to it. A frame that the server does not take is never posted. */
+  /** Sends a frame and resolves to the server's reply. Rejects a frame over the server's size limit without sending it. */
   request(frame, about) {
     return new Promise((resolve, reject) => {
       if (this.over) return reject(new ChatError({ code: "disconnected" }));
@@ -96,14 +96,14 @@ export class Link {
     });
   }
 
-  /** Asks the other side whether it is there: something must be heard soon. */
+  /** Sends a ping. The link ends if no frame arrives within PROBE. */
   probe() {
     this.#heard = Date.now() - this.#allowed() + PROBE;
     this.post({ event: "ping" });
     this.#watch();
   }
 
-  /** Ends the link at once: close() on a dead socket would wait for minutes before it reported anything. */
+  /** Ends the link at once, without waiting for the socket: close() on a dead socket takes minutes. */
   end(code = LOST, reason = "") {
     if (this.over) return;
     this.over = true;
@@ -111,14 +111,14 @@ export class Link {
     for (const timer of this.#timers) clearTimeout(timer);
     if (this.#socket) {
       this.#socket.onmessage = this.#socket.onclose = null;
-      this.#socket.onerror = () => {}; // what Node says of a socket that is closed before it was open
+      this.#socket.onerror = () => {}; // Node reports an error for a socket that is closed before it was open
       this.#socket.close();
     }
     const replies = [...this.#replies.values()];
-    // One frame was too big for somebody on the way. Nobody says which: the biggest. The others are innocent.
+    // A proxy or the server refused a frame as too big, without saying which. It must be the biggest; the others are retried.
     const culprit = code === TOO_BIG ? replies.reduce((a, b) => (b.size > (a?.size ?? 0) ? b : a), null) : null;
     culprit?.reject(tooLarge(culprit.size));
-    for (const { reject } of replies) reject(new ChatError({ code: "disconnected", message: reason })); // a second one is ignored
+    for (const { reject } of replies) reject(new ChatError({ code: "disconnected", message: reason })); // the culprit is settled already
     this.#replies.clear();
     this.#timers.clear();
     this.#socket = null;
@@ -137,7 +137,7 @@ export class Link {
     if (frame.event === "hello") this.#greeted(frame);
     const reply = this.#replies.get(frame.ref);
     this.#replies.delete(frame.ref);
-    // Listeners see a frame before the code that waits for the reply: in the order in which the frames came.
+    // Listeners get a frame before the code that awaits the reply, so that both see the frames in their order.
     this.received(frame, reply?.about);
     if (frame.event === "error") reply?.reject(new ChatError(frame));
     else reply?.resolve(frame);
@@ -150,25 +150,25 @@ export class Link {
   }
 
   /**
-   * How long nothing may be heard. A frame is heard when all of it is there, and the server's pings wait behind it: while a
-   * long answer may be on its way over a slow link, silence means less.
+   * Returns how long the server may be silent. A frame counts when it has arrived completely, and pings queue behind it. So
+   * while a long answer may be arriving over a slow link, the allowed silence is doubled.
    */
   #allowed() {
     const expected = [...this.#replies.values()].some(({ long }) => long);
     return expected ? 2 * this.#silence : this.#silence;
   }
 
-  /** By the wall clock, which unlike others goes on while a laptop sleeps: on waking, a dead link is found soon. */
+  /** Uses the wall clock, which also runs while a laptop sleeps, so that a dead link is found soon after waking. */
   #watch() {
     clearTimeout(this.#watchdog);
     const now = Date.now(), late = now - this.#due > LATE;
-    this.#heard = Math.min(this.#heard, now); // the clock may have been put back
+    this.#heard = Math.min(this.#heard, now); // the clock may have been set back
     const left = this.#heard + this.#allowed() - now;
     if (left > 0) {
       this.#due = now + left;
       this.#watchdog = setTimeout(() => this.#watch(), left);
     } else if (late) {
-      this.#due = Infinity; // frames may wait that nobody has read yet, and the clock may have jumped
+      this.#due = Infinity; // received frames may not be handled yet, and the clock may have jumped
       this.probe();
     } else {
       this.end(NO_PONG, "nothing heard from the server");
@@ -179,7 +179,7 @@ export class Link {
 const tooLarge = (size, limit) =>
   new ChatError({ code: "too_large", message: `a frame of ${size} bytes is too big${limit ? `: at most ${limit}` : ""}` });
 
-/** Asked of the application, kept, and renewed in time. */
+/** The token: requested from the application, kept, and renewed before it expires. */
 export class Token {
   #ask;
   #text = null;
@@ -189,27 +189,27 @@ export class Token {
   /** `ask` is the application's async function. */
   constructor(ask) { this.#ask = ask; }
 
-  /** Null when there is none, or its time is over. */
+  /** The token; null if there is none or it has expired. */
   get current() {
     if (Date.now() >= this.#ends) this.forget();
     return this.#text;
   }
 
-  /** Asks for a token where there is none. */
+  /** Requests a token from the application, if there is none. */
   async get() {
     if (this.current === null) this.#keep(await this.#bring());
   }
 
   forget() { this.#text = null; }
 
-  /** The server has said how many seconds the token counts: it is renewed in time, for as long as the link lives. */
+  /** The token is valid for `seconds`, as the server has reported. It is renewed before, while the link lives. */
   lasts(link, seconds) {
     if (seconds === undefined) return;
     this.#keep(this.#text, seconds);
     this.#renewIn(link, seconds);
   }
 
-  /** Gives the server a new token; all who ask while one is on its way get the same. */
+  /** Sends the server a new token. Calls that overlap share one refresh. */
   refresh(link) {
     if (this.#refreshing?.link === link) return this.#refreshing.done;
     const mine = { link, done: this.#refresh(link).finally(() => mine === this.#refreshing && (this.#refreshing = null)) };
@@ -223,9 +223,9 @@ export class Token {
     this.#keep(token, expires_in);
   }
 
-  /** Where it fails, it is tried again in what is left of the old token's time. */
+  /** If a refresh fails, it is tried again in the remaining time of the old token. */
   #renewIn(link, seconds) {
-    if (seconds <= 1) return; // too late: the server closes with 4001, and the next try asks for a token
+    if (seconds <= 1) return; // too late: the server closes with 4001, and the next connection requests a token
     link.after(Math.min(seconds * SECOND * (0.7 + random(0.2)), TIMER_MAX), async () => {
       await this.refresh(link).catch(() => {});
       this.#renewIn(link, (this.#ends - Date.now()) / SECOND);
@@ -247,20 +247,20 @@ export class Token {
 /**
  * The changes that the server has not answered yet.
  *
- * One request at a time: were several on the way, one refused by the rate limit would be overtaken by the next. A conversation
- * whose request fails for the moment rests, and the others go on.
+ * It sends one request at a time. With several in flight, a request that the rate limit refuses would be overtaken by the next.
+ * After a temporary failure the conversation pauses, and the others continue.
  */
 export class Outbox {
   #entries = []; // oldest first
-  #resting = new Set(); // conversations
+  #resting = new Set(); // conversations that pause
   #busy = false;
 
-  /** `link()` is the one to use, or null; `refresh(link)` brings the server a new token. */
+  /** `link()` returns the link to use, or null; `refresh(link)` sends the server a new token. */
   constructor({ link, refresh }) {
     Object.assign(this, { link, refresh });
   }
 
-  /** The promise is settled when the server has stored the change, or refused it for good. */
+  /** Resolves when the server has stored the change; rejects when the server has finally refused it. */
   put(frame) {
     return new Promise((resolve, reject) => {
       this.#entries.push({ frame, resolve, reject, refusals: 0 });
@@ -281,8 +281,8 @@ export class Outbox {
     try {
       this.#settle(entry, entry.resolve, await link.request(entry.frame));
     } catch (error) {
-      if (error.code === "disconnected") return; // it is repeated on the next link
-      if (error.code === "rate_limited") await sleep(this.#rest(error, 0)); // which counts for all conversations
+      if (error.code === "disconnected") return; // it is sent again on the next link
+      if (error.code === "rate_limited") await sleep(this.#rest(error, 0)); // the limit applies to all conversations
       else {
         if (error.code === "token_expired") await this.refresh(link).catch(() => {});
         this.#refused(entry, error);

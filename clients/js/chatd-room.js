@@ -1,6 +1,6 @@
 /**
- * chatd-room.js: a Room is one conversation of chatd.js: its cursor, how far everybody has read, who types and who is online.
- * Subscriptions, further down, are the rooms on one Link.
+ * chatd-room.js: a Room is one conversation of chatd.js: its cursor, its receipts, who types and who is online. Subscriptions,
+ * further down, are the rooms on one Link.
  *
  * Events (`detail` in brackets): message, updated, deleted [the message as it is now]; reset [{messages, has_more}: discard
  * what you hold and show these]; subscribed [the server's answer]; unsubscribed [{code, message}: this Room is over];
@@ -13,25 +13,25 @@ import { backoff, ChatError, idOf, SECOND } from "./chatd-link.js";
 export const CHANGES = { message: "message", "message.updated": "updated", "message.deleted": "deleted" };
 export const emit = (target, type, detail) => target.dispatchEvent(new CustomEvent(type, { detail }));
 
-const TYPING_EVERY = 2_500; // ms between two notices that go out: the server tells of one in two seconds
-const RECEIPTS_EVERY = 400; // ms that receipts are gathered
-const LONGEST_PAUSE = 20 * SECOND; // until a room that is refused for the moment is asked for again
+const TYPING_EVERY = 2_500; // ms between two `typing` frames: the server passes on one in two seconds
+const RECEIPTS_EVERY = 400; // ms for which receipts are collected (debounced)
+const LONGEST_PAUSE = 20 * SECOND; // before a subscription that was temporarily refused is tried again
 
-// What a room on a link waits for; null when it is up to date.
+// What the subscription of a room on a link waits for; null when it is up to date.
 const READY = "ready", REPLY = "reply", PAUSE = "pause", LEFT = "left";
 
 export class Room extends EventTarget {
-  mark; // what the server gave with the change at `cursor`: it proves that the cursor is of the server's history
-  epoch; // of the data that `cursor` is from
+  mark; // the mark of the change at `cursor`, with which the server checks that the cursor is of its history
+  epoch; // the epoch of the data to which `cursor` belongs
   receipts = new Map(); // by user: {read, delivered}, message ids
-  typists = new Map(); // by user: the timer that ends it
+  typists = new Map(); // by user: the timer that removes the user
   online = new Set(); // users; only with `presence`
-  #versions = new Map(); // by user, of what is known of their presence
+  #versions = new Map(); // by user: the version of the presence that is known
   #post;
   #me;
   #typedAt = 0;
-  #said = { read: 0, delivered: 0 }; // what the server has of us
-  #toSay = { read: 0, delivered: 0 };
+  #said = { read: 0, delivered: 0 }; // the user's receipts that the server has
+  #toSay = { read: 0, delivered: 0 }; // the user's receipts that it should have
   #timer = null;
 
   constructor(id, { after = null, mark = null, epoch, presence = false, post = () => false, me = () => null } = {}) {
@@ -45,7 +45,7 @@ export class Room extends EventTarget {
     this.#me = me;
   }
 
-  /** Say that the user is typing, as often as you like; `false` when the text was sent or is gone. */
+  /** Reports that the user is typing. You may call it for each key. Pass `false` when the text was sent or deleted. */
   typing(active = true) {
     const now = Date.now();
     if (active && Math.abs(now - this.#typedAt) < TYPING_EVERY) return;
@@ -54,41 +54,41 @@ export class Room extends EventTarget {
     this.#post({ event: "typing", active });
   }
 
-  /** Everything up to this message id has been seen by the user. That it has arrived is said by itself. */
+  /** Reports that the user has read everything up to this message id. Delivery is reported automatically. */
   read(messageId) { this.#say("read", idOf(messageId)); }
 
   // For Chat and Subscriptions
 
-  /** Takes a live change; false says that changes before it are missing. */
+  /** Takes a live change. Returns false if changes before it are missing. */
   change(frame) {
     if (frame.seq > this.cursor + 1) return false;
     this.#deliver(frame);
     return true;
   }
 
-  /** Whether nothing is missing between what this room has and an answer that was not asked for. */
+  /** Whether an unrequested answer follows this room's cursor without a gap. */
   continues({ recovered, changes, seq }) {
     return !recovered || this.cursor === null || (changes[0]?.seq ?? seq + 1) <= this.cursor + 1;
   }
 
   /**
-   * Takes the answer to a subscription: what was missed, or a fresh start. When `live()` says no any more, a listener has left
-   * the room or closed the connection, and the rest is not delivered; it is still to be had with the cursor.
+   * Takes the answer to a subscription: the missed changes, or a new state. When `live()` becomes false, a listener has left
+   * the room or closed the connection. The rest is not delivered then, and can still be fetched with the cursor.
    */
   synced(answer, live = () => true) {
     this.epoch = answer.epoch;
-    this.#said = { read: 0, delivered: 0 }; // what was said on another link may never have arrived
+    this.#said = { read: 0, delivered: 0 }; // receipts that were sent on another link may be lost
     if (!answer.recovered) this.#startOver(answer);
     for (const { user_id, read, delivered } of answer.receipts ?? []) this.#reached(user_id, { read, delivered });
     if (answer.online) this.#present(answer.online);
     if (answer.recovered) {
       for (const change of answer.changes) if (live()) this.#deliver(change);
-      if (live()) this.#advance(answer); // if one has left, the cursor is where the delivery ended
+      if (live()) this.#advance(answer); // else the cursor stays at the last delivered change
     }
     if (!answer.recovered) emit(this, "reset", { messages: answer.changes, has_more: answer.has_more });
     if (!live()) return;
     emit(this, "subscribed", answer);
-    if (live()) this.#saySoon(); // what could not be said while the connection was away
+    if (live()) this.#saySoon(); // receipts that could not be sent without a connection
   }
 
   /** Takes any other frame. */
@@ -99,12 +99,12 @@ export class Room extends EventTarget {
     emit(this, ["receipt", "typing", "presence"].includes(frame.event) ? frame.event : "event", frame);
   }
 
-  /** These messages are here, however they came: their authors may know. */
+  /** Reports these messages as delivered, however they have arrived. */
   arrived(messages) {
     for (const { id = 0, user_id } of messages) if (user_id !== this.#me()) this.#say("delivered", id);
   }
 
-  /** Nothing more is said or told by itself: the room was left, or the connection closed. */
+  /** Stops all timers, because the room was left or the connection closed. */
   hush() {
     clearTimeout(this.#timer);
     this.#timer = null;
@@ -113,23 +113,23 @@ export class Room extends EventTarget {
     this.#typedAt = 0;
   }
 
-  /** First the cursor, then the listeners: whatever they do, a change is never delivered again. */
+  /** Advances the cursor before it calls the listeners, so that a change is never delivered twice, whatever they do. */
   #deliver(frame) {
     if (frame.seq <= this.cursor) return;
-    if (frame.seq !== undefined) this.#advance(frame); // what a backend published by itself has none
+    if (frame.seq !== undefined) this.#advance(frame); // a message that a backend has published itself has no seq
     if (frame.event === "message") this.arrived([frame]);
     if (frame.event === "message") this.#types(frame.user_id, false);
     emit(this, CHANGES[frame.event], frame);
   }
 
-  /** Never back: while two links are up, the old one may have brought more than the new one's answer knows. */
+  /** Never moves the cursor back: while two links are open, the old one may be ahead of the new one's answer. */
   #advance({ seq, mark = null }) {
     if (seq < this.cursor) return;
     this.mark = mark ?? (seq === this.cursor ? this.mark : null);
     this.cursor = seq;
   }
 
-  /** Nothing of what was known counts: perhaps it is of a history that has gone, with message ids that are given again. */
+  /** Discards the known state: it may be of a lost history, whose message ids are assigned again to other messages. */
   #startOver({ seq, mark = null, changes }) {
     Object.assign(this, { cursor: seq, mark, receipts: new Map() });
     this.#toSay = { read: 0, delivered: 0 };
@@ -143,7 +143,7 @@ export class Room extends EventTarget {
     const known = this.receipts.get(user) ?? { read: 0, delivered: 0 };
     const now = { read: Math.max(known.read, read), delivered: Math.max(known.delivered, delivered) };
     this.receipts.set(user, now);
-    if (user === this.#me()) this.#said = { ...now }; // said on this connection, or on another device
+    if (user === this.#me()) this.#said = { ...now }; // reported on this connection, or on another device
   }
 
   #say(what, id) {
@@ -170,7 +170,7 @@ export class Room extends EventTarget {
     this.typists.delete(user);
     if (!active) return;
     const over = () => (this.#types(user, false), emit(this, "typing", { user_id: user, active: false, expires_in: 0 }));
-    this.typists.set(user, setTimeout(over, seconds * 1_000)); // also when the end of it never comes
+    this.typists.set(user, setTimeout(over, seconds * 1_000)); // in case the frame for the end is lost
   }
 
   #present(users) {
@@ -178,7 +178,7 @@ export class Room extends EventTarget {
     this.#versions.clear();
   }
 
-  /** False for what is older than what is known. */
+  /** Takes a presence frame. Returns false if it is older than the known state. */
   #comes({ user_id, online, version }) {
     if (version < this.#versions.get(user_id)) return false;
     this.#versions.set(user_id, version);
@@ -188,11 +188,11 @@ export class Room extends EventTarget {
 }
 
 /**
- * The rooms on one Link: what was asked for each, and what its answer is waited for.
+ * The rooms on one Link, and for which answer each of them waits.
  *
- * While an answer is on its way, changes of that room are left alone: the answer brings them, or they follow it. A room that
- * is left and joined again is asked for only when the server has confirmed that it was left, so nothing that belongs
- * to the old subscription is taken for the new one's.
+ * While a room waits for an answer, its live changes are ignored: the answer includes them, or they follow it. A room that is
+ * left and joined again is subscribed only when the server has confirmed that it was left, so that frames of the old
+ * subscription are not mistaken for those of the new one.
  */
 export class Subscriptions {
   #all = new Map(); // by conversation: {room, waits, presence, tries}
@@ -202,7 +202,7 @@ export class Subscriptions {
   #over;
 
   /**
-   * `joined(id)` is the Room that the application is in now; `refresh()` brings the server a new token; `over(room, error)`
+   * `joined(id)` returns the Room that the application has joined; `refresh()` sends the server a new token; `over(room, error)`
    * is called for a room that the server refuses or has ended.
    */
   constructor(link, { joined, refresh, over }) {
@@ -213,8 +213,8 @@ export class Subscriptions {
   }
 
   /**
-   * The `rooms` of an `auth` with these data, as many as the server allows and as fit into so many bytes. Those with a cursor
-   * from other data are asked for later, one by one. `marks`: the server knows them.
+   * Returns the `rooms` of an `auth` with this epoch: as many as the server allows and as fit into `space` bytes. Rooms whose
+   * cursor has another epoch are subscribed later, one by one. `marks`: whether the server knows marks.
    */
   named(rooms, epoch, space, marks) {
     const named = {};
@@ -230,7 +230,7 @@ export class Subscriptions {
     return named;
   }
 
-  /** Takes `ready.rooms`. What is named neither there nor in an `unsubscribed` follows in frames of its own. */
+  /** Takes `ready.rooms`. For a room that is missing there, a frame of its own follows. */
   welcome(answers, epoch) {
     for (const [id, one] of [...this.#all]) {
       if (this.#link.over) return;
@@ -239,7 +239,7 @@ export class Subscriptions {
     }
   }
 
-  /** Asks for the room, or for who is online in it; does nothing where that is under way. */
+  /** Subscribes the room, or requests its presence. Does nothing if that is in progress. */
   want(room) {
     if (this.#link.over || !this.#link.readyAt) return;
     let one = this.#all.get(room.id);
@@ -263,7 +263,7 @@ export class Subscriptions {
     });
   }
 
-  /** Takes a frame about a conversation; `about` is what it replies to. */
+  /** Takes a frame about a conversation. For a reply, `about` is the entry of its request. */
   take(frame, about) {
     const one = this.#all.get(frame.conversation_id);
     if (!one || one.waits === LEFT || !this.#isJoined(one)) return;
@@ -283,7 +283,7 @@ export class Subscriptions {
     else if (!one.waits) this.#ask(one);
   }
 
-  /** A part of an answer that is not the reply itself leaves the room waiting. */
+  /** Takes an answer. If it is only a part of one (not `complete`), the room waits for the rest. */
   #answered(one, frame, complete = true) {
     if (complete) Object.assign(one, { waits: null, tries: 0 });
     one.room.synced(frame, () => !this.#link.over && this.#isJoined(one));
@@ -296,7 +296,7 @@ export class Subscriptions {
     one.presence = room.presence;
     const cursor = { after: room.cursor ?? undefined, mark: room.mark ?? undefined, epoch: room.epoch };
     const frame = { event: "subscribe", conversation_id: room.id, ...cursor, presence: room.presence || undefined };
-    this.#link.request(frame, one).catch((error) => this.#refused(one, error)); // `take` sees the answer
+    this.#link.request(frame, one).catch((error) => this.#refused(one, error)); // `take` handles the answer
   }
 
   #refused(one, { code, message, retryable, retryAfter, retry_after }) {

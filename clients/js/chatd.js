@@ -8,9 +8,9 @@
  *     await chat.send(1, "Hello");
  *
  * Chat decides when to connect, Room is one conversation with its cursor, Link is one WebSocket, Subscriptions are the rooms
- * on one link, and the Outbox has what is unanswered. The application's code runs in event listeners and in `token`
- * alone: what a listener throws is reported as an uncaught error by the browser and reaches nothing in here. A listener
- * may call anything: after each event that is emitted here, the link may have ended and the room may have been left.
+ * on one link, and the Outbox has the changes that the server has not answered. The application's code runs only in event
+ * listeners and in `token`. An error that a listener throws does not reach this code: the browser reports it as uncaught. A
+ * listener may call any method, so after each event the link may have ended and the room may have been left.
  */
 
 import { backoff, ChatError, idOf, Link, LOST, NO_PONG, Outbox, random, SECOND, sizeOf, Token } from "./chatd-link.js";
@@ -20,16 +20,16 @@ export { ChatError, Room };
 
 const LONGEST_WAIT = 20 * SECOND;
 const OVERLOAD_WAIT = 5 * SECOND;
-const ONLINE_WAIT = 0.5 * SECOND; // everybody behind a router that is back hears `online` in the same moment
-const STEADY = 10 * SECOND; // a connection that lived so long past `ready` was a good one: the backoff starts over
-const RESTART_WINDOW = 5 * SECOND; // unless the server's `hello` named another
+const ONLINE_WAIT = 0.5 * SECOND; // all clients behind a router get the `online` event at the same moment
+const STEADY = 10 * SECOND; // a connection that lived so long after `ready` resets the backoff
+const RESTART_WINDOW = 5 * SECOND; // the default, if the server's `hello` has no window
 const PATIENCE_MAX = 8;
 
 // Close codes
 const GOING_AWAY = new Set([1001, 1012]);
 const OVERLOADED = new Set([1013, 4006]);
 const TOKEN_EXPIRED = 4001, AUTH_UNAVAILABLE = 4005, PROTOCOL_ERROR = 4501;
-const OLD_NO_AUTH = 4502; // what 4004 was to servers before; the way was slow, or the machine slept
+const OLD_NO_AUTH = 4502; // older servers send this instead of 4004: the network was slow, or the machine slept
 const isFinal = (code) => code >= 4500 && code <= 4999 && code !== OLD_NO_AUTH;
 
 /** 128 random bits. crypto.randomUUID() exists only on https and localhost. */
@@ -37,8 +37,8 @@ export const newClientId = () =>
   Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(16).padStart(8, "0")).join("");
 
 /**
- * The client. `token` is an async function that gets a token from your backend; it is called for the first connection, before
- * a token expires and after one has expired, but not for every reconnect: a restart must not become a storm on the backend.
+ * The client. `token` is an async function that gets a token from your backend. It is called for the first connection, before
+ * a token expires and after one has expired, but not for each reconnect, so that a restart does not overload the backend.
  *
  * Events: state [{state, retryAt?, code?, reason?}], where state is "connecting", "online", "offline" (next try at `retryAt`,
  * as of Date.now()), "stopped" (see `code`; only connect() starts again) or "closed"; error [a frame without a `ref`].
@@ -53,19 +53,19 @@ export class Chat extends EventTarget {
   #longestWait;
   #givenEpoch;
   #rooms = new Map();
-  #link = null; // null while there is none and none is being made
-  #next = null; // the one that is to follow it, when the server asked us to move
+  #link = null; // the current link, or the one that is being opened
+  #next = null; // the link that will replace it, after the server has asked the client to reconnect
   #timer;
-  #notBefore = 0; // when an overloaded server wants us at the earliest
+  #notBefore = 0; // the earliest time of the next try, after an overloaded server has closed the connection
   #tries = 0;
-  #patience = 1; // with silence: grows while connections die of it before they were of any use
+  #patience = 1; // multiplies the silence that is allowed; grows while links time out soon after they were opened
   #window = RESTART_WINDOW;
-  #ears = null; // an AbortController: listeners on the page
+  #ears = null; // the AbortController of the listeners on the page
   #outbox = new Outbox({ link: () => this.#ready, refresh: (link) => this.#token.refresh(link) });
 
   /**
-   * `epoch` only together with cursors kept from an earlier page: `join(id, {after, mark})`. `longestWait` (ms) bounds the
-   * random wait before a new try; a short one is for tests and for servers with few clients.
+   * Give `epoch` only together with cursors that you kept from an earlier page: `join(id, {after, mark})`. `longestWait` (ms)
+   * bounds the random wait before a new try. A short one is for tests and for servers with few clients.
    */
   constructor({ url, token, epoch, longestWait = LONGEST_WAIT }) {
     super();
@@ -75,7 +75,7 @@ export class Chat extends EventTarget {
     this.epoch = this.#givenEpoch = epoch;
   }
 
-  /** Connects, or tries now instead of at the end of the wait. Does nothing while connecting or online. */
+  /** Connects now, without waiting for the next try. Does nothing while connecting or online. */
   connect() {
     if (this.#link) return;
     clearTimeout(this.#timer);
@@ -83,7 +83,7 @@ export class Chat extends EventTarget {
     this.#dial();
   }
 
-  /** Disconnects. What is unsent stays and goes out after the next connect(). */
+  /** Disconnects. Unsent changes are kept and sent after the next connect(). */
   close() {
     clearTimeout(this.#timer);
     this.#ears?.abort();
@@ -96,8 +96,8 @@ export class Chat extends EventTarget {
   }
 
   /**
-   * The Room of a conversation, subscribed now or as soon as there is a connection; `presence`: tell who is online. A room that
-   * was joined already stays as it is, but for `presence`, which can be had later.
+   * Returns the Room of a conversation, which is subscribed now or as soon as there is a connection. With `presence` the room
+   * knows who is online. For a room that was joined before, all options but `presence` are ignored.
    */
   join(conversationId, { after = null, mark = null, epoch = this.#givenEpoch ?? this.epoch, presence = false } = {}) {
     const id = idOf(conversationId);
@@ -121,8 +121,8 @@ export class Chat extends EventTarget {
   }
 
   /**
-   * Resolves to {id, seq, created_at, client_id} when the server has stored the message. While the connection is away it
-   * waits; it is repeated with the same `client_id`, which the server stores once.
+   * Resolves to {id, seq, created_at, client_id} when the server has stored the message. Without a connection it waits. It
+   * is retried with the same `client_id` (an idempotency key), so the server stores it once.
    */
   async send(conversationId, content, { client_id = newClientId(), type, meta, reply_to } = {}) {
     return this.#change("send", conversationId, { content, client_id, type, meta, reply_to });
@@ -142,7 +142,7 @@ export class Chat extends EventTarget {
 
   #change(event, conversationId, fields) { return this.#outbox.put({ event, conversation_id: idOf(conversationId), ...fields }); }
 
-  /** Asks again where the connection was exchanged for another meanwhile, or the token has to be. */
+  /** Sends the request again if another link has replaced this one meanwhile, or if the token has expired. */
   async #read(frame) {
     for (let refreshed = false; ; ) {
       const link = this.#ready;
@@ -160,7 +160,7 @@ export class Chat extends EventTarget {
 
   // Connecting
 
-  /** The link, once the server has let it in. */
+  /** The link, after the server has sent `ready`; else null. */
   get #ready() { return this.#link?.readyAt ? this.#link : null; }
 
   #become(state, detail = {}) {
@@ -197,7 +197,7 @@ export class Chat extends EventTarget {
     }
   }
 
-  /** The server will go away: be somewhere else before it does. Where that fails, its goodbye comes all the same. */
+  /** The server will stop: opens another link before it does. If that fails, the server's close frame starts a reconnect. */
   #moveSoon(old, [soonest, latest]) {
     old.after(soonest + random(latest - soonest), () => {
       if (old !== this.#link || this.#next) return;
@@ -209,7 +209,7 @@ export class Chat extends EventTarget {
     const old = this.#link;
     this.#link = link;
     this.#next = null;
-    old.end(); // what it did not answer is asked again, with the same client_id
+    old.end(); // requests that it has not answered are sent again, with the same client_id
   }
 
   #greeted(link, hello) {
@@ -218,7 +218,7 @@ export class Chat extends EventTarget {
     this.#authenticate(link);
   }
 
-  /** `marks` is false for a server that is older than they are. */
+  /** `marks` is false for an old server, which does not know them. */
   #authenticate(link, marks = true) {
     const token = this.#token.current;
     if (token === null) return link.end(TOKEN_EXPIRED, "the token has expired");
@@ -232,7 +232,7 @@ export class Chat extends EventTarget {
     });
   }
 
-  /** To wait on would end in "no auth in time". The other refusals are followed by a close of their own. */
+  /** Ends the link after a refusal for which the server sends no close frame: the client must not wait for its timeout. */
   #turnedAway(link, { code, message, retryable }) {
     if (code === "token_expired") link.end(TOKEN_EXPIRED, message);
     else if (retryable) link.end(AUTH_UNAVAILABLE, message);
@@ -247,7 +247,7 @@ export class Chat extends EventTarget {
     this.#token.lasts(link, ready.expires_in);
     this.#become("online");
     link.rooms.welcome(ready.rooms, ready.epoch);
-    for (const room of [...this.#rooms.values()]) link.rooms.want(room); // those that `auth` did not name
+    for (const room of [...this.#rooms.values()]) link.rooms.want(room); // the rooms that `auth` did not list
     this.#outbox.flush();
   }
 
@@ -256,7 +256,7 @@ export class Chat extends EventTarget {
     if (link !== this.#link) return;
     this.#link = this.#next;
     this.#next = null;
-    if (this.#link) return this.#become("connecting"); // it is on its way already
+    if (this.#link) return this.#become("connecting"); // its successor is being opened already
     if (code === TOKEN_EXPIRED || isFinal(code)) this.#token.forget();
     if (isFinal(code)) return this.#become("stopped", { code, reason });
     if (link.readyAt && Date.now() - link.readyAt >= STEADY) this.#tries = 0, (this.#patience = 1);
@@ -291,7 +291,7 @@ export class Chat extends EventTarget {
     else if (this.state === "offline") this.#retryIn(Math.max(random(ONLINE_WAIT), this.#notBefore - Date.now()));
   }
 
-  /** Browsers throw away what comes for a page while it is frozen, replies too. The cursors say what that was. */
+  /** While a page is frozen, browsers discard its frames, replies too. A new link resumes from the cursors. */
   #thaw() {
     if (!this.#ready) return;
     this.#ready.end(LOST, "the page was frozen");

@@ -1,5 +1,5 @@
 /**
- * The demo page: connects what is known of each room (conversation.js) with the server (chatd.js) and with what is seen
+ * The demo page: connects the state of each room (conversation.js) with the server (chatd.js) and with the parts of the page
  * (messages.js, composer.js, status.js).
  */
 import { Chat, newClientId } from "./chatd.js";
@@ -11,7 +11,7 @@ import { showBanner, showState } from "./status.js";
 
 const PAGE = 50; // messages fetched at a time
 const RETRY_PAGE = 2_000; // ms
-const HIDDEN_EVERY = 500; // ms between two drawings of a page that nobody sees
+const HIDDEN_EVERY = 500; // ms between two drawings of a hidden page
 
 const conversations = new Map([...ROOMS.keys()].map((id) => [id, new Conversation(id, me)]));
 let current = conversations.get(firstRoom);
@@ -24,7 +24,7 @@ const composer = new Composer({ send, edit, latest, typing: (active) => current.
 
 let drawing = false;
 
-/** However much happens, it is drawn once a frame, or now and then while nobody looks: a hidden page gets no frames. */
+/** Draws at most once a frame. A hidden page gets no animation frames, so it draws by a timer. */
 function changed() {
   if (drawing) return;
   drawing = true;
@@ -44,7 +44,7 @@ function draw() {
   markRead();
 }
 
-/** Who types, and who else is here. */
+/** Draws who types, and who else is online. */
 function drawPeople(room) {
   const typists = [...(room?.typists.keys() ?? [])].filter((user) => user !== me).map(nameOf);
   const verb = typists.length === 1 ? "is typing…" : "are typing…";
@@ -56,7 +56,7 @@ function drawPeople(room) {
 
 const listOf = (names) => names.join(", ").replace(/, ([^,]*)$/, " and $1");
 
-/** What is on the screen of somebody who looks has been read. */
+/** Marks the newest message as read, if it is visible. */
 function markRead() {
   if (document.hidden || !list.atBottom || !current.loaded) return;
   const newest = current.items().findLast((item) => Number.isInteger(item.id));
@@ -111,7 +111,7 @@ async function loadEarlier(conversation = current) {
     const page = await chat.history(conversation.id, { before, limit: PAGE });
     if (age === conversation.age) conversation.page(page);
   } catch (error) {
-    // When the connection was lost, the next `subscribed` asks again.
+    // If the connection was lost, the next `subscribed` loads the page again.
     if (error.retryable && chat.state === "online") setTimeout(loadEarlier, RETRY_PAGE, conversation);
   }
   conversation.ends();
@@ -196,7 +196,7 @@ function latest() {
   return current.items().findLast((item) => item.user_id === me && !item.state && !item.deleted_at);
 }
 
-/** The buttons of a message. */
+/** Handles the buttons of a message. */
 function act(what, id, clientId) {
   if (what === "edit") composer.startEditing(current.items().find((item) => item.id === id));
   else if (what.startsWith("react:")) react(id, what.slice("react:".length));
@@ -244,7 +244,7 @@ async function start() {
   chat = new Chat({
     url: `ws://${location.hostname}:${first.websocket_port}/ws`,
     token: async () => (await token()).token,
-    // ms. This server is on the same machine and the demo of a restart shall not bore; tests set it lower still.
+    // In ms. Short, because the server is on the same machine, and a restart should be quick to watch. Tests set it lower.
     longestWait: Number(parameters.get("longest_wait")) || 3_000,
   });
   chat.addEventListener("state", ({ detail }) => (showState(detail), changed()));

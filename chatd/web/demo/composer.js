@@ -1,14 +1,14 @@
-/** Where messages are written and edited. What was written is handed on; nothing here knows of a server. */
+/** The text box in which messages are written and edited. It passes the text to callbacks and does not know the server. */
 import { $, ROOMS } from "./shared.js";
 
 export class Composer {
   #box = $("content");
   #editing = null; // the message that is being edited
-  #draft = ""; // what had been begun before
+  #draft = ""; // the unsent text from before the editing
   #room = null;
-  #left = new Map(); // by room: what had been begun when another was entered
+  #left = new Map(); // by room: the unsent text when the user entered another room
 
-  /** `send(content)`, `edit(id, content)`, `typing(active)`; `latest()` is the message that the arrow upwards edits. */
+  /** Calls `send(content)`, `edit(id, content)` and `typing(active)`. Arrow Up edits the message that `latest()` returns. */
   constructor({ send, edit, latest, typing }) {
     Object.assign(this, { send, edit, latest, typing });
     this.#box.addEventListener("keydown", (event) => this.#key(event));
@@ -25,13 +25,13 @@ export class Composer {
     this.#fit();
   }
 
-  /** For another room, or one that the server closed to this user. */
+  /** Shows the room's name, or why the server has refused it. */
   draw({ id, refusal }) {
     this.#box.disabled = Boolean(refusal);
     this.#box.placeholder = refusal ?? `Message #${ROOMS.get(id)}`;
   }
 
-  /** Another room. What was begun stays in the one where it was begun. */
+  /** Switches to another room. Each room keeps its own unsent text. */
   enter(room) {
     if (room === this.#room) return;
     this.#left.set(this.#room, { text: this.#box.value, editing: this.#editing, draft: this.#draft });
@@ -87,7 +87,7 @@ export class Composer {
     this.#fit();
   }
 
-  /** As high as what is in it. */
+  /** Makes the box as high as its text. */
   #fit() {
     this.#box.style.height = "auto";
     this.#box.style.height = `${this.#box.scrollHeight + 2}px`; // 2: its borders

@@ -1,25 +1,25 @@
 /**
- * What is known of one conversation, without a page and without a connection. Messages come as pages of history, as changes
- * and from the composer, in any order; here they become one list in which each stands once, as it is now.
+ * The state of one conversation, independent of the page and the connection. Messages arrive as pages of history, as changes
+ * and from the composer, in any order. Here they become one list, which has each message once, in its current state.
  *
- * The list has no gap: it begins with the oldest message that is held, and has all that came after it. So a page is asked for
- * only when changes arrive already, it must be the one before the oldest, and the oldest stays where it is meanwhile.
+ * The list has no gaps: it has all messages from the oldest that it holds. So a page is loaded only when changes arrive
+ * already, it must be the page before the oldest message, and the oldest message is kept while the page is loading.
  */
 
 const KEEP = 300, KEEP_MAX = 600; // messages held in memory while the reader is at the end
 
 export class Conversation {
   messages = new Map(); // by id
-  ahead = new Map(); // changes of messages that are not held, while a page is on its way: newer than what it says of them
-  unsent = new Map(); // by client_id: also what is stored already, but has not come back yet
-  notes = new Map(); // by id: an edit that is under way or was refused
+  ahead = new Map(); // changes, during the loading of a page, of messages that may be on it: they are newer than the page
+  unsent = new Map(); // by client_id: messages that the server has not delivered back yet, even if they are stored
+  notes = new Map(); // by id: the state of an edit that is in progress or was refused
   followed = false; // changes arrive
-  loaded = false; // one page at least is here
-  loading = false; // a page is on its way
+  loaded = false; // at least one page has arrived
+  loading = false; // a page was requested
   hasMore = false;
-  age = 0; // counts resets: a page asked for before one does not fit what came after it
-  unread = 0; // came while nobody could see this room
-  below = 0; // came while the reader was further up
+  age = 0; // counts resets: a page that was requested before a reset is discarded
+  unread = 0; // messages that arrived while the room was not visible
+  below = 0; // messages that arrived while the reader had scrolled up
   refusal = null;
 
   constructor(id, me) {
@@ -27,22 +27,22 @@ export class Conversation {
     this.me = me;
   }
 
-  /** Of the stored ones; undefined when there are none. */
+  /** The id of the oldest stored message; undefined if there is none. */
   get oldest() {
     const ids = [...this.messages.keys()].filter(Number.isInteger);
     return ids.length ? Math.min(...ids) : undefined;
   }
 
-  /** In the order of the page: by id, what is unsent last. */
+  /** The messages in the order of the page: by id, and unsent ones last. */
   items() {
     return [...[...this.messages.values()].sort((a, b) => a.id - b.id), ...this.unsent.values()];
   }
 
   // From the server
 
-  /** What came as a change is newer than what a page says of the same message. */
+  /** Takes a change. It is newer than the same message on a page. */
   change(message, created = false) {
-    // What a backend published by itself may lack anything; without an id it belongs after the newest.
+    // A message that a backend has published itself may lack any field. Without an id it is put after the newest.
     const id = message.id ?? Math.max(0, ...this.messages.keys()) + 0.001;
     const whole = { user_id: 0, created_at: new Date().toISOString(), ...message, id };
     if (this.messages.has(id) || (created && !(id < this.oldest))) this.messages.set(id, whole);
@@ -50,7 +50,7 @@ export class Conversation {
     this.#isSent(message);
   }
 
-  /** The next page is asked for: before which message. `page` and `ends` must follow, or `ends` alone. */
+  /** Returns the id before which the next page is to be loaded. The caller must call `page` and `ends` next, or only `ends`. */
   begins() {
     this.loading = true;
     return this.oldest;
@@ -73,18 +73,18 @@ export class Conversation {
   reset({ messages, has_more }) {
     this.age += 1;
     for (const held of [this.messages, this.ahead, this.notes]) held.clear();
-    for (const [clientId, { id }] of this.unsent) if (id) this.unsent.delete(clientId); // it is in the history
+    for (const [clientId, { id }] of this.unsent) if (id) this.unsent.delete(clientId); // stored, so history has it
     this.page({ messages, has_more });
     this.loaded = messages.length > 0 || !has_more;
   }
 
-  /** The user has read up to this message, perhaps elsewhere. */
+  /** The user has read up to this message, perhaps on another device. */
   seen(id) {
     const newer = [...this.messages.values()].filter((message) => message.id > id && message.user_id !== this.me);
     this.unread = Math.min(this.unread, newer.length);
   }
 
-  /** Forgets the oldest when there are many: history has them. */
+  /** Removes the oldest messages if there are many. They can be loaded from history again. */
   trim() {
     if (this.loading || this.messages.size <= KEEP_MAX) return;
     for (const id of [...this.messages.keys()].sort((a, b) => a - b).slice(0, -KEEP)) this.messages.delete(id);
@@ -97,13 +97,13 @@ export class Conversation {
 
   // From the composer
 
-  /** Shown at once, and until the server's own version of it comes. */
+  /** Shows a new message at once, until the server delivers it. */
   pending(clientId, content) {
     const created_at = new Date().toISOString();
     this.unsent.set(clientId, { client_id: clientId, user_id: this.me, content, created_at, state: "pending" });
   }
 
-  /** The reply to a send. Usually the message itself came first; else it stays last until it comes, after those before it. */
+  /** Takes the reply to a send. If the message itself has not been delivered yet, it stays at the end of the list until then. */
   stored(clientId, { id, created_at }) {
     if (!this.unsent.has(clientId)) return;
     const { state, ...message } = this.unsent.get(clientId);

@@ -1,8 +1,8 @@
-/** The list of messages: draws a conversation, and keeps in place what the reader looks at. */
+/** The list of messages: draws a conversation, and keeps the reader's scroll position. */
 import { $, fromTemplate, hueOf, initialOf, me, nameOf, setText } from "./shared.js";
 
 const GROUP_GAP = 5 * 60_000; // ms after which the same sender gets a new heading
-const NEAR = 80; // px from an edge that count as being there
+const NEAR = 80; // px from an edge that count as at the edge
 
 const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 const calendar = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
@@ -18,7 +18,7 @@ export class MessageList {
     this.scrolled = scrolled;
     this.#list.addEventListener("click", (event) => this.#click(event));
     this.#scroller.addEventListener("scroll", () => this.#scroll());
-    // The banner, the keyboard of a phone and a growing composer take height from the list.
+    // The banner, a phone's keyboard and a growing composer reduce the height of the list.
     new ResizeObserver(() => this.atBottom && this.#toEnd()).observe(this.#scroller);
   }
 
@@ -45,7 +45,7 @@ export class MessageList {
     this.scrolled(scrollTop < NEAR);
   }
 
-  /** Draws while what the reader looks at stays where it is: the end when there, else the topmost message in view. */
+  /** Draws, and keeps the scroll position: at the end if the reader is there, else at the topmost visible message. */
   #keepingPlace(draw) {
     const inView = (li) => li.offsetTop + li.offsetHeight > this.#scroller.scrollTop;
     const anchor = this.atBottom ? null : [...this.#list.querySelectorAll(".message")].find(inView);
@@ -57,7 +57,7 @@ export class MessageList {
 
   // Drawing
 
-  /** The elements in their order. One that was there before is taken again: it may be selected, focused or hovered over. */
+  /** Returns the elements in order. Existing elements are reused: they may be selected, focused or hovered over. */
   #rows(conversation, items, online) {
     const held = new Map([...this.#list.children].map((li) => [li.dataset.key, li]));
     const take = (key, make) => {
@@ -96,7 +96,7 @@ export class MessageList {
   }
 }
 
-/** The first click asks, the second means it. */
+/** Whether to delete: the first click asks for confirmation, the second confirms. */
 function isSure(button) {
   if (button.classList.contains("sure")) return true;
   const icon = button.firstElementChild;
@@ -106,13 +106,13 @@ function isSure(button) {
     button.classList.remove("sure");
     button.replaceChildren(icon);
   }, { once: true });
-  button.focus(); // Safari does not by itself, and without focus there is no blur
+  button.focus(); // Safari does not focus a clicked button, and without focus there is no blur event
   return false;
 }
 
 const dayOf = (item) => new Date(item.created_at).toDateString();
 
-/** With the client_id in its key a message keeps its element from the moment it was typed. */
+/** With the client_id as its key, a message keeps its element from pending to stored. */
 const keyOf = (item) => (item.client_id ? `${item.user_id}/${item.client_id}` : item.id);
 
 function together(a, b) {
@@ -152,7 +152,7 @@ function drawMessage(li, item, { first, last, note }) {
   setText(part(".note-text"), note);
 }
 
-/** What is said under a message: trouble always, and of the newest that it was sent. */
+/** Returns the note under a message: an error, or for the user's newest message its delivery state. */
 function noteOf(conversation, item, newest, online) {
   if (item.state === "failed") return `Not sent: ${item.error}`;
   if (item.deleted_at) return "";
@@ -162,7 +162,7 @@ function noteOf(conversation, item, newest, online) {
   return receiptOf(conversation.room, item.id);
 }
 
-/** Who of the others has it. */
+/** Returns which of the other users have read or received a message. */
 function receiptOf(room, id) {
   const others = [...(room?.receipts ?? [])].filter(([user]) => user !== me);
   const readers = others.filter(([, { read }]) => read >= id).map(([user]) => nameOf(user));
@@ -171,7 +171,7 @@ function receiptOf(room, id) {
   return others.some(([, { delivered }]) => delivered >= id) ? "Delivered" : "Sent";
 }
 
-/** What was given to a message, each with a button to give the same or to take one's own back. */
+/** Draws the reactions to a message. A click on one adds the same reaction, or removes the user's own. */
 function drawReactions(box, item) {
   const given = Object.entries(item.reactions ?? {});
   box.hidden = !given.length;

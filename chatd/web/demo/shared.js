@@ -1,9 +1,9 @@
-/** What every part of the page needs: its elements, and who is who in the demo. */
+/** Helpers that every part of the page uses, and the demo's users and rooms. */
 
 export const $ = (id) => document.getElementById(id);
 export const fromTemplate = (id) => $(id).content.firstElementChild.cloneNode(true);
 
-/** The only way in which text enters the page. The same text again would be read out again and drop the selection. */
+/** All text enters the page through this. Equal text is not set again, so that it is not announced again or deselected. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -15,7 +15,7 @@ export const parameters = new URLSearchParams(location.search);
 export const me = idFrom("user", USERS, "User");
 export const firstRoom = idFrom("room", ROOMS, "room");
 
-/** Any number will do in the address; one without a name gets one. */
+/** Returns the id in the address. Any number is accepted, and one without a name gets a name. */
 function idFrom(parameter, names, title) {
   const id = Number(parameters.get(parameter));
   if (!Number.isSafeInteger(id) || id < 1) return 1;
@@ -25,7 +25,7 @@ function idFrom(parameter, names, title) {
 
 export const nameOf = (user) => USERS.get(user) ?? (user ? `User ${user}` : "Somebody");
 
-/** The first letter, or the number of one without a name. */
+/** The first letter of a user's name, or the number of a user without one. */
 export const initialOf = (user) => nameOf(user).replace("User ", "").match(/^\d{1,3}|^./u)[0];
 
 /** The golden angle keeps the colours of neighbours apart. */

@@ -2,7 +2,7 @@
 import { $, setText } from "./shared.js";
 
 const WORDS = { connecting: "Connecting…", online: "Online", offline: "Offline", stopped: "Disconnected" };
-const BACK_SHOWN = 3_000; // ms that "Connected again" stays
+const BACK_SHOWN = 3_000; // ms for which "Connected again" is shown
 
 let wasLost = false;
 let timer;

@@ -1,4 +1,4 @@
-// The status page: asks every two seconds, draws what it is told. No library, nothing stored.
+// The status page: fetches the daemon's data every two seconds and draws them. It uses no library and stores nothing.
 
 const TILES = [
   {key: "connections", name: "Connections"},
@@ -14,7 +14,7 @@ const TILES = [
 ];
 const STATES = {ok: "good", degraded: "wait", stopping: "wait", read_only: "bad", down: "bad", unavailable: "bad"};
 const WORDS = {
-  ok: "All is well", degraded: "Degraded: Redis is away, this node goes on", stopping: "Stopping",
+  ok: "All is well", degraded: "Degraded: Redis does not answer, this node still serves", stopping: "Stopping",
   unavailable: "Unavailable: messages cannot be stored",
 };
 const WIDTH = 300, HEIGHT = 60;
@@ -56,7 +56,7 @@ function draw(tile, points, most) {
   tile.section.querySelector(".range").textContent = top > 0 ? `most: ${shown(tile, top).join(" ").trim()}` : " ";
 }
 
-// The newest is at the right edge; the highest nearly at the top.
+// Returns the SVG paths of a curve, with the newest value at the right edge and the highest nearly at the top.
 function curve(values, top, most) {
   if (values.length < 2) {
     return {line: "", area: ""};
@@ -94,7 +94,7 @@ async function ask() {
   try {
     const answer = await fetch("/status/data", {signal: AbortSignal.timeout(PATIENCE), cache: "no-store"});
     if (!answer.ok) {
-      throw new Error(`it answered ${answer.status}`);
+      throw new Error(`chatd answered with HTTP ${answer.status}`);
     }
     const found = await answer.json();
     document.body.classList.remove("stale");
