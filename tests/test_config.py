@@ -169,7 +169,7 @@ def test_what_redis_url_may_not_say_is_refused_in_a_sentence(tmp_path: Path, url
     [
         ({"CHATD_AUTH__SECRET": "short"}, "auth.secret"),
         ({"CHATD_AUTH__BACKEND_URL": "ftp://x"}, "auth.backend_url"),
-        ({"CHATD_REDIS__ACCEPT_FOREIGN": "true"}, "redis.accept_foreign"),
+        ({"CHATD_REDIS__FOREIGN_CHANNELS": "x" * 201}, "redis.foreign_channels"),
         ({"CHATD_REDIS__URL": "localhost:6379"}, "redis.url"),
         ({"CHATD_REDIS__URL": "redis://h:abc/0"}, "redis.url"),
         ({"CHATD_DATABASE__URL": "postgresql://h:abc/db"}, "database.url"),

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from chatd.core.decimals import number_of
 from chatd.core.limits import MAX_ID
 from chatd.core.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
 from chatd.core.protocol import RESERVED_EVENTS
@@ -21,7 +22,9 @@ from chatd.observe.logs import Recurring
 FOREIGN_BYTES = 65536  # chatd drops larger payloads of other services
 
 MESSAGE = "message"
-_refused = {field: Recurring("foreign_payload_refused") for field in ("conversation_id", "event")}
+_REASONS = ("too_large", "no_object", "conversation_id", "event")
+_refused = {reason: Recurring("foreign_payload_refused", every=60) for reason in _REASONS}
+_IDS = ("id", "user_id", "sender_id", "reply_to")
 
 
 class _Head(Struct):
@@ -92,9 +95,9 @@ def signal_of(data: bytes) -> Envelope | None:
         return None
 
 
-def _refuse(field: str, **found: Any) -> None:
-    metrics.FOREIGN_REFUSED.labels(field).inc()
-    _refused[field].warn(wanted=field, **found)
+def _refuse(reason: str, **found: Any) -> None:
+    metrics.FOREIGN_REFUSED.labels(reason).inc()
+    _refused[reason].warn(reason=reason, **found)
 
 
 def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
@@ -105,17 +108,18 @@ def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
     """
     if _OF_A_NODE.match(data):
         return None  # a quick check of the first bytes, because most publications come from nodes
-    try:
-        payload = msgspec.json.decode(data) if len(data) <= FOREIGN_BYTES else None
-    except _UNREADABLE:
-        payload = None
-    if not isinstance(payload, dict):
-        payload = {}
+    if len(data) > FOREIGN_BYTES:
+        _refuse("too_large", bytes=len(data), most=FOREIGN_BYTES)
+        return None
+    payload = _object(data)
+    if payload is None:
+        _refuse("no_object", bytes=len(data))
+        return None
     if "node" in payload:
         return None
-    conversation_id = payload.get("conversation_id")
+    conversation_id = number_of(payload.get("conversation_id"))
     if type(conversation_id) is not int or not 1 <= conversation_id <= MAX_ID:
-        _refuse("conversation_id", bytes=len(data), most=FOREIGN_BYTES)
+        _refuse("conversation_id", found=repr(payload.get("conversation_id"))[:100])
         return None
     name = payload.get("event")
     name = MESSAGE if name is None else name
@@ -124,4 +128,18 @@ def foreign_of(data: bytes) -> tuple[int, str, bytes] | None:
         _refuse("event", conversation_id=conversation_id, found=repr(name)[:100])
         return None
     body = {key: value for key, value in payload.items() if key not in ("event", "seq")}
-    return conversation_id, name, msgspec.json.encode({"event": name} | body)
+    ids = _IDS if name == MESSAGE else ()  # what is in an event of others is their affair
+    body |= {key: number_of(body[key]) for key in ids if key in body}
+    return (
+        conversation_id,
+        name,
+        msgspec.json.encode({"event": name} | body | {"conversation_id": conversation_id}),
+    )
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        found = msgspec.json.decode(data)
+    except _UNREADABLE:
+        return None
+    return found if isinstance(found, dict) else None

@@ -13,6 +13,7 @@ from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.core.errors import OperatorError
 
+SCANS, SCANNED = 500, 1000  # keys to look at: a look shall not take long where there are many
 PINGS = 20  # pings to measure; their median counts
 
 
@@ -41,6 +42,25 @@ def look(config: Redis) -> Found:
         raise OperatorError(str(error).splitlines()[0].rstrip(".")) from error
     finally:
         client.close()
+
+
+def streams_like(config: Redis, pattern: str) -> list[str]:
+    """The names of streams that match, of the first half a million keys. Raises OperatorError."""
+    client = client_of(config)
+    found: set[str] = set()
+    cursor: Any = 0
+    try:
+        for _ in range(SCANS):
+            reply: Any = client.scan(cursor, match=pattern, count=SCANNED, _type="stream")
+            cursor, names = reply
+            found |= {name.decode(errors="replace") for name in names}
+            if not cursor:
+                break
+    except (*LOST, ValueError) as error:
+        raise OperatorError(str(error)) from error
+    finally:
+        client.close()
+    return sorted(found)
 
 
 def _look(client: redis.Redis) -> Found:

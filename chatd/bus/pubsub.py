@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import redis
+import structlog
 import trio
+from redis.exceptions import NoPermissionError
 
 from chatd.bus import Receiver, payloads
-from chatd.bus.client import MESSAGES, SIGNALS, SOCKET_TIMEOUT, in_thread
+from chatd.bus.client import SIGNALS, SOCKET_TIMEOUT, in_thread
+from chatd.bus.foreign import PREFIXED, ForeignPayloads
 from chatd.config import Redis
 
 READ_COUNT, READ_BYTES = 1000, 2 * 1024 * 1024  # limits of a batch; more would block the loop for over 10 ms
@@ -22,13 +25,16 @@ BLOCK = 0.5  # seconds that a read waits, and that a stop has to wait for the th
 # silence, and gives the link up after PATIENCE seconds without an answer.
 PING_AFTER, PATIENCE = 5.0, 5.0
 
+log = structlog.get_logger()
+
 
 class PubSubReader:
-    """Subscribes to signals, and with `redis.accept_foreign` to payloads of other services."""
+    """Subscribes to signals, and to the channels of other services."""
 
     def __init__(self, config: Redis, node: str, receiver: Receiver) -> None:
-        self._channels = [SIGNALS, MESSAGES] if config.accept_foreign else [SIGNALS]
         self._node, self._receiver = node, receiver
+        self._foreign = ForeignPayloads(config, receiver)
+        self._refused: set[str] = set()  # channels of others that Redis's rules for this user forbid
 
     async def serve(self, client: redis.Redis, up: Callable[[], None]) -> None:
         """Receive until Redis fails; calls `up` when Redis has confirmed the subscriptions.
@@ -39,9 +45,12 @@ class PubSubReader:
             await in_thread(self._listen, pubsub, up)
 
     def _listen(self, pubsub: Any, up: Callable[[], None]) -> None:
-        for channel in self._channels:
-            pubsub.subscribe(channel)
-            self._await_confirmation(pubsub)
+        pubsub.subscribe(SIGNALS)
+        self._await_confirmation(pubsub)
+        for name in self._foreign.channels:
+            self._try_to_hear(pubsub, pubsub.subscribe, name)
+        for name in {*self._foreign.patterns, PREFIXED}:
+            self._try_to_hear(pubsub, pubsub.psubscribe, name)
         trio.from_thread.run_sync(up)
         silence = _Silence()
         while True:
@@ -53,6 +62,17 @@ class PubSubReader:
             else:
                 silence.ended()
                 trio.from_thread.run_sync(self._take, _batch(pubsub, got))
+
+    def _try_to_hear(self, pubsub: Any, subscribe: Callable[[str], Any], name: str) -> None:
+        """Not to hear others is no reason to do without the signals of other nodes."""
+        subscribe(name)
+        try:
+            self._await_confirmation(pubsub)
+        except NoPermissionError as error:
+            listed = name in (*self._foreign.channels, *self._foreign.patterns)
+            if listed and name not in self._refused:
+                self._refused.add(name)
+                log.warning("redis_channel_refused", channel=name, error=str(error))
 
     def _await_confirmation(self, pubsub: Any) -> None:
         """Raises redis.NoPermissionError if Redis refuses the subscription, redis.TimeoutError."""
@@ -67,15 +87,14 @@ class PubSubReader:
 
     def _take(self, batch: list[dict[str, Any]]) -> None:
         for item in batch:
-            data = item["data"]
-            if item["type"] != "message":
+            if item["type"] not in ("message", "pmessage"):
                 continue
-            if item["channel"] == SIGNALS.encode():
-                signal = payloads.signal_of(data)
+            if item["channel"] != SIGNALS.encode():
+                self._foreign.take(item)
+            elif item["type"] == "message":
+                signal = payloads.signal_of(item["data"])
                 if signal is not None and signal.node != self._node:
                     self._receiver.signal(signal.signal)
-            elif foreign := payloads.foreign_of(data):
-                self._receiver.foreign(*foreign)
 
 
 class _Silence:

@@ -75,6 +75,14 @@ class Database(Struct, frozen=True, forbid_unknown_fields=True):
     """Number of connections that chatd reads with."""
 
 
+RedisName = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+def _with_prefixes(name: str) -> list[str]:
+    """The name, and what an older and a newer Laravel make of it where APP_NAME was never changed."""
+    return [name, f"laravel_database_{name}", f"laravel-database-{name}"]
+
+
 class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     """Needed for several nodes or workers, and for other services that read chatd's events."""
 
@@ -83,11 +91,15 @@ class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     lists its options. If it is empty, this process serves all clients by itself.
     """
     ingest: bool = True
-    """Store the messages that other services add to the stream `chat.ingest`. Every Redis user that may XADD
-    to this stream can post as any user.
+    """Store the messages that others add to the streams of `ingest_streams`. A program that may XADD there may
+    post.
     """
-    accept_foreign: bool = False
-    """Deliver the messages that other services PUBLISH on `chat.messages`. chatd does not store them."""
+    ingest_streams: list[RedisName] = field(default_factory=lambda: _with_prefixes("chat.ingest"))
+    """Streams from which chatd takes messages: names, or patterns with `*`, `?` or `[…]`."""
+    accept_foreign: bool = True
+    """Deliver what others PUBLISH on the channels of `foreign_channels`. chatd does not store it."""
+    foreign_channels: list[RedisName] = field(default_factory=lambda: _with_prefixes("chat.messages"))
+    """Channels of other services: names, or patterns with `*`, `?` or `[…]`."""
     stream_length: Positive = 100_000
     """Approximate number of entries that `chat.stream` keeps."""
     stream_bytes: Positive = 64 * 1024 * 1024

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
 from chatd.config import origins, redis_url
-from chatd.config.options import Auth, Config, Webhooks
+from chatd.config.options import Auth, Config, Redis, Webhooks
 from chatd.core import callbacks
 
 # chatd must read what it has just written, so every connection must lead to the primary.
 TARGETS = ("read-write", "primary")
+OWN_NAMES = {"chat.stream", "chat.signals", "chat.kicks", "chat.ingest.dead"}  # in Redis
 _WRITE_URL = (
     "is not an HTTP URL; write https://host/path, or http:// for an address in server.private_networks."
 )
@@ -47,11 +48,9 @@ def contradictions(config: Config) -> Iterator[str]:
         if secret and len(secret) < 32:
             yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
     yield from _mistakes_in_database(config.database.url)
-    yield from _mistakes_in_redis(config.redis.url)
+    yield from _mistakes_in_redis(config.redis)
     if config.server.workers > 1 and not config.redis.url:
         yield "server.workers: several workers exchange messages through Redis; set redis.url or use 1."
-    if config.redis.accept_foreign and not config.redis.url:
-        yield "redis.accept_foreign: has no effect without Redis; set redis.url."
     for origin in config.hub.origins:
         if wrong := origins.mistake(origin):
             yield f"hub.origins: {wrong}."
@@ -83,12 +82,17 @@ def _each_host(url: str) -> Iterator[str]:
     return (f"{scheme}://{user}{at}{host}" for host in hosts.split(","))
 
 
-def _mistakes_in_redis(url: str) -> Iterator[str]:
+def _mistakes_in_redis(redis: Redis) -> Iterator[str]:
     try:
-        if url:
-            redis_url.read(url)
+        if redis.url:
+            redis_url.read(redis.url)
     except ValueError as error:
         yield f"redis.url: {error}."
+    if redis.ingest and not redis.ingest_streams:
+        yield "redis.ingest_streams: is empty; name a stream, or set redis.ingest = false."
+    for key, names in (("ingest_streams", redis.ingest_streams), ("foreign_channels", redis.foreign_channels)):
+        if own := OWN_NAMES.intersection(names):
+            yield f"redis.{key}: {min(own)} is for chatd's own use; leave it out."
 
 
 def _mistakes_in_auth(auth: Auth) -> Iterator[str]:

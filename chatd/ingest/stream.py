@@ -1,4 +1,4 @@
-"""The Redis side of `chat.ingest`: the lease, the consumer group, and the stream of refused entries.
+"""The Redis side of `chat.ingest` and streams like it: the lease, the consumer groups, the refused entries.
 
 The functions are synchronous, for one thread at a time; `consumer` calls them. One node reads at a time, so
 that messages are committed in the order of XADD. It holds a lease, and first takes over the entries that the
@@ -11,6 +11,8 @@ something in Redis is a script that also checks the lease, and commits check a f
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,8 +23,9 @@ from msgspec import Struct
 from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.core.errors import Unavailable
+from chatd.ingest.streams import DEAD, STREAM, Streams
 
-STREAM, DEAD, LEASE, GROUP = "chat.ingest", "chat.ingest.dead", "chat.ingest.reader", "chatd"
+LEASE, GROUP = "chat.ingest.reader", "chatd"
 
 COUNT = 500  # entries per read: as many as the writer commits at once
 BLOCK = 500  # ms that a read waits for entries, and that a stop has to wait for the thread
@@ -47,6 +50,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 _READ = (
     _HELD
     + """
+if redis.call('EXISTS', KEYS[2]) == 0 then return {{}, '0-0'} end
 local read = redis.call('XREADGROUP', 'GROUP', ARGV[3], ARGV[1], 'COUNT', ARGV[4], 'STREAMS', KEYS[2], '>')
 local last = '0-0'
 for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
@@ -63,6 +67,7 @@ return {read and read[1][2] or {}, last}
 _TAKE_OVER = (
     _HELD
     + """
+if redis.call('EXISTS', KEYS[2]) == 0 then return {'0-0', {}} end
 local claimed = redis.call('XAUTOCLAIM', KEYS[2], ARGV[3], ARGV[1], 0, ARGV[5], 'COUNT', ARGV[4])
 if claimed[1] == '0-0' then
   for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[2], ARGV[3])) do
@@ -118,6 +123,14 @@ class Entry(Struct, frozen=True):
 
     id: str
     payload: bytes | None
+    stream: str = STREAM
+
+    @property
+    def key(self) -> str:
+        """Serves where the message has no client_id. Entries of two streams may have the same id."""
+        if self.stream == STREAM:
+            return f"ingest:{self.id}"
+        return f"ingest:{hashlib.sha256(self.stream.encode()).hexdigest()[:12]}:{self.id}"
 
 
 class Refusal(Struct, frozen=True):
@@ -139,7 +152,9 @@ class IngestStream:
     def __init__(self, config: Redis, node: str) -> None:
         self._config, self.node = config, node
         self._client: redis.Redis | None = None
-        self._claim_from: bytes | None = None  # where to continue taking over pending entries; None: all done
+        self._streams = Streams(config.ingest_streams)
+        # By stream: where to continue taking over pending entries, until all of them are taken over.
+        self._claim_from: dict[str, bytes] = {}
         self.holding = False
         self.term = 0
 
@@ -156,10 +171,10 @@ class IngestStream:
 
     def start_over(self) -> None:
         """Make `read` return all unsettled entries again, before new ones."""
-        self._claim_from = b"0-0"
+        self._claim_from = dict.fromkeys(self._streams, b"0-0")
 
     def settle(self, done: Sequence[Entry], refused: Sequence[Refusal]) -> None:
-        """Remove entries from the stream, and add refused ones to `chat.ingest.dead`, all or nothing.
+        """Remove entries of one stream, and add refused ones to `chat.ingest.dead`, all or nothing.
 
         Does nothing if this node has lost the lease: the node that has it settles the entries itself.
         """
@@ -200,68 +215,93 @@ class IngestStream:
             log.info("ingest_lease", held=held)
 
     def _begin(self, client: redis.Redis) -> None:
+        if STREAM in self._streams:
+            self._create_group(client, STREAM, make_stream=True)
+        self._streams.look(client)
+        self.start_over()
+
+    def _create_group(self, client: redis.Redis, stream: str, *, make_stream: bool = False) -> None:
         try:
-            client.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+            client.xgroup_create(stream, GROUP, id="0", mkstream=make_stream)
         except redis.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
-        self.start_over()
 
-    def _if_held(self, client: redis.Redis, script: str, *arguments: Any) -> Any:
+    def _if_held(self, client: redis.Redis, script: str, stream: str, *arguments: Any) -> Any:
         """Run a script that checks the lease. Returns its result; None: this node has lost the lease."""
         lease = (self.node, str(LEASE_MS))
-        found = client.eval(script, 3, LEASE, STREAM, DEAD, *lease, GROUP, *arguments)
+        found = client.eval(script, 3, LEASE, stream, DEAD, *lease, GROUP, *arguments)
         if found is None:
             self._set_holding(False)
         return found
 
     def _read(self, client: redis.Redis) -> list[Entry] | None:
+        for stream in self._streams.look(client):
+            self._claim_from[stream] = b"0-0"
+        lasts: dict[Any, Any] = {}
+        for stream in self._streams.by_turns():
+            found = self._read_one(client, stream)
+            if found is None or found[0]:
+                return found and found[0]
+            if stream in self._streams:
+                lasts[stream] = found[1]
+        if not lasts:
+            time.sleep(BLOCK / 1000)
+            return []
+        # Wait for a new entry with XREAD, which does not deliver it to the consumer group.
+        woken: Any = client.xread(lasts, count=1, block=BLOCK)
+        if not woken:
+            return []
+        found = self._read_one(client, woken[0][0].decode())
+        return found and found[0]
+
+    def _read_one(self, client: redis.Redis, stream: str) -> tuple[list[Entry], bytes] | None:
+        """Entries, pending ones first, and the last id that the group has ever been given."""
         try:
-            while self._claim_from is not None:
-                taken = self._if_held(client, _TAKE_OVER, COUNT, self._claim_from)
+            while stream in self._claim_from:
+                taken = self._if_held(client, _TAKE_OVER, stream, COUNT, self._claim_from[stream])
                 if taken is None:
                     return None
-                self._claim_from = taken[0] if taken[0] != b"0-0" else None
-                if entries := _entries(taken[1]):
-                    log.info("ingest_taken_over", entries=len(entries))
-                    return entries
-            return self._read_new(client)
+                self._claim_from[stream] = taken[0]
+                if taken[0] == b"0-0":
+                    del self._claim_from[stream]
+                if entries := _entries(taken[1], stream):
+                    log.info("ingest_taken_over", entries=len(entries), stream=stream)
+                    return entries, b""
+            found = self._if_held(client, _READ, stream, COUNT)
+            return found and (_entries(found[0], stream), found[1])
         except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):  # Redis was emptied, or the stream deleted
+            if "NOGROUP" in str(error):  # it is new; or Redis was emptied, or the stream deleted
+                self._create_group(client, stream)
+                self._claim_from[stream] = b"0-0"
+            elif not self._streams.leave_out(stream, error):
                 raise
-            self._begin(client)
-            return []
-
-    def _read_new(self, client: redis.Redis) -> list[Entry] | None:
-        found = self._if_held(client, _READ, COUNT)
-        if found is None or found[0]:
-            return found and _entries(found[0])
-        # Wait for a new entry with XREAD, which does not deliver it to the consumer group.
-        if client.xread({STREAM: found[1]}, count=1, block=BLOCK):
-            found = self._if_held(client, _READ, COUNT)
-        return found and _entries(found[0])
+            return [], b"0-0"
 
     def _settle(self, client: redis.Redis, done: Sequence[Entry], refused: Sequence[Refusal]) -> None:
-        ids = [entry.id for entry in done] + [refusal.entry.id for refusal in refused]
+        entries = [*done, *(refusal.entry for refusal in refused)]
+        ids = [entry.id for entry in entries]
         dead: list[str | bytes | int] = []
         for refusal in refused:
             fields = _dead(refusal)
             dead += [len(fields), *fields]
-        self._if_held(client, _SETTLE, len(ids), *ids, DEAD_KEPT, *dead)
+        if entries:
+            self._if_held(client, _SETTLE, entries[0].stream, len(ids), *ids, DEAD_KEPT, *dead)
 
 
-def _entries(raw: Sequence[tuple[bytes, list[bytes] | None] | None]) -> list[Entry]:
+def _entries(raw: Sequence[tuple[bytes, list[bytes] | None] | None], stream: str) -> list[Entry]:
     found: list[Entry] = []
     for one in raw:
         if one is not None:  # Redis 6.2 returns nil for deleted entries
             id, fields = one
             pairs = dict(zip((fields or [])[::2], (fields or [])[1::2], strict=True))
-            found.append(Entry(id.decode(), pairs.get(b"m")))
+            found.append(Entry(id.decode(), pairs.get(b"m"), stream))
     return found
 
 
 def _dead(refusal: Refusal) -> list[str | bytes]:
     payload = refusal.entry.payload or b""
     field = ["field", refusal.field] if refusal.field else []
-    why = ["id", refusal.entry.id, "code", refusal.code, "message", refusal.message]
+    other = ["stream", refusal.entry.stream] if refusal.entry.stream != STREAM else []
+    why = [*other, "id", refusal.entry.id, "code", refusal.code, "message", refusal.message]
     return ["m", payload[:DEAD_BYTES], *why, *field]

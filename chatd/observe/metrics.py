@@ -162,7 +162,12 @@ OUTBOX_EXPIRED = Counter(
 INGESTED = Counter("chatd_ingested_total", "Entries of chat.ingest that chatd committed")
 INGEST_REFUSED = Counter("chatd_ingest_refused_total", "Entries of chat.ingest that chatd refused", ["code"])
 FOREIGN_REFUSED = Counter(
-    "chatd_foreign_refused_total", "Foreign payloads on chat.messages that chatd refused", ["field"]
+    "chatd_foreign_refused_total", "Payloads of other services that chatd refused", ["reason"]
+)
+NOT_LISTED = Counter(
+    "chatd_redis_not_listed_total",
+    "Uses of a name in Redis that ends as one of chatd's, but is not listed",
+    ["option", "name"],
 )
 WEBHOOKS_SENT = Counter("chatd_webhooks_sent_total", "Events that the backend accepted", ["event"])
 WEBHOOKS_FAILED = Counter("chatd_webhooks_failed_total", "Failed attempts to deliver an event")

@@ -1,0 +1,98 @@
+"""Which streams chatd takes messages from: those that are listed, and those that a listed pattern finds.
+
+Laravel puts a prefix before the name of a stream, made of the application's name. Nobody reads a stream whose
+name is not listed, so chatd logs a hint about it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import redis
+import structlog
+from redis.exceptions import NoPermissionError
+
+from chatd.bus import kicks
+from chatd.bus.client import STREAM as CHANGES
+from chatd.bus.unheard import Unheard
+from chatd.core.names import Names
+
+STREAM, DEAD = "chat.ingest", "chat.ingest.dead"
+PREFIXED = f"?*{STREAM}"
+NEVER = {DEAD, CHANGES, kicks.STREAM}  # these are chatd's own
+
+LOOK_EVERY = 20.0  # seconds between two looks for streams
+SCANS, SCANNED = 50, 1000  # of one look: a Redis with more keys takes several
+MOST_FOUND = 100  # streams that patterns may find
+
+log = structlog.get_logger()
+
+
+class Streams:
+    def __init__(self, listed: Sequence[str]) -> None:
+        self._names = Names(name for name in listed if name not in NEVER)
+        self._found: list[str] = []
+        self._out: set[str] = set()  # of those that are listed, or were found
+        self._unheard = Unheard("ingest_streams", self._names)
+        self._cursors = dict.fromkeys({*self._names.patterns, PREFIXED}, 0)
+        self._looked_at = -LOOK_EVERY
+        self._turn = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in (*self._names.exact, *self._found) if name not in self._out)
+
+    def __contains__(self, name: str) -> bool:
+        return name in list(self)
+
+    def by_turns(self) -> list[str]:
+        """All of them, each time beginning with another: one that is always full starves no other."""
+        names = list(self)
+        self._turn += 1
+        first = self._turn % max(len(names), 1)
+        return names[first:] + names[:first]
+
+    def look(self, client: redis.Redis) -> list[str]:
+        """Look for streams, once in a while; those that are new."""
+        if time.monotonic() - self._looked_at < LOOK_EVERY:
+            return []
+        self._looked_at = time.monotonic()
+        new: list[str] = []
+        try:
+            for pattern in self._cursors:
+                new += [name for name in self._scan(client, pattern) if self._takes(name)]
+        except NoPermissionError as error:
+            if self._names.patterns:
+                log.warning("ingest_patterns_refused", error=str(error))
+            self._looked_at = float("inf")
+        return new
+
+    def leave_out(self, stream: str, error: redis.ResponseError) -> bool:
+        """Do without a stream that this user may not read, or that is none. False if that is no reason."""
+        harmless = isinstance(error, NoPermissionError) or str(error).startswith("WRONGTYPE")
+        if stream == STREAM or not harmless:
+            return False
+        self._out.add(stream)
+        log.warning("ingest_stream_refused", stream=stream, error=str(error))
+        return True
+
+    def _scan(self, client: redis.Redis, pattern: str) -> Iterator[str]:
+        for _ in range(SCANS):
+            cursor = self._cursors[pattern]
+            reply: Any = client.scan(cursor, match=pattern, count=SCANNED, _type="stream")
+            self._cursors[pattern], found = reply
+            yield from (name.decode(errors="replace") for name in found)
+            if not self._cursors[pattern]:
+                return
+
+    def _takes(self, name: str) -> bool:
+        """Whether it is one more to be read."""
+        entry = self._names.entry_for(name)
+        if entry is None:
+            self._unheard.note(name)
+            return False
+        if entry == name or name in NEVER or name in self._found or len(self._found) == MOST_FOUND:
+            return False
+        self._found.append(name)
+        return True
