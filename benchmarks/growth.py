@@ -6,7 +6,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _filled(directory: Path, core: int, count: int) -> Iterator[Pinned]:
 
 def _fill(path: Path, count: int) -> None:
     rooms = count // ROOM_MESSAGES
-    with sqlite3.connect(path, isolation_level=None) as connection:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection, connection:
         connection.execute("PRAGMA synchronous=OFF")
         connection.execute("BEGIN")
         for table, columns, rows in (

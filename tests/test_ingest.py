@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Feed:
 
     def contents(self, conversation: int = 1) -> list[str]:
         """As the log has them."""
-        with sqlite3.connect(self.database) as connection:
+        with closing(sqlite3.connect(self.database)) as connection, connection:
             rows = connection.execute(
                 "SELECT m.content FROM chat_changes c JOIN chat_messages m ON m.id = c.message_id"
                 " WHERE c.conversation_id = ? ORDER BY c.seq",
@@ -197,7 +198,7 @@ def test_a_database_that_is_away_loses_nothing(feed: Feed) -> None:
     node = feed.node()
     feed.add("before")
     feed.until_empty()
-    with sqlite3.connect(feed.database, isolation_level=None) as somebody:
+    with closing(sqlite3.connect(feed.database, isolation_level=None)) as somebody, somebody:
         somebody.execute("BEGIN IMMEDIATE")
         feed.add_all(["a", "b", "c"])
         feed.until(lambda: "write_unavailable" in node.log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Bench:
         """What SQLite would do for a statement, a line a step."""
         if not statement.startswith(("SELECT", "INSERT", "UPDATE", "DELETE")):
             return []
-        with sqlite3.connect(str(self.store._writing.url.database)) as connection:
+        with closing(sqlite3.connect(str(self.store._writing.url.database))) as connection, connection:
             one = values[0] if isinstance(values, list) else values
             return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", one)]
 
@@ -355,7 +355,7 @@ async def test_who_waits_too_long_is_told_that_the_outcome_is_unknown(
     monkeypatch.setattr("chatd.store.write.writer.DEADLINE", 0.1)
     monkeypatch.setattr("chatd.store.write.writer.OVERDUE_TICK", 0.02)
     async with bench(f"sqlite:///{tmp_path}/chatd.db") as b:
-        with sqlite3.connect(tmp_path / "chatd.db", isolation_level=None) as somebody:
+        with closing(sqlite3.connect(tmp_path / "chatd.db", isolation_level=None)) as somebody, somebody:
             somebody.execute("BEGIN IMMEDIATE")
             told: list[Any] = []
             b.writer.submit([post("first")], told.append)
