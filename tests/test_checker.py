@@ -550,6 +550,20 @@ def test_a_room_that_lost_nothing_starts_nobody_over() -> None:
     assert "needless-reset" in names(check(history))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_goes_by_the_timeline_starts_over_after_a_failover_when_it_comes_back(asked: bool) -> None:
+    """But one that stays connected need not: the server knows what it has."""
+    world = World()
+    world.come(ADA)
+    world.post("kept")
+    world._answer(ADA, 1, asked=asked)
+    history = world.end()
+    answers(history, ADA)[-1].recovered = False
+    assert "needless-reset" in names(check(history))
+    next(client for client in history.clients if client.user == ADA).follows_timeline = True
+    assert ("needless-reset" in names(check(history))) != asked
+
+
 def test_a_removal_that_the_database_forgot_is_no_leak() -> None:
     world = World()
     world.come(ADA)

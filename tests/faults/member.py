@@ -56,6 +56,7 @@ class Spec(Struct):
     silence: float  # seconds without a byte until a connection is given up
     seed: int
     epoch_proves: bool  # an epoch and an integer tell which history a cursor is of
+    failovers: bool  # another server may take over: an epoch and an integer are void after that
 
 
 class Around(Protocol):
@@ -107,7 +108,10 @@ class Member:
 
     def client(self) -> history.Client:
         proves = self._sends_marks or self._crowd.spec.epoch_proves
-        return history.Client(self.name, self.user, self.outsider, self.records, self.cursors, [], proves)
+        timeline = self._crowd.spec.failovers and not self._sends_marks
+        return history.Client(
+            self.name, self.user, self.outsider, self.records, self.cursors, [], proves, timeline
+        )
 
     def token(self) -> str:
         return self._crowd.tokens.issue(self.user, TOKEN_SECONDS, self.rooms)

@@ -113,6 +113,8 @@ class Reader:
     def _needless(self, record: Answered, after: int) -> bool:
         if not 0 <= after <= record.seq or record.seq - after > REPLAY_CHANGES:
             return False
+        if self.client.follows_timeline and record.asked:
+            return False
         held = self._truths.get(record.conversation, self._facts.any)
         if not held & self._facts.answering(record):
             return False

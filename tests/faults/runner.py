@@ -202,6 +202,7 @@ class Run:
             silence=SILENCE,
             seed=self._plan.seed,
             epoch_proves=cluster.postgres is not None,
+            failovers=cluster.kind == "standby",
         )
 
     async def _phase(
