@@ -117,7 +117,7 @@ class Client(Struct):
     `outsider`: may never hear anything. `cursors` are what it held at the end, by conversation: rooms that it
     was in then. `frozen` are the spans in which it was stopped by the test, as (from, to). `proves`: it tells
     the server which history its cursors are of; one that sends a mere number cannot be told from another.
-    `follows_timeline`: it proves that by PostgreSQL's timeline alone, and has to start over after each failover.
+    `follows_timeline`: it proves that by PostgreSQL's timeline alone, and must start over after each failover.
     """
 
     name: str
