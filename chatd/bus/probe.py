@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from chatd.bus import rights
 from chatd.bus.client import LOST, client_of
 from chatd.config import Redis
 from chatd.core.errors import OperatorError
@@ -33,15 +34,32 @@ class Found:
     replica: bool
 
 
+class Refused(OperatorError):
+    """Redis answers, and does not want this user, this password or this database."""
+
+
 def look(config: Redis) -> Found:
-    """Examine Redis. Raises OperatorError if it does not answer."""
+    """Examine Redis. Raises OperatorError if it does not answer, Refused if it lets chatd not in."""
     client = client_of(config)
     try:
         return _look(client)
     except (*LOST, ValueError) as error:
-        raise OperatorError(str(error).splitlines()[0].rstrip(".")) from error
+        raise _told(error) from error
     finally:
         client.close()
+
+
+def missing_rights(config: Redis) -> list[str]:
+    """See `rights.missing`. Raises OperatorError, Refused."""
+    try:
+        return rights.missing(config)
+    except LOST as error:
+        raise _told(error) from error
+
+
+def _told(error: Exception) -> OperatorError:
+    refused = isinstance(error, redis.ResponseError | redis.AuthenticationError)
+    return (Refused if refused else OperatorError)(str(error).splitlines()[0].rstrip("."))
 
 
 def streams_like(config: Redis, pattern: str) -> list[str]:

@@ -20,8 +20,8 @@ import redis
 import structlog
 import trio
 
-from chatd.bus import Receiver, give_to
-from chatd.bus.client import LOST, client_of
+from chatd.bus import Receiver, give_to, rights
+from chatd.bus.client import LOST, client_of, in_thread
 from chatd.bus.publisher import Outbox, Publisher
 from chatd.bus.pubsub import PubSubReader
 from chatd.bus.readers import StreamReader
@@ -67,7 +67,21 @@ class RedisBus:
             nursery.start_soon(self._keep, "stream", stream.serve)
             nursery.start_soon(self._keep, "pubsub", pubsub.serve)
             nursery.start_soon(self._publisher.relay_foreign)
+            nursery.start_soon(self._check_rights)
             task_status.started()
+
+    async def _check_rights(self) -> None:
+        """Log once what Redis does not allow: a link says only what it stumbles over first."""
+        while True:
+            try:
+                missing = await in_thread(rights.missing, self._config)
+            except LOST:
+                await trio.sleep(RETRY_MOST)
+                continue
+            if missing:
+                advice = f"ACL SETUSER {rights.user(self._config)} {' '.join(missing)}"
+                log.error("redis_rights_missing", rights=missing, advice=advice)
+            return
 
     async def _keep(self, name: str, link: Link) -> None:
         """Keep one link connected: when Redis fails, reconnect with backoff.

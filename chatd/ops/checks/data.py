@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatd.bus import probe as bus_probe
+from chatd.bus import rights
+from chatd.config import Redis
 from chatd.core.errors import OperatorError
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.store.engine import WRITING_SESSIONS
@@ -195,7 +197,16 @@ def redis(case: Case) -> Iterator[Finding]:
         yield ok(REDIS, "not configured: a single node needs none")
         return
     try:
+        missing = bus_probe.missing_rights(case.config.redis)
+        yield from _rights_in_redis(case.config.redis, missing)
+        if "+info" in missing:
+            return
         found = bus_probe.look(case.config.redis)
+    except bus_probe.Refused as error:
+        yield problem(
+            REDIS, f"refuses chatd: {error}", "Check the user, the password and the database in redis.url."
+        )
+        return
     except OperatorError as error:
         yield problem(
             REDIS,
@@ -212,6 +223,15 @@ def redis(case: Case) -> Iterator[Finding]:
         yield _latency(found)
     yield _memory(found)
     yield from _clock("Redis", found.ahead)
+
+
+def _rights_in_redis(config: Redis, missing: list[str]) -> Iterator[Finding]:
+    if missing:
+        yield problem(
+            REDIS,
+            f"does not give its user these rights: {' '.join(missing)}",
+            f"ACL SETUSER {rights.user(config)} {' '.join(missing)}",
+        )
 
 
 def _latency(found: bus_probe.Found) -> Finding:
