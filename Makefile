@@ -27,7 +27,7 @@ test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL, nginx and Chromium 
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-quick: $(VENV)/dev  ## the tests that start no other process, in a minute: for while one works
-	@$(BIN)/python -m pytest -n 2 -m "not service" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not service and not slow" $(ARGS)
 
 test-systemd: $(VENV)/dev  ## chatd as a service of the real systemd, booted for it: as root, a minute or two
 	@sh tests/install.sh

@@ -40,8 +40,13 @@ SERVICES = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts a daemon, a server or a browser: `make test-quick` leaves it out."""
     for item in items:
-        if isinstance(item, pytest.Function) and SERVICES & set(item.fixturenames):
+        if isinstance(item, pytest.Function) and (SERVICES & set(item.fixturenames) or _on_postgresql(item)):
             item.add_marker("service")
+
+
+def _on_postgresql(item: pytest.Function) -> bool:
+    """Whether a fixture asks for the server only when it runs."""
+    return "postgresql" in (item.callspec.params.values() if hasattr(item, "callspec") else ())
 
 
 class Unmarked:

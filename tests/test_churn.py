@@ -279,6 +279,7 @@ def few_lines() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_lines")
+@pytest.mark.slow
 async def test_nothing_is_kept_of_users_who_have_left(
     tmp_path: Path, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

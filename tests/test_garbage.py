@@ -170,6 +170,7 @@ async def test_a_websocket_that_has_ended_leaves_nothing_behind(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 async def test_it_looks_sooner_where_a_look_takes_long(autojump_clock: trio.testing.MockClock) -> None:
     def looks() -> int:
         return int(gc.get_stats()[0]["collections"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -355,6 +356,7 @@ def _plain(answer: Any) -> Any:
 
 
 TestChats = Chats.TestCase
+TestChats.pytestmark = [pytest.mark.slow]
 # Without a search for the shortest example, which takes minutes: a further look does that.
 PHASES = list(Phase) if FURTHER else [Phase.generate]
 TestChats.settings = settings(

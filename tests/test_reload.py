@@ -22,6 +22,8 @@ from tests.client import awake, connect, login
 from tests.daemon import START_SECONDS, Daemon
 from tests.test_security import refused
 
+pytestmark = pytest.mark.service
+
 OLD, NEW = "o" * 40, "n" * 40
 
 

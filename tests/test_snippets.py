@@ -271,6 +271,7 @@ def test_a_signature_is_checked_in_php(secret: str, name: str) -> None:
     assert ended.stdout == ("fine" if right else "403"), ended
 
 
+@pytest.mark.service
 @CASES
 def test_a_signature_is_checked_in_javascript(secret: str, name: str) -> None:
     headers, body, right = deliveries(secret)[name]
@@ -279,6 +280,7 @@ def test_a_signature_is_checked_in_javascript(secret: str, name: str) -> None:
     assert said.strip() == str(right).lower()
 
 
+@pytest.mark.service
 @of("sql")
 def test_postgresql_takes_it(snippet: Snippet, tmp_path: Path) -> None:
     with PostgresServer(tmp_path) as server:
