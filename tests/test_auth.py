@@ -16,6 +16,7 @@ from typing import Any
 
 import jwt
 import pytest
+import structlog.testing
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -134,12 +135,46 @@ async def test_s5_claims_are_checked() -> None:
         {"sub": "x"},
         {"sub": 2**53},
         {"conversations": "1"},
+        {"conversations": {"a": 1}},
+        {"sub": "0190d1a2-7f3b-7c4d-8e5f-123456789abc"},
     ):
         filled = {key: value for key, value in (claims() | good | wrong).items() if value is not None}
         with pytest.raises(Unauthorized):
             await tokens.authenticate(jwt.api_jws.encode(json.dumps(filled).encode(), SECRET, "HS256"))
     with pytest.raises(Unauthorized):
         await tokens.authenticate(sign("HS256", SECRET, {"crit": ["exp"], "exp": 1}, **good))
+
+
+@pytest.mark.parametrize("subject", [7, "7", " 7 "])
+@pytest.mark.parametrize(
+    ("rooms", "opened"),
+    [(["1", 2, " 3 "], {1, 2, 3}), ({"0": 1, "2": "3"}, {1, 3}), ([], set()), (None, set())],
+)
+def test_ids_in_a_token_may_be_text(subject: Any, rooms: Any, opened: set[int]) -> None:
+    body = claims(sub=subject, conversations=rooms)
+    identity = Tokens(SECRET).verify(jwt.api_jws.encode(json.dumps(body).encode(), SECRET, "HS256"))
+    assert (identity.user_id, identity.conversations) == (7, opened)
+
+
+@pytest.mark.parametrize("algorithm", ["HS384", "HS512"])
+async def test_a_longer_hash_counts_where_it_is_listed(tmp_path: Path, algorithm: str) -> None:
+    secret, previous = "s" * 64, "p" * 64
+    tokens = Tokens("", Auth(secret=secret, previous_secret=previous, algorithms=[algorithm]))
+    assert (await tokens.authenticate(sign(algorithm, secret))).user_id == 7
+    assert (await tokens.authenticate(sign(algorithm, previous))).user_id == 7
+    own = tokens.issue(7, 60, since=5)
+    assert jwt.get_unverified_header(own)["alg"] == algorithm
+    assert (await tokens.authenticate(own)).after == 5
+    both = Tokens(
+        "", Auth(secret=secret, algorithms=["RS256", algorithm, "HS256"], key_files=files(tmp_path, RSA))
+    )
+    for token in (sign(algorithm, secret), sign("HS256", secret), sign("RS256"), both.issue(7, 60)):
+        assert (await both.authenticate(token)).user_id == 7
+    for wrong in (sign("HS256", secret), sign(algorithm, "x" * 64)):
+        with pytest.raises(Unauthorized):
+            await tokens.authenticate(wrong)
+    with pytest.raises(Unauthorized):
+        await Tokens(secret).authenticate(sign(algorithm, secret))
 
 
 @pytest.mark.parametrize(
@@ -262,13 +297,66 @@ async def test_what_is_a_no_and_what_is_no_answer(fetch: Fetcher, backend: Backe
         b"",
         b"<html>",
         {"user_id": 0, "expires_in": 5},
-        {"user_id": 7},
+        {"user_id": "0190d1a2-7f3b-7c4d-8e5f-123456789abc", "expires_in": 5},
         {"user_id": 7, "expires_in": -1},
+        {"user_id": 7, "expires_in": "nan"},
+        {"user_id": 7, "expires_in": "soon"},
+        {"data": {"data": {"user_id": 7}}},
+        {"data": []},
+        [],
     ):
         auth = by_backend(fetch, backend)
         backend.answer = lambda asked, body=body: (200, body)  # type: ignore[misc]
         with pytest.raises(Unavailable):
             await auth.authenticate("x")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "seconds"),
+    [
+        (200, {"user_id": "7", "expires_in": 60, "conversations": ["1", 2]}, 60),
+        (200, {"user_id": " 7 ", "expires_in": "60", "conversations": {"0": 1, "3": " 2 "}}, 60),
+        (200, {"user_id": 7, "expires_in": None, "conversations": [1, 2]}, 3600),
+        (200, {"user_id": 7, "conversations": [1, 2]}, 3600),
+        (201, {"data": {"user_id": 7, "expires_in": 60.5, "conversations": [1, 2]}}, 60),
+    ],
+)
+async def test_a_backend_answers_as_laravel_does(
+    fetch: Fetcher, backend: Backend, status: int, body: Any, seconds: float
+) -> None:
+    backend.answer = lambda asked: (status, body)
+    found = await by_backend(fetch, backend).authenticate("opaque")
+    assert (found.user_id, found.conversations) == (7, {1, 2})
+    assert seconds - 5 < found.expires_at - time.time() <= seconds + 1
+    assert backend.asked[0].headers["accept"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "advice"),
+    [
+        (302, b"", "routes/api.php, without `auth`"),
+        (419, b"", "not in routes/web.php"),
+        (429, b"", "exempt this route from `throttle`"),
+        (500, b"<html>", "storage/logs/laravel.log"),
+        (405, b"", "see its own log"),
+        (200, b"<html>", '{"user_id": 5, "expires_in": 3600} as JSON'),
+    ],
+)
+async def test_the_log_says_what_to_do_about_a_wrong_answer(
+    fetch: Fetcher, backend: Backend, status: int, body: bytes, advice: str
+) -> None:
+    backend.answer = lambda asked: (status, body)
+    auth = by_backend(fetch, backend)
+    with structlog.testing.capture_logs() as lines:
+        for number in range(4):
+            with pytest.raises(Unavailable):
+                await auth.authenticate(str(number))
+    (line,) = lines
+    assert (line["event"], line["error"]) == (
+        "auth_backend_failed",
+        f"the backend answered {status} without a valid login",
+    )
+    assert advice in line["advice"]
 
 
 async def test_s26_a_backend_that_is_down_costs_nobody_a_hang(fetch: Fetcher, backend: Backend) -> None:

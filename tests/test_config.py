@@ -180,6 +180,10 @@ def test_what_redis_url_may_not_say_is_refused_in_a_sentence(tmp_path: Path, url
         ({"CHATD_SERVER__WORKERS": "2"}, "server.workers"),
         ({"CHATD_HBU__BIND": "x"}, "CHATD_HBU__BIND"),
         ({"CHATD_AUTH__SECRET_FILE": "/nowhere"}, "CHATD_AUTH__SECRET_FILE"),
+        ({"CHATD_AUTH__SECRET": "x" * 31}, "auth.secret"),
+        ({"CHATD_AUTH__SECRET": "x" * 47, "CHATD_AUTH__ALGORITHMS": "HS256,HS384"}, "auth.secret"),
+        ({"CHATD_AUTH__PREVIOUS_SECRET": "x" * 63, "CHATD_AUTH__ALGORITHMS": "HS512"}, "auth.previous_secret"),
+        ({"CHATD_AUTH__ALGORITHMS": "HS512", "CHATD_AUTH__KEY_FILES": "a.pem"}, "auth.algorithms"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_under_its_key(

@@ -156,6 +156,29 @@ def test_a_backend_that_gives_no_verdict(daemons: Daemons) -> None:
         assert found["calls"].startswith("problem: webhooks.before_message_url: the last call")
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "finding"),
+    [
+        (401, {}, None),
+        (404, {}, "warning: auth.backend_url: the backend answered 404"),
+        (302, {}, "problem: auth.backend_url: the backend answered 302 without a valid login"),
+        (419, {}, "problem: auth.backend_url: the backend answered 419 without a valid login"),
+        (200, {"data": {"user_id": "7"}}, "problem: auth.backend_url accepts the made-up token"),
+    ],
+)
+def test_a_backend_that_answers_a_login_wrongly(
+    tmp_path: Path, status: int, body: Any, finding: str | None
+) -> None:
+    with serving() as backend:
+        backend.answer = lambda asked: (status, body)
+        case = Case(config.Config(auth=config.Auth(backend_url=f"{backend.url}/api/chat/auth")))
+        found = trio.run(checks.backend.login, case)
+    assert found is not None
+    text = f"{found.level.name.lower()}: {found.found}"
+    assert text.startswith(finding or "ok: "), text
+    assert bool(found.advice) == (finding is not None)
+
+
 def test_dead_redis(well: Daemon) -> None:
     started = time.monotonic()
     found = inspected(well, CHATD_REDIS__URL=f"redis://127.0.0.1:{free_port()}/0")

@@ -402,7 +402,7 @@ WAYS: dict[Final, Go] = {
     Final.TOKEN_CLAIM: by_token(lambda: jwt.encode({"sub": "7"}, SECRET)),
     Final.TOKEN_NOT_YET: by_token(lambda: sign("HS256", SECRET, nbf=time.time() + 3600)),
     Final.TOKEN_USER: by_token(lambda: sign("HS256", SECRET, sub="ada")),
-    Final.TOKEN_ROOMS: by_token(lambda: sign("HS256", SECRET, conversations=["1"])),
+    Final.TOKEN_ROOMS: by_token(lambda: sign("HS256", SECRET, conversations=["one"])),
     Final.TOKEN_REFUSED: by_token(lambda: "opaque"),
     Final.TOKEN_IN_URL: nothing,
     Final.BINARY_FRAME: by_frame(b"{}"),

@@ -169,6 +169,25 @@ def test_two_idempotency_keys_are_refused(daemon: Daemon) -> None:
     assert daemon.get("/api/ws/conversations/78/messages").json["messages"] == []
 
 
+def test_a_body_that_is_too_large_costs_no_connection(daemon: Daemon) -> None:
+    """A client that uses a connection again may have sent the next request before it learns of the end."""
+    with talk(daemon) as peer:
+        for number in range(3):
+            peer.sendall(post("x", conversation=79))
+            assert answer(peer)[0] == 200
+            path = ("/api/ws/messages", "/api/ws/tokens", "/api/ws/messages/batch/")[number]
+            large = b"x" * (300_000 if number < 2 else 1)
+            peer.sendall(
+                b"POST %b HTTP/1.1\r\nHost: x\r\nX-Internal-Token: %b\r\n" % (path.encode(), TOKEN.encode())
+            )
+            peer.sendall(b"Content-Length: %d\r\n\r\n" % len(large))
+            for start in range(0, len(large), 50_000):
+                peer.sendall(large[start : start + 50_000])
+                time.sleep(0.01)
+            status, connection, body = answer(peer)
+            assert (status, connection) == (413 if number < 2 else 400, ""), body
+
+
 def test_a_refusal_is_read_although_the_body_still_comes(daemon: Daemon) -> None:
     """To close with bytes unread would reset the connection and take the answer with it."""
     with talk(daemon) as peer:

@@ -409,7 +409,7 @@ async def test_who_does_not_authenticate_is_sent_away(daemon: Daemon) -> None:
         pytest.param(token("0"), id="user 0"),
         pytest.param(token(2**53), id="a user beyond the last"),
         pytest.param(token(True), id="a user that is a truth"),
-        pytest.param(token("1", conversations=["1"]), id="rooms that are no ids"),
+        pytest.param(token("1", conversations=["one"]), id="rooms that are no ids"),
         pytest.param(token("1", nbf=time.time() + 3600), id="not yet valid"),
     ],
 )

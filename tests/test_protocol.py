@@ -307,7 +307,7 @@ def test_the_previous_secret_still_counts() -> None:
         sign({"sub": "1", "exp": "soon"}),
         sign({"sub": "1", "exp": 4e9, "iat": "then"}),
         sign({"sub": "1", "exp": 4e9, "conversations": "all"}),
-        sign({"sub": "1", "exp": 4e9, "conversations": [1, "2"]}),
+        sign({"sub": "1", "exp": 4e9, "conversations": [1, "two"]}),
         sign({"sub": "1", "exp": 4e9, "filler": "x" * 9000}),
     ],
 )  # fmt: skip

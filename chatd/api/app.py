@@ -11,6 +11,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 from quart_trio.wrappers.request import TrioBody
+from werkzeug.routing.converters import IntegerConverter
 
 from chatd import __version__
 from chatd.api import errors, health, reference
@@ -88,12 +89,25 @@ class ChatRequest(TrioRequest):
         super().__init__(method, scheme, path, *rest, **options)
 
 
+class IdConverter(IntegerConverter):
+    """Hands on what stands in the place of an id: a view says better than a 404 what is wrong with it."""
+
+    regex = "[^/]+"
+
+    def to_python(self, value: str) -> Any:
+        return value
+
+
 class ChatApp(QuartTrio):
     asgi_http_class = HTTPConnection
     request_class = ChatRequest
     hot: Post
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope["path"] = (
+                scope["path"].rstrip("/") or "/"
+            )  # a slash behind a path changes nothing, as in Laravel
         if Post.takes(scope):
             await self.hot(scope, receive, send)
             return
@@ -102,6 +116,7 @@ class ChatApp(QuartTrio):
 
 def create_app(settings: Settings, chat: Chat, healthy: Health, sampler: Sampler, node: str) -> ChatApp:
     app = ChatApp("chatd", static_folder=None)
+    app.url_map.converters["id"] = IdConverter
     app.hot = Post(chat, settings)
     app.config.update(BODY_TIMEOUT=BODY_SECONDS, RESPONSE_TIMEOUT=RESPONSE_SECONDS)
     _guard(app, settings)

@@ -38,6 +38,8 @@ HEAD_BYTES = 16 * 1024
 RECEIVE_BYTES = 64 * 1024
 JOIN_BYTES = 64 * 1024  # bytes of an answer that one write joins
 LINGER = 1.0  # seconds for the client to read the last answer
+UNWANTED_BYTES = 2 * 1024 * 1024  # longest body that is read although nobody wants it
+UNWANTED_SECONDS = 3.0  # most time for reading it
 
 LAST_REQUEST = 3.0  # during a stop: seconds for the rest of a request that has begun to arrive
 FIRST_BYTE = 0.5  # during a stop: seconds for a new connection to begin its first request
@@ -201,6 +203,8 @@ class Connection:
     async def _exchange(self, request: h11.Request) -> None:
         self._read_all, self._head, self._unsent = False, None, b""
         self._has_body = request.method != b"HEAD"
+        lengths = [int(value) for name, value in request.headers if name == b"content-length"]
+        self._announced, self._reading = lengths[0] if lengths else 0, False
         scope = self._scope(request)
         try:
             await self._app(scope, self._receive, self._send, trio.to_thread.run_sync, trio.from_thread.run)
@@ -240,8 +244,12 @@ class Connection:
         if self._read_all:
             await trio.sleep_forever()
         # No deadline of its own: the application limits the time for a body.
-        with self._leave.patience(inf, LAST_REQUEST), self._stay.their_turn():
-            return await self._read_body()
+        self._reading = True
+        try:
+            with self._leave.patience(inf, LAST_REQUEST), self._stay.their_turn():
+                return await self._read_body()
+        finally:
+            self._reading = False
         raise Unavailable("the daemon is stopping")
 
     async def _read_body(self) -> dict[str, Any]:
@@ -261,6 +269,7 @@ class Connection:
     async def _send(self, message: dict[str, Any]) -> None:
         """Send a part of the answer. Small parts are joined, so that most answers take a single write."""
         if message["type"] == "http.response.start":
+            await self._read_away()
             self._unsent = self._begin_answer(message["status"], list(message["headers"]))
             return
         body = message.get("body", b"") if self._has_body else b""
@@ -273,6 +282,23 @@ class Connection:
         unsent, self._unsent = self._unsent, b""
         with self._stay.their_turn():
             await self._stream.send_all(unsent)
+
+    async def _read_away(self) -> None:
+        """Read the rest of a body that the application does not want, if it is short, before the answer.
+
+        A client that is told to close while it is still sending may fail at its next write, and never read the
+        answer: curl does, now and then. Only backends that have shown the token are read so.
+        """
+        if not self._known or self._reading or self._h11.they_are_waiting_for_100_continue:
+            return
+        if not 0 < self._announced <= UNWANTED_BYTES:
+            return
+        with trio.move_on_after(UNWANTED_SECONDS), self._stay.their_turn():
+            try:
+                while self._h11.their_state is h11.SEND_BODY:
+                    await self._next_event()
+            except Refusal:
+                pass  # what came is no HTTP: after the answer the connection ends
 
     def _begin_answer(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         self._has_body = self._has_body and status not in _NO_BODY

@@ -13,7 +13,9 @@ from quart import Response, request
 
 from chatd.chat.posts import POST_BYTES, decode, refuse
 from chatd.core.errors import BadRequest
-from chatd.core.limits import BATCH_MESSAGES, HISTORY_PAGE, MAX_ID
+from chatd.core.ids import id_of, noun_of
+from chatd.core.lenient import soften
+from chatd.core.limits import BATCH_MESSAGES, HISTORY_PAGE
 from chatd.core.model import timestamp
 from chatd.core.protocol import Content, Id, PageSize
 from chatd.core.validation import mistakes
@@ -95,13 +97,13 @@ class Membership(Struct, frozen=True, kw_only=True):
     """The properties of a membership. A field that you leave out keeps its value."""
 
     role: Annotated[str, Meta(min_length=1, max_length=32)] | UnsetType | None = UNSET
-    muted_until: str | UnsetType | None = UNSET
+    muted_until: str | float | UnsetType | None = UNSET
 
 
 class Removal(Struct, frozen=True, kw_only=True):
     """How a member is removed. Only `PUT` restores a removed member, banned or not."""
 
-    ban: bool = False
+    ban: bool | None = False
 
 
 class ConversationState(Struct, frozen=True, kw_only=True):
@@ -146,7 +148,7 @@ class Revocation(Struct, frozen=True, kw_only=True):
 class Ban(Struct, frozen=True, kw_only=True):
     """How long the user is banned."""
 
-    until: str | None = None
+    until: str | float | None = None
 
 
 class Done(Struct, frozen=True):
@@ -173,7 +175,9 @@ def answer(body: Any, status: int = 200) -> Response:
 
 async def posted(kind: type[S]) -> S:
     """Decode the request's body. Raises NotJSON (400), or BadRequest (422) with every field that is wrong."""
-    return decode(kind, await request.get_data(cache=False, as_text=False), sent_as=request.mimetype)
+    raw = await request.get_data(cache=False, as_text=False)
+    assert isinstance(raw, bytes)
+    return decode(kind, raw, sent_as=request.mimetype)
 
 
 async def posted_or_empty(kind: type[S]) -> S:
@@ -183,23 +187,29 @@ async def posted_or_empty(kind: type[S]) -> S:
 
 def asked(kind: type[S]) -> S:
     """Decode the parameters of the query string. Raises BadRequest."""
-    given = request.args.to_dict()
+    given = soften(kind, request.args.to_dict())
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError:
         raise refuse(mistakes(kind, given, strict=False)) from None
 
 
-def moment(field: str, text: str) -> str:
-    """Convert an RFC 3339 time to chatd's form. A time without a zone is in UTC. Raises BadRequest."""
+def moment(field: str, given: str | float) -> str:
+    """Convert an RFC 3339 time, or unix seconds, to chatd's form. A time without a zone is in UTC.
+
+    Raises BadRequest.
+    """
     try:
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(given) if isinstance(given, str) else datetime.fromtimestamp(given, UTC)
         return timestamp(found if found.tzinfo else found.replace(tzinfo=UTC))
-    except (ValueError, OverflowError):
-        raise BadRequest("Write a time such as 2026-01-01T00:00:00Z.", field=field) from None
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest("Write unix seconds, or a time such as 2026-01-01T00:00:00Z.", field=field) from None
 
 
-def check_id(name: str, value: int) -> int:
-    if not 1 <= value <= MAX_ID:
-        raise BadRequest(f"The {name} is not a valid id.", field=name)
-    return value
+def check_id(name: str, text: str) -> int:
+    """Convert an id in the path. Raises BadRequest."""
+    if (found := id_of(text)) is None:
+        noun = noun_of(text)
+        mistake = "is not a valid id" if noun == "text" else f"must be an integer, not {noun}"
+        raise BadRequest(f"The {name} {mistake}.", field=name)
+    return found

@@ -1,8 +1,8 @@
 """JWTs: issues them for backends with the shared secret, and verifies them for connections with the right key.
 
-HS256 uses the current and the previous secret; RS256, ES256 and EdDSA use public keys from files or a key
-server. This module knows nothing of revocations: a token names the user, and the database says whether the
-login is revoked.
+HS256, HS384 and HS512 use the current and the previous secret; RS256, ES256 and EdDSA use public
+keys from files or a key server. This module knows nothing of revocations: a token names the user,
+and the database says whether the login is revoked.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from chatd.core.errors import (
     TokenExpired,
     Unauthorized,
 )
+from chatd.core.ids import id_of, ids_of
 from chatd.core.limits import AUTH_BYTES, MAX_ID
 from chatd.core.model import Identity
 
-SHARED = "HS256"
+SHARED = ("HS256", "HS384", "HS512")  # algorithms that use the secret, which the backend may have as well
 MAX_TOKEN_CHARS = 8192  # longer tokens are refused without reading them
 RSA_BITS = 2048  # least length of an RSA key (NIST SP 800-131A allows no shorter ones)
 SOON = 60.0  # seconds; a token that becomes valid later is wrong: no clock differs by so much
@@ -67,9 +68,14 @@ class Tokens:
         secret = config.secret or secret
         self._secret = secret
         # Prepared as key objects, because PyJWT examines a secret given as text again for each token.
-        self._secrets = [_shared_key(one) for one in (secret, config.previous_secret) if one]
+        self._secrets: dict[str, list[jwt.PyJWK]] = {
+            algorithm: [_shared_key(one, algorithm) for one in (secret, config.previous_secret) if one]
+            for algorithm in SHARED
+            if algorithm in config.algorithms
+        }
         self._files = [_file_key(Path(name)) for name in config.key_files]
-        self._shared_only = config.algorithms == [SHARED]
+        self._issued_with = next((name for name in config.algorithms if name in SHARED), None)
+        self._shared_only = [self._issued_with] == config.algorithms
         self._checks = _checks(config)
 
     def issue(
@@ -80,7 +86,7 @@ class Tokens:
         Raises Forbidden if this server does not accept tokens of its own, BadRequest if the
         token would be too long.
         """
-        if SHARED not in self._config.algorithms or self._config.backend_url:
+        if self._issued_with is None or self._config.backend_url:
             raise Forbidden("this server issues no tokens, because your backend signs or verifies them itself")
         now = int(time.time())
         # Nodes with older versions of chatd check only `iat`, so it must not be earlier than the revocation.
@@ -89,7 +95,7 @@ class Tokens:
         claims |= {"iss": self._config.issuer} if self._config.issuer else {}
         if conversations is not None:
             claims["conversations"] = sorted(conversations)
-        token = jwt.encode(claims, self._secret, algorithm=SHARED)
+        token = jwt.encode(claims, self._secret, algorithm=self._issued_with)
         if len(token) > self._most:
             raise BadRequest(_too_many(len(token), self._most), field="conversations")
         return token
@@ -106,7 +112,7 @@ class Tokens:
             return self._verify(token, algorithm, await self._keys(algorithm, kid))
         except Unauthorized as refused:
             # A token without a kid that fits no key may have been signed with a new key.
-            if refused.way is not Final.TOKEN_SIGNATURE or kid or algorithm == SHARED or not self._key_server:
+            if refused.way is not Final.TOKEN_SIGNATURE or kid or algorithm in SHARED or not self._key_server:
                 raise
             return self._verify(token, algorithm, await self._key_server.find_newer(kid, algorithm))
 
@@ -114,11 +120,15 @@ class Tokens:
         raise outdated
 
     def verify(self, token: str) -> Identity:
-        """Verify a token with the secrets only. Raises Unauthorized, TokenExpired, NotYet."""
+        """Verify a token with the secrets only, and with the algorithm of the tokens that chatd issues.
+
+        Raises Unauthorized, TokenExpired, NotYet.
+        """
         if len(token) > MAX_TOKEN_CHARS:
             why = f"the token has {len(token)} characters; at most {MAX_TOKEN_CHARS} are accepted"
             raise Unauthorized(Final.TOKEN_TOO_LONG, why)
-        return self._verify(token, SHARED, self._secrets)
+        assert self._issued_with is not None
+        return self._verify(token, self._issued_with, self._secrets[self._issued_with])
 
     def _header(self, token: str) -> tuple[str, str | None]:
         """(alg, kid). Ignores jku, x5u and jwk: a token must not choose where its key comes from."""
@@ -132,9 +142,9 @@ class Tokens:
         return algorithm, kid if isinstance(kid, str) else None
 
     async def _keys(self, algorithm: str, kid: str | None) -> list[Any]:
-        """The keys for an algorithm. A key is never used with another algorithm than its own."""
-        if algorithm == SHARED:
-            return self._secrets
+        """The keys for an algorithm. A public key is never used with another algorithm than its own."""
+        if algorithm in SHARED:
+            return self._secrets[algorithm]
         keys = [key for fits, key in self._files if fits == algorithm]
         if self._key_server is not None:
             keys += await self._key_server.find(kid, algorithm)
@@ -150,7 +160,7 @@ class Tokens:
                 continue
             except _WRONG as error:
                 raise self._refusal(token, error) from None
-            return _identity(claims, ours=algorithm == SHARED)
+            return _identity(claims, ours=algorithm in SHARED)
         raise Unauthorized(Final.TOKEN_SIGNATURE, "no key of this server matches the token's signature")
 
     def _refusal(self, token: str, error: Exception) -> ChatError:
@@ -191,9 +201,9 @@ def _checks(config: Auth) -> dict[str, Any]:
     return checks
 
 
-def _shared_key(secret: str) -> jwt.PyJWK:
+def _shared_key(secret: str, algorithm: str) -> jwt.PyJWK:
     encoded = base64.urlsafe_b64encode(secret.encode()).rstrip(b"=").decode()
-    return jwt.PyJWK.from_dict({"kty": "oct", "alg": SHARED, "k": encoded})
+    return jwt.PyJWK.from_dict({"kty": "oct", "alg": algorithm, "k": encoded})
 
 
 def _file_key(path: Path) -> tuple[str, Any]:
@@ -239,9 +249,8 @@ def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
 
     `ours`: our secret signed it, so our own claims in it can be trusted.
     """
-    listed = claims.get("conversations")
-    listed = [] if listed is None else listed
-    if not isinstance(listed, list) or not all(_is_id(item) for item in listed):
+    rooms = ids_of(claims.get("conversations"))
+    if rooms is None:
         raise Unauthorized(Final.TOKEN_ROOMS, "the token's conversations are not a list of ids")
     user_id, expires_at, issued_at = (
         _user_id(claims["sub"]),
@@ -249,7 +258,7 @@ def _identity(claims: dict[str, Any], *, ours: bool) -> Identity:
         _time("iat", claims.get("iat", 0)),
     )
     after = claims.get(AFTER) if ours else None
-    return Identity(user_id, expires_at, issued_at, frozenset(listed), after if type(after) is int else None)
+    return Identity(user_id, expires_at, issued_at, frozenset(rooms), after if type(after) is int else None)
 
 
 def _time(name: str, value: Any) -> float:
@@ -262,13 +271,7 @@ def _time(name: str, value: Any) -> float:
 
 
 def _user_id(subject: Any) -> int:
-    if isinstance(subject, str) and subject.isascii() and subject.isdecimal() and len(subject) <= 16:
-        subject = int(subject)
-    if not _is_id(subject):
+    if (found := id_of(subject)) is None:
         why = f"the token's sub is {subject!r:.60}: user ids are integers from 1 to {MAX_ID}, not UUIDs"
         raise Unauthorized(Final.TOKEN_USER, why)
-    return int(subject)
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_ID
+    return found

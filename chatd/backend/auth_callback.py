@@ -19,10 +19,11 @@ import trio
 from msgspec import Meta, Struct
 
 from chatd.backend.breaker import Breaker
-from chatd.backend.failures import FailureLog
-from chatd.backend.fetch import Fetcher
+from chatd.backend.failures import FailureLog, advice_for
+from chatd.backend.fetch import Answer, Fetcher
 from chatd.config.settings import Settings
 from chatd.core.errors import CallFailed, Final, Outdated, Unauthorized
+from chatd.core.lenient import soften
 from chatd.core.model import Identity
 from chatd.core.protocol import Id
 from chatd.observe import metrics
@@ -33,10 +34,10 @@ _REFUSALS = frozenset([401, 403, 404, 422])  # with these statuses the backend s
 
 
 class _Login(Struct, frozen=True):
-    """The backend's answer; `expires_in` is in seconds."""
+    """The backend's answer. `expires_in` is in seconds; None is a login that does not expire, as in Sanctum."""
 
     user_id: Id
-    expires_in: Annotated[float, Meta(gt=0)]
+    expires_in: Annotated[float, Meta(gt=0)] | None = None
     conversations: list[Id] | None = None
 
 
@@ -94,11 +95,16 @@ class AuthCallback:
                 metrics.AUTH_SECONDS.observe(trio.current_time() - started)
             if answer.status in _REFUSALS:
                 raise Unauthorized(Final.TOKEN_REFUSED, f"the backend answered {answer.status}")
-            return _identity(answer.status, answer.body, asked_at, after)
+            login = _login(answer)
+            expires_at = time.time() + (login.expires_in or self._settings.now.auth.token_ttl)
+            rooms = frozenset(login.conversations or ())
+            # `issued_at` is when chatd asked: the answer may miss a revocation that came after that.
+            return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)
 
     def _headers(self) -> dict[str, str]:
         token = self._settings.now.api.internal_token
-        return {"X-Internal-Token": token, "Content-Type": "application/json"}
+        # Without this Accept, Laravel answers a failed validation or a missing login with a redirect.
+        return {"X-Internal-Token": token, "Content-Type": "application/json", "Accept": "application/json"}
 
     def _remembered(self, key: bytes, after: int) -> Identity | None:
         until, identity = self._known.get(key, (0.0, None))
@@ -116,13 +122,16 @@ class AuthCallback:
         return identity
 
 
-def _identity(status: int, body: bytes, asked_at: float, after: int) -> Identity:
+def _login(answer: Answer) -> _Login:
+    """Raises CallFailed for an answer that is not a login."""
     try:
-        if status != 200:
+        if not 200 <= answer.status < 300:
             raise ValueError
-        login = msgspec.json.decode(body, type=_Login)
+        found = msgspec.json.decode(answer.body)
+        if isinstance(found, dict) and isinstance(found.get("data"), dict):
+            found = found["data"]  # Laravel wraps a JsonResource
+        return msgspec.convert(soften(_Login, found), _Login)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        raise CallFailed("wrong_answer", f"the backend answered {status} without a valid login") from None
-    expires_at, rooms = time.time() + login.expires_in, frozenset(login.conversations or ())
-    # `issued_at` is when chatd asked, not when it got the answer: the answer may miss a revocation in between.
-    return Identity(login.user_id, expires_at, asked_at, rooms, after=after, asked=True)
+        reason = f"the backend answered {answer.status} without a valid login"
+        advice = advice_for(answer.status, '{"user_id": 5, "expires_in": 3600}')
+        raise CallFailed("wrong_answer", reason, advice) from None

@@ -14,7 +14,7 @@ import trio
 from msgspec import UNSET, Struct
 
 from chatd.backend.breaker import Breaker
-from chatd.backend.failures import FailureLog
+from chatd.backend.failures import FailureLog, advice_for
 from chatd.backend.fetch import Answer, Fetcher
 from chatd.config import Webhooks
 from chatd.core import callbacks
@@ -107,7 +107,8 @@ class BeforeMessage:
 
         Raises CallFailed if it is no verdict, UnusableVerdict if the verdict has invalid fields.
         """
-        wrong = CallFailed("wrong_answer", f"the backend answered {answer.status} without a valid verdict")
+        reason = f"the backend answered {answer.status} without a valid verdict"
+        wrong = CallFailed("wrong_answer", reason, advice_for(answer.status, '{"action": "accept"}'))
         if answer.status != 200:
             raise wrong
         try:

@@ -13,6 +13,29 @@ from chatd.observe.logs import Recurring
 CAUSES = 20  # causes with a log line of their own; there are far fewer in practice
 
 
+def advice_for(status: int, expected: str) -> str:
+    """What the operator can do about an answer with this status. `expected` is the answer that chatd needs.
+
+    The causes are the usual ones of Laravel applications.
+    """
+    if 300 <= status < 400:
+        return (
+            "the backend redirects, perhaps to its login page: define the route in routes/api.php, without"
+            " `auth`, and configure its full address (https://…/api/…)"
+        )
+    if status == 419:
+        return (
+            "Laravel's CSRF check refuses the call: define the route in routes/api.php, not in routes/web.php"
+        )
+    if status == 429:
+        return "the backend limits the rate of calls: exempt this route from `throttle`"
+    if status >= 500:
+        return "the backend failed: see its own log (storage/logs/laravel.log)"
+    if status >= 400:
+        return "the backend does not accept the call: see its own log"
+    return f"the backend must answer with status 200 and {expected} as JSON"
+
+
 class FailureLog:
     """Logs a new cause at once. While a cause lasts, it logs a line every few seconds, with a count."""
 
@@ -46,4 +69,5 @@ class FailureLog:
             if len(self._causes) >= CAUSES:
                 self._causes.clear()
             self._causes[error.reason] = Recurring(self._event)
-        self._causes[error.reason].warn(cause=error.kind, error=error.reason)
+        advice = {"advice": error.advice} if error.advice else {}
+        self._causes[error.reason].warn(cause=error.kind, error=error.reason, **advice)

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from chatd.core.errors import BadRequest, TooLarge
+from chatd.core.errors import BadRequest, FieldTooLarge
 from chatd.core.limits import EVENT_BYTES
 from chatd.core.model import Notice, Signal
 from chatd.core.protocol import RESERVED_EVENTS, event
@@ -26,5 +26,5 @@ class Events:
         payload = event(name, conversation_id=conversation_id, data=data)
         if len(payload) > EVENT_BYTES:
             size = len(payload)
-            raise TooLarge(f"The event has {size} bytes; {EVENT_BYTES} are allowed.", field="data")
+            raise FieldTooLarge(f"The event has {size} bytes; {EVENT_BYTES} are allowed.", field="data")
         self._tell(Notice(conversation_id, Raw(payload), to=user_ids))

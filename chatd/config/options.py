@@ -108,20 +108,22 @@ class Redis(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
 
-Algorithm = Literal["HS256", "RS256", "ES256", "EdDSA"]
+Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "ES256", "EdDSA"]
 
 
 class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     """The tokens of your users: JWTs, or whatever your backend understands."""
 
     secret: str = ""
-    """The secret that signs tokens; at least 32 characters. If your backend signs the tokens, both use the same
-    secret. If it is empty, chatd makes one and keeps it in the database.
+    """The secret that signs tokens; at least 32 characters, 48 for HS384, 64 for HS512. If your backend signs
+    the tokens, both use the same secret. If it is empty, chatd makes one and keeps it in the database.
     """
     previous_secret: str = ""
     """A second secret that is accepted as well, while you replace the first."""
     algorithms: list[Algorithm] = field(default_factory=lambda: ["HS256"])
-    """Algorithms that a token may use. HS256 uses the secrets; RS256, ES256 and EdDSA use public keys."""
+    """Algorithms that a token may use. HS256, HS384 and HS512 use the secrets; RS256, ES256 and EdDSA use
+    public keys. chatd issues tokens with the first in the list that uses a secret.
+    """
     key_files: list[str] = []
     """PEM files with public keys."""
     jwks_url: str = ""

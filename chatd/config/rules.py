@@ -13,6 +13,8 @@ from chatd.core import callbacks
 # chatd must read what it has just written, so every connection must lead to the primary.
 TARGETS = ("read-write", "primary")
 OWN_NAMES = {"chat.stream", "chat.signals", "chat.kicks", "chat.ingest.dead"}  # in Redis
+# Least length of a secret (RFC 7518, section 3.2).
+SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 _WRITE_URL = (
     "is not an HTTP URL; write https://host/path, or http:// for an address in server.private_networks."
 )
@@ -44,9 +46,7 @@ def contradictions(config: Config) -> Iterator[str]:
     for network in config.server.private_networks:
         if not _is_network(network):
             yield f"server.private_networks: {network!r} is neither an address nor a network."
-    for key, secret in (("secret", config.auth.secret), ("previous_secret", config.auth.previous_secret)):
-        if secret and len(secret) < 32:
-            yield f"auth.{key}: has {len(secret)} characters; use at least 32 (openssl rand -hex 32)."
+    yield from _mistakes_in_secrets(config.auth)
     yield from _mistakes_in_database(config.database.url)
     yield from _mistakes_in_redis(config.redis)
     if config.server.workers > 1 and not config.redis.url:
@@ -99,16 +99,26 @@ def _mistakes_in_auth(auth: Auth) -> Iterator[str]:
     for key, url in (("backend_url", auth.backend_url), ("jwks_url", auth.jwks_url)):
         if not _may_be_called(url):
             yield f"auth.{key}: {_WRITE_URL}"
-    public = [name for name in auth.algorithms if name != "HS256"]
+    public = [name for name in auth.algorithms if name not in SECRET_BYTES]
     if not auth.algorithms:
         yield 'auth.algorithms: is empty, so no token would be valid; write ["HS256"].'
     if public and not (auth.key_files or auth.jwks_url):
         yield f"auth.algorithms: {public[0]} needs a public key; set auth.key_files or auth.jwks_url."
     if (auth.key_files or auth.jwks_url) and not public:
         yield (
-            "auth.algorithms: HS256 uses neither auth.key_files nor auth.jwks_url; add RS256, ES256 or EdDSA,"
-            " or remove those."
+            "auth.algorithms: HS256, HS384 and HS512 use neither auth.key_files nor auth.jwks_url; add RS256,"
+            " ES256 or EdDSA, or remove those."
         )
+
+
+def _mistakes_in_secrets(auth: Auth) -> Iterator[str]:
+    least, algorithm = max(((SECRET_BYTES.get(name, 32), name) for name in auth.algorithms), default=(32, ""))
+    purpose = f" for {algorithm}" if least > 32 else ""
+    for key, secret in (("secret", auth.secret), ("previous_secret", auth.previous_secret)):
+        size = len(secret.encode())
+        if secret and size < least:
+            advice = f"use at least {least}{purpose} (openssl rand -hex 32)"
+            yield f"auth.{key}: has {size} characters; {advice}."
 
 
 def _mistakes_in_webhooks(webhooks: Webhooks) -> Iterator[str]:

@@ -57,6 +57,7 @@ def headers(secret: str, event: str, id: str, content: bytes, **more: str) -> di
     own = hmac.digest(secret.encode(), b"%d." % moment + content, hashlib.sha256)
     return {
         "Content-Type": "application/json",
+        "Accept": "application/json",
         "webhook-id": id,
         "webhook-timestamp": str(moment),
         "webhook-signature": f"v1,{b64encode(standard).decode()}",

@@ -12,7 +12,8 @@
     ├── NotFound          not_found        404   missing, or hidden from this user: a client cannot tell which
     ├── Conflict          conflict         409
     ├── LimitExceeded     limit_exceeded   409
-    ├── TooLarge          too_large        413   `field` names the field, if one field is too large
+    ├── TooLarge          too_large        413
+    │   └── FieldTooLarge     too_large    422   `field` names the field
     ├── RateLimited       rate_limited     429   `retry_after`
     ├── UnknownEvent      unknown_event    –
     ├── Superseded        superseded       –     another node reads chat.ingest now; clients never see this
@@ -200,6 +201,12 @@ class TooLarge(ChatError):
     code, status = "too_large", 413
 
 
+class FieldTooLarge(TooLarge):
+    """The body as a whole is not: over HTTP it is a failed validation."""
+
+    status = 422
+
+
 class RateLimited(ChatError):
     code, status, retryable, sentence = "rate_limited", 429, True, "too many requests"
 
@@ -254,14 +261,15 @@ class CallFailed(Unavailable):
     """A call to the backend or to a key server failed.
 
     Clients learn no more than that. `kind` (timeout, unreachable, wrong_answer) is a label of the metrics;
-    `reason` goes to the log only, because it may name internal hosts.
+    `reason` and `advice`, which tells the operator what to do, go to the log only, because they may name
+    internal hosts.
     """
 
     sentence = "the backend does not answer"
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, advice: str = "") -> None:
         super().__init__()
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.advice = kind, reason, advice
 
 
 class OperatorError(Exception):

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct
 
 from chatd.core import limits
-from chatd.core.errors import BadRequest, ChatError, Final, NotJSON, TooLarge, UnknownEvent
+from chatd.core.errors import BadRequest, ChatError, FieldTooLarge, Final, NotJSON, UnknownEvent
 from chatd.core.model import DEFAULT_TYPE, Kind, Message, Position, now
 from chatd.core.validation import mistakes, reason
 
@@ -292,7 +292,7 @@ def change_payload(kind: Kind, seq: int, message: Message, mark: str | None = No
 def check_content(content: str, most: int) -> None:
     """Raises TooLarge for more than `most` characters, BadRequest for a NUL, which PostgreSQL cannot store."""
     if len(content) > most:
-        raise TooLarge(f"The content has {len(content)} characters; {most} are allowed.", field="content")
+        raise FieldTooLarge(f"The content has {len(content)} characters; {most} are allowed.", field="content")
     check_label("content", content)
 
 
@@ -309,7 +309,7 @@ def check_meta(meta: Any, most: int) -> None:
         raise BadRequest(f"The meta is nested more than {limits.META_DEPTH} levels deep.", field="meta")
     size = len(msgspec.json.encode(meta))
     if size > most:
-        raise TooLarge(f"The meta has {size} bytes; {most} are allowed.", field="meta")
+        raise FieldTooLarge(f"The meta has {size} bytes; {most} are allowed.", field="meta")
 
 
 def _depth(value: Any) -> int:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 from msgspec import UnsetType
 
+from chatd.core.ids import noun_of
+
 # The forms of msgspec's error messages: wrong type, value out of bounds, wrong length; and the place at the
 # end.
 _TYPES = re.compile(r"Expected `([\w| ]+)`, got `(\w+)`")
@@ -47,7 +49,7 @@ def mistakes(kind: type[msgspec.Struct], data: dict[str, Any], *, strict: bool =
         try:
             msgspec.convert(data[name], field.type, strict=strict, str_keys=True)
         except msgspec.ValidationError as error:
-            found[name] = [f"The {name} field {reason(error, field.type)}."]
+            found[name] = [f"The {name} field {_of_value(data[name], reason(error, field.type))}."]
     if kind.__struct_config__.forbid_unknown_fields:
         for name in data.keys() - fields.keys():
             found[name] = [f"There is no such key{suggestion(name, fields)}."]
@@ -64,6 +66,13 @@ def reason(error: msgspec.ValidationError, kind: Any = Any) -> str:
     inner = _inner(place[1]) if place else ""
     sentence = _sentence(_PLACE.sub("", text), _item_of(kind) if inner else kind)
     return f"is wrong: {inner} {sentence}" if inner else sentence
+
+
+def _of_value(value: Any, said: str) -> str:
+    """A UUID is called one: whoever has those as ids shall not look for a mistake in the quotes."""
+    if isinstance(value, str) and said.startswith("must be an integer") and said.endswith("not text"):
+        return said.removesuffix("text") + noun_of(value)
+    return said
 
 
 def _sentence(text: str, kind: Any) -> str:

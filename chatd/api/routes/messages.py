@@ -14,7 +14,7 @@ from quart_schema import document_request, document_response
 from chatd.api.errors import body_of
 from chatd.api.schemas import Alteration, Altered, Batch, BatchResults, Stored, answer, check_id, posted
 from chatd.chat.chat import Chat
-from chatd.chat.posts import NewMessage, create, decode
+from chatd.chat.posts import NewMessage, check_visible, create, decode
 from chatd.chat.receipts import Delivery
 from chatd.core.errors import BadRequest, ChatError
 from chatd.core.limits import CLIENT_ID_CHARS
@@ -57,19 +57,21 @@ def blueprint(chat: Chat) -> Blueprint:
         outcomes = await chat.messages.post_all(commands)
         return answer({"results": [_result(outcome) for outcome in outcomes]})
 
-    @routes.patch("/<int:message_id>")
+    @routes.patch("/<id:message_id>")
     @document_request(Alteration)
     @document_response(Altered)
-    async def edit(message_id: int) -> Response:
+    async def edit(message_id: str) -> Response:
         """Change the content or the `meta` of any message."""
         body = await posted(Alteration)
         content = UNSET if body.content is None else body.content
+        if body.content is not None:
+            check_visible(body.content)
         changed = await chat.messages.edit(check_id("id", message_id), content, body.meta)
         return answer(Altered(id=changed.id, seq=changed.seq))
 
-    @routes.delete("/<int:message_id>")
+    @routes.delete("/<id:message_id>")
     @document_response(Altered)
-    async def delete(message_id: int) -> Response:
+    async def delete(message_id: str) -> Response:
         """Delete any message.
 
         chatd removes its content and keeps its place in the conversation.
@@ -77,9 +79,9 @@ def blueprint(chat: Chat) -> Blueprint:
         changed = await chat.messages.delete(check_id("id", message_id))
         return answer(Altered(id=changed.id, seq=changed.seq))
 
-    @routes.get("/<int:message_id>/delivery")
+    @routes.get("/<id:message_id>/delivery")
     @document_response(Delivery)
-    async def delivery(message_id: int) -> Response:
+    async def delivery(message_id: str) -> Response:
         """The users who have read or received a message, those who are online, and those who need a push."""
         return answer(await chat.receipts.delivery(check_id("id", message_id)))
 

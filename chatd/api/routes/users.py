@@ -31,16 +31,16 @@ MOST_SECONDS = 253402300799  # FOR_EVER as unix seconds
 def blueprint(chat: Chat) -> Blueprint:
     routes = Blueprint("users", __name__, url_prefix="/api/ws/users")
 
-    @routes.get("/<int:user_id>")
+    @routes.get("/<id:user_id>")
     @document_response(User)
-    async def get(user_id: int) -> Response:
+    async def get(user_id: str) -> Response:
         """Whether a user is online, and how many messages of each conversation the user has not read."""
         return answer(await chat.users.get(check_id("user_id", user_id)))
 
-    @routes.post("/<int:user_id>/disconnect")
+    @routes.post("/<id:user_id>/disconnect")
     @document_request(Disconnection)
     @document_response(Disconnected)
-    async def disconnect(user_id: int) -> Response:
+    async def disconnect(user_id: str) -> Response:
         """Close all connections of a user.
 
         The user's tokens stay valid. To void them, use `revoke`.
@@ -49,10 +49,10 @@ def blueprint(chat: Chat) -> Blueprint:
         closed = chat.users.disconnect(check_id("user_id", user_id), reconnect=bool(body.reconnect))
         return answer(Disconnected(closed=closed))
 
-    @routes.post("/<int:user_id>/revoke")
+    @routes.post("/<id:user_id>/revoke")
     @document_request(Revocation)
     @document_response(Done)
-    async def revoke(user_id: int) -> Response:
+    async def revoke(user_id: str) -> Response:
         """Void the tokens that were issued before a given time.
 
         chatd closes the connections that were made with them.
@@ -61,10 +61,10 @@ def blueprint(chat: Chat) -> Blueprint:
         await chat.users.revoke(check_id("user_id", user_id), _seconds(body.before))
         return answer(Done())
 
-    @routes.put("/<int:user_id>/ban")
+    @routes.put("/<id:user_id>/ban")
     @document_request(Ban)
     @document_response(Done)
-    async def ban(user_id: int) -> Response:
+    async def ban(user_id: str) -> Response:
         """Ban a user from all conversations, until a given time or for ever.
 
         chatd closes the user's connections.
@@ -74,9 +74,9 @@ def blueprint(chat: Chat) -> Blueprint:
         await chat.users.ban(check_id("user_id", user_id), until)
         return answer(Done())
 
-    @routes.delete("/<int:user_id>/ban")
+    @routes.delete("/<id:user_id>/ban")
     @document_response(Done)
-    async def unban(user_id: int) -> Response:
+    async def unban(user_id: str) -> Response:
         """End a ban."""
         await chat.users.ban(check_id("user_id", user_id), None)
         return answer(Done())

@@ -2,6 +2,7 @@
 
 machine   limits of the system, the clock, who can read the secrets
 data      the database, its directory, Redis
+backend   what it answers to a login
 serving   the daemon: its ports, and a round trip through it
 names     names in Redis that chatd does not take
 public    the same from outside, through the proxy
@@ -9,7 +10,7 @@ public    the same from outside, through the proxy
 
 from __future__ import annotations
 
-from chatd.ops.checks import data, machine, names, public, serving
+from chatd.ops.checks import backend, data, machine, names, public, serving
 from chatd.ops.finding import Check
 
 # These checks need no valid configuration.
@@ -27,6 +28,7 @@ ALL: list[Check] = [
     serving.websocket,
     serving.open_files,
     serving.backend_calls,
+    backend.login,
     names.redis_names,
     serving.round_trip,
     public.certificate,

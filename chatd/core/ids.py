@@ -1,0 +1,47 @@
+"""An id as others write it: an integer, or its digits as text, as forms and databases give it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from chatd.core.limits import MAX_ID
+
+_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,30})\s*", re.ASCII)
+_UUID = re.compile(r"\s*[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\s*", re.IGNORECASE)
+_ULID = re.compile(r"\s*[0-7][0-9A-HJKMNP-TV-Z]{25}\s*", re.IGNORECASE)  # Crockford's base32, 128 bits
+
+
+def integer_of(text: str) -> int | None:
+    """None for text that is no integer."""
+    found = _INTEGER.fullmatch(text)
+    return int(found[1]) if found else None
+
+
+def id_of(value: Any) -> int | None:
+    """From 1 to MAX_ID; None for what is no id."""
+    number = integer_of(value) if isinstance(value, str) else value
+    return number if type(number) is int and 1 <= number <= MAX_ID else None
+
+
+def ids_of(listed: Any) -> list[int] | None:
+    """None is an empty list. PHP makes an object of a list with gaps. None for what is no list of ids."""
+    if isinstance(listed, dict) and is_php_list(listed):
+        listed = list(listed.values())
+    if listed is None:
+        return []
+    ids = [id_of(one) for one in listed] if isinstance(listed, list) else [None]
+    return None if None in ids else ids  # type: ignore[return-value]  # mypy does not see what is not in it
+
+
+def is_php_list(value: Mapping[Any, Any]) -> bool:
+    """Whether it has only numbers as keys: what array_filter leaves of a list becomes such an object."""
+    return all(isinstance(key, str) and key.isascii() and key.isdecimal() for key in value)
+
+
+def noun_of(text: str) -> str:
+    """What text is, that should have been an id."""
+    if _UUID.fullmatch(text):
+        return "a UUID"
+    return "a ULID" if _ULID.fullmatch(text) else "text"
