@@ -69,7 +69,7 @@ def test_an_id_may_be_text(daemon: Daemon, conversation: int, form: str) -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", [0, -1, 2**53, True, 1.0, "0", "1.0", "1 2", "0x1", "eins", "²", "9" * 50, None]
+    "wrong", [0, -1, 2**53, True, 1.0, "0", "01", "1.0", "1 2", "0x1", "eins", "²", "9" * 50, None]
 )
 def test_what_is_no_id_is_refused(daemon: Daemon, wrong: Any) -> None:
     refused(post(daemon, wrong), "conversation_id")

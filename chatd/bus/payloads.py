@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from chatd.core.decimals import number_of
+from chatd.core.ids import number_of
 from chatd.core.limits import MAX_ID
 from chatd.core.model import Change, Kick, Kind, MemberChange, Notice, Present, Signal, UserChange
 from chatd.core.protocol import RESERVED_EVENTS

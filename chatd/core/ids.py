@@ -8,20 +8,26 @@ from typing import Any
 
 from chatd.core.limits import MAX_ID
 
-_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,30})\s*", re.ASCII)
+_INTEGER = re.compile(r"\s*([+-]?(?:0|[1-9][0-9]{0,29}))\s*", re.ASCII)
 _UUID = re.compile(r"\s*[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}\s*", re.IGNORECASE)
 _ULID = re.compile(r"\s*[0-7][0-9A-HJKMNP-TV-Z]{25}\s*", re.IGNORECASE)  # Crockford's base32, 128 bits
 
 
 def integer_of(text: str) -> int | None:
-    """None for text that is no integer."""
+    """The integer that a text is by Laravel's rule `integer`: without leading zeros. None for other text."""
     found = _INTEGER.fullmatch(text)
     return int(found[1]) if found else None
 
 
+def number_of(value: Any) -> Any:
+    """The integer that a text is, or the value itself if it is none."""
+    number = integer_of(value) if isinstance(value, str) else None
+    return value if number is None else number
+
+
 def id_of(value: Any) -> int | None:
     """From 1 to MAX_ID; None for what is no id."""
-    number = integer_of(value) if isinstance(value, str) else value
+    number = number_of(value)
     return number if type(number) is int and 1 <= number <= MAX_ID else None
 
 

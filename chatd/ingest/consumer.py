@@ -17,7 +17,6 @@ from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 
-import msgspec
 import structlog
 import trio
 from msgspec.structs import replace
@@ -25,7 +24,6 @@ from msgspec.structs import replace
 from chatd.chat.messages import Messages
 from chatd.chat.posts import POST_BYTES, NewMessage, create, decode
 from chatd.core.backoff import Backoff
-from chatd.core.decimals import number_of
 from chatd.core.errors import BadRequest, ChatError, Superseded, TooLarge, Unavailable
 from chatd.ingest.stream import Entry, IngestStream, Refusal
 from chatd.observe import metrics
@@ -38,7 +36,6 @@ RETRY_FIRST, RETRY_MOST = 0.1, 2.0  # seconds between attempts, doubled each tim
 YIELD_EVERY = 20  # entries checked between two checkpoints: an invalid entry takes about 100 µs
 QUIET = 60.0  # seconds between two log lines about refused entries
 
-_IDS = frozenset(["conversation_id", "sender_id", "reply_to"])
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -129,7 +126,7 @@ class Consumer:
             if len(entry.payload) > POST_BYTES:
                 size = len(entry.payload)
                 raise TooLarge(f"The message has {size} bytes; {POST_BYTES} are allowed.", field="m")
-            command = create(_decode(entry.payload), entry.key)
+            command = create(decode(NewMessage, entry.payload), entry.key)
             self._messages.check(command)
         except ChatError as refusal:
             return refusal
@@ -173,20 +170,6 @@ class Consumer:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
-
-
-def _decode(payload: bytes) -> NewMessage:
-    """A message, whose ids may be decimal text. Raises NotJSON, BadRequest."""
-    try:
-        return decode(NewMessage, payload)
-    except BadRequest as refusal:
-        if _IDS.isdisjoint(refusal.errors):
-            raise
-    fields = msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-    for name in _IDS & fields.keys():
-        number = number_of(msgspec.json.decode(fields[name]))
-        fields[name] = msgspec.Raw(msgspec.json.encode(number))
-    return decode(NewMessage, msgspec.json.encode(fields))
 
 
 def _field(error: ChatError) -> str | None:
