@@ -27,6 +27,7 @@ from chatd.core.errors import ChatError
 from chatd.core.limits import MAX_ID
 from chatd.core.model import Group, Kick, MemberChange, Notice, Signal, UserChange
 from chatd.observe import metrics
+from chatd.observe.fatal import run_fatal
 
 PROBE = "chat.probe"  # a key that never exists
 
@@ -119,8 +120,8 @@ class Publisher:
         self._connected = True
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep, self._publish_groups)
-                nursery.start_soon(keep, self._publish_passing)
+                nursery.start_soon(run_fatal, keep, self._publish_groups)
+                nursery.start_soon(run_fatal, keep, self._publish_passing)
         finally:
             self._connected = False
         raise failures[0]

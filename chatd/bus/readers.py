@@ -16,6 +16,7 @@ from chatd.bus.client import LOST, STREAM, in_thread, last_id, order
 from chatd.bus.trimming import Trimming, trim_at_start
 from chatd.config import Redis
 from chatd.core.model import Kick
+from chatd.observe.fatal import run_fatal
 
 READ_COUNT = 1000  # most entries of one XREAD; more would block the loop for over 10 ms
 READ_BYTES = 2 * 1024 * 1024  # approximate bytes of one XREAD, guessed from the size of the last entries
@@ -37,7 +38,7 @@ class StreamReader:
         """Read until Redis fails; calls `up` when it answers. Raises one of `LOST`."""
         send, receive = trio.open_memory_channel[list[Any]](BATCHES)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._take_batches, receive)
+            nursery.start_soon(run_fatal, self._take_batches, receive)
             try:
                 await in_thread(self._read, client, send, up)
             except LOST as error:

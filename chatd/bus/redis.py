@@ -29,6 +29,7 @@ from chatd.config import Redis
 from chatd.core.backoff import Backoff
 from chatd.core.model import Group, Signal
 from chatd.observe import metrics
+from chatd.observe.fatal import run_fatal
 
 RETRY_FIRST, RETRY_MOST = 0.1, 5.0  # seconds between attempts to connect
 
@@ -63,11 +64,11 @@ class RedisBus:
         stream = StreamReader(self._config, self._node, receiver)
         pubsub = PubSubReader(self._config, self._node, receiver)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep, "publish", self._publisher.serve)
-            nursery.start_soon(self._keep, "stream", stream.serve)
-            nursery.start_soon(self._keep, "pubsub", pubsub.serve)
-            nursery.start_soon(self._publisher.relay_foreign)
-            nursery.start_soon(self._check_rights)
+            nursery.start_soon(run_fatal, self._keep, "publish", self._publisher.serve)
+            nursery.start_soon(run_fatal, self._keep, "stream", stream.serve)
+            nursery.start_soon(run_fatal, self._keep, "pubsub", pubsub.serve)
+            nursery.start_soon(run_fatal, self._publisher.relay_foreign)
+            nursery.start_soon(run_fatal, self._check_rights)
             task_status.started()
 
     async def _check_rights(self) -> None:

@@ -32,6 +32,7 @@ from chatd.ingest.consumer import Consumer
 from chatd.ingest.stream import IngestStream
 from chatd.net.descriptors import client_slots, raise_descriptor_limit
 from chatd.observe import metrics
+from chatd.observe.fatal import run_fatal
 from chatd.observe.sampler import Sampler
 from chatd.store.database import Store
 from chatd.store.write.writer import Writer
@@ -77,7 +78,7 @@ class Daemon:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
-            started = [await nursery.start(*part) for wanted, *part in self._in_order() if wanted]
+            started = [await nursery.start(run_fatal, *part) for wanted, *part in self._in_order() if wanted]
             nursery.start_soon(process.ping_watchdog)
             nursery.start_soon(process.follow_parent, self._stop, self._let_go)
             self._tell_ready()
