@@ -6,19 +6,23 @@ import json
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import jwt
 import pytest
+import trio
 
+from tests.client import connect, login
 from tests.conftest import Daemons
-from tests.daemon import Answer, Daemon
-from tests.services import RedisServer
+from tests.daemon import TOKEN, Answer, Daemon
+from tests.services import RedisServer, free_port
 from tools.reference import ROOT
 
 MESSAGES = "/api/ws/messages"
@@ -281,6 +285,31 @@ def test_a_form_that_is_wrong(daemon: Daemon, text: str, status: int) -> None:
     assert (answer.status, answer.json["code"]) == (status, "bad_request"), answer.body
 
 
+# What differs from Laravel on purpose.
+
+GOOD = b'{"conversation_id":1,"sender_id":1,"content":"Gr\xc3\xbc\xc3\x9fe"}'
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (GOOD, "text/plain", 200),
+        (GOOD.decode().encode("latin-1"), "application/json", 400),
+        (b"\xef\xbb\xbf" + GOOD, "application/json", 400),
+        (GOOD.replace(b"\xc3\xbc", b"\\ud83d"), "application/json", 400),
+        (GOOD.replace(b"\xc3\xbc", b"\\u0000"), "application/json", 422),
+        (b"", "application/json", 400),
+        (b'--x\r\nContent-Disposition: form-data; name="content"\r\n\r\nHello\r\n--x--\r\n',
+         "multipart/form-data; boundary=x", 400),
+    ],
+)  # fmt: skip
+def test_a_body_that_laravel_would_take_otherwise(
+    daemon: Daemon, body: bytes, content_type: str, status: int
+) -> None:
+    answer = daemon.request("POST", MESSAGES, body, {"Content-Type": content_type})
+    assert answer.status == status, answer.body
+
+
 # The guide, as PHP runs it.
 
 PHP = shutil.which("php") or "php"
@@ -373,3 +402,51 @@ def test_php_sends_an_empty_array_as_a_list(daemon: Daemon, conversation: int) -
     assert said.startswith('200 200 200 {"id":'), said
     (message,) = history(daemon, conversation)
     assert message["meta"] == {"key": "value", "tags": ["a", "b"], "yes": "1"}
+
+
+LOGIN = """
+class PersonalAccessToken
+{
+    static function findToken($text) { return $text === 'opaque' ? (object) ['tokenable_id' => '7'] : null; }
+}
+%s
+$headers = array_change_key_case(getallheaders());
+$request = new Request($headers, json_decode(file_get_contents('php://input'), true));
+header('Content-Type: application/json');
+try {
+    echo json_encode(['data' => Route::$routes['POST '.substr($_SERVER['REQUEST_URI'], 4)]($request)]);
+} catch (Refused $refused) {
+    http_response_code($refused->getCode());
+}
+"""
+
+
+def test_a_login_is_judged_in_php(daemons: Daemons, tmp_path: Path) -> None:
+    script, port = tmp_path / "auth.php", free_port()
+    script.write_text(f"<?php require '{LARAVEL}';\n{LOGIN % guide('authentication.md')}")
+    server = [PHP, "-n", "-S", f"127.0.0.1:{port}", str(script)]
+    daemon = daemons(auth__backend_url=f"http://127.0.0.1:{port}/api/chat/auth")
+
+    async def log_in() -> None:
+        async with login(daemon, 7, token="opaque") as client:
+            assert client.ready["user_id"] == 7  # type: ignore[attr-defined]
+        async with connect(daemon.ws_url) as client:
+            await client.expect("hello")
+            assert (await client.request("auth", token="another"))["code"] == "unauthorized"
+
+    with subprocess.Popen(server, env=os.environ | {"CHATD_INTERNAL_TOKEN": TOKEN}) as process:
+        try:
+            wait_until_open(port)
+            trio.run(log_in)
+        finally:
+            process.terminate()
+
+
+def wait_until_open(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.02)
