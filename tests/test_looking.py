@@ -21,6 +21,7 @@ LOOKING = [
     ("user", "export", "5"),
     ("prune", "--older-than", "1", "--dry-run"),
     ("backup", "copy.db"),
+    ("import", "--dry-run", "old.csv"),
     ("doctor",),
     ("check-config",),
 ]
@@ -28,6 +29,7 @@ LOOKING = [
 CHANGING = [
     ("prune", "--older-than", "1"),
     ("user", "erase", "5", "--yes", "--wait", "0"),
+    ("import", "old.csv"),
     ("restore", "--new-epoch"),
 ]
 

@@ -29,6 +29,7 @@ HOMES = {
     "backup": "data",
     "restore": "data",
     "prune": "data",
+    "import": "importing",
     "user": "data",
     "doctor": "doctor",
     "healthcheck": "healthcheck",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from chatd.config import Database
 from chatd.core.errors import OperatorError
 from chatd.store import schema, urls
 from chatd.store.database import changed, looked_at, require
+from chatd.store.imports.alone import keep_others_out
+from chatd.store.imports.importer import Importer
 from chatd.store.upkeep import copies
 from chatd.store.upkeep.erasure import Erasure, export, forget
 from chatd.store.upkeep.retention import PAUSE, Pruner, Rules, remove_leftovers
@@ -106,6 +109,27 @@ def erase(
         node = RELAYED_BY_ANYBODY if redis else None
         count = Erasure(engine, user_id, node, tell).run(settle)
         return count, forget(engine, anew=anew)
+
+
+def import_messages(config: Database, importer: Callable[[], Importer], *, dry: bool) -> Importer:
+    """Run an import; with `dry`, only check it. `importer` opens the source, after chatd's own database.
+
+    Raises OperatorError, also if another process uses the database and this is not `dry`.
+    """
+    file = copies.file_of(config.url)
+    if file is not None and not file.exists():
+        raise OperatorError(
+            f"database.url: the file {file} does not exist. Run `chatd migrate`, which makes it."
+        )
+    if dry:
+        with looked_at(config, newest=True) as engine, closing(importer()) as one:
+            one.check(engine)
+            return one
+    with changed(config) as engine:
+        guard = keep_others_out(engine)
+        with closing(importer()) as one:
+            one.run(engine, guard)
+            return one
 
 
 def _without_password(url: str) -> str:
