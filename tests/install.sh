@@ -12,6 +12,14 @@ missing() {
     command -v openssl >/dev/null || echo openssl
     command -v curl >/dev/null || echo curl
     command -v php >/dev/null || echo php-cli
+    command -v phpunit >/dev/null || echo phpunit
+    # What an application in Laravel has: the framework's parts, its clients of Redis, of HTTP, and a database.
+    [ -d /usr/share/php/Laravel/Lumen ] || echo php-laravel-lumen-framework
+    [ -d /usr/share/php/Illuminate/Redis ] || echo php-illuminate-redis
+    [ -d /usr/share/php/Predis ] || echo php-predis
+    [ -d /usr/share/php/GuzzleHttp ] || echo php-guzzlehttp-guzzle
+    ls /usr/lib/php/*/redis.so >/dev/null 2>&1 || echo php-redis
+    ls /usr/lib/php/*/pdo_sqlite.so >/dev/null 2>&1 || echo php-sqlite3
     # The fault suite: packets dropped, an interface brought up, a clock put forward.
     PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null || echo nftables
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || echo iproute2

@@ -48,7 +48,7 @@ class Snippet(NamedTuple):
 
 
 def snippets() -> Iterator[Snippet]:
-    for path in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]):
+    for path in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), *ROOT.glob("clients/*/*.md")]):
         page = path.read_text()
         for found in BLOCK.finditer(page):
             indent, language, title, text = found.groups()
