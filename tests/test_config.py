@@ -172,6 +172,7 @@ def test_what_redis_url_may_not_say_is_refused_in_a_sentence(tmp_path: Path, url
         ({"CHATD_REDIS__FOREIGN_CHANNELS": "x" * 201}, "redis.foreign_channels"),
         ({"CHATD_REDIS__URL": "localhost:6379"}, "redis.url"),
         ({"CHATD_REDIS__URL": "redis://h:abc/0"}, "redis.url"),
+        ({"CHATD_REDIS__URL": "redis://redis..internal"}, "redis.url"),
         ({"CHATD_DATABASE__URL": "postgresql://h:abc/db"}, "database.url"),
         ({"CHATD_DATABASE__URL": "postgresql://["}, "database.url"),
         ({"CHATD_HUB__ORIGINS": "https://["}, "hub.origins"),

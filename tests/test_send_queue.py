@@ -191,6 +191,27 @@ async def test_pings_and_pongs_are_no_unfinished_messages(nursery: trio.Nursery)
         assert not stream.cut
 
 
+async def test_a_reply_that_is_late_for_the_nursery_is_sent_in_the_lingering_close() -> None:
+    """A command may be committed when its connection has ended but for the last bytes."""
+    ours, theirs = pair(small=True)
+    async with ours, theirs:
+        async with trio.open_nursery() as connection:
+            stream = PeerStream(ours, connection, unfinished_bytes=1000, limit=10 * LIMIT)
+            stream.answered = True
+            stream.push(b"x" * LIMIT)
+            connection.cancel_scope.cancel()
+        got = b""
+        with trio.fail_after(5):
+            async with trio.open_nursery() as lingering:
+                lingering.start_soon(stream.linger)
+                await wait_all_tasks_blocked()
+                stream.reply(b"the answer")
+                while data := await theirs.receive_some(LIMIT):
+                    got += data
+                await theirs.send_eof()
+        assert got == b"x" * LIMIT + b"the answer"
+
+
 async def test_a_goodbye_waits_for_a_slow_peer_and_not_for_a_silent_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,7 +19,6 @@ from urllib.parse import unquote
 
 import h11
 import msgspec
-import structlog
 import trio
 from hypercorn.config import Config, Sockets
 
@@ -30,6 +29,7 @@ from chatd.api.strangers import Strangers
 from chatd.core.errors import ChatError, Unavailable, innermost
 from chatd.net.lobby import Lobby, Stay, key_of
 from chatd.observe import metrics
+from chatd.observe.logs import Recurring
 
 KEEP_ALIVE = 75.0  # seconds without a request; longer than backends' connection pools keep idle connections
 IDLE = 10.0  # the same for a connection that has not sent the token
@@ -48,7 +48,7 @@ _LINE_BREAKS = b"\r\n"
 _NO_BODY = frozenset({204, 304})
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
-log = structlog.get_logger()
+_broken = Recurring("http_connection_error")
 
 
 class HypercornConfig(Config):
@@ -114,8 +114,9 @@ class Connection:
         except* _GONE:
             pass
         except* Exception as group:
+            # A bug of chatd or of a library. It ends this connection only.
             metrics.HTTP_FAILED.inc()
-            log.debug("http_connection_failed", error=repr(innermost(group)))
+            _broken.warn(error=repr(innermost(group)), exc_info=group)
         finally:
             self._leave.done += 1
 

@@ -53,7 +53,7 @@ def missing_rights(config: Redis) -> list[str]:
     """See `rights.missing`. Raises OperatorError, Refused."""
     try:
         return rights.missing(config)
-    except LOST as error:
+    except (*LOST, ValueError) as error:
         raise _told(error) from error
 
 

@@ -69,6 +69,10 @@ def _place(parts: SplitResult, port: int | None) -> dict[str, object]:
             raise ValueError("write the path of a Unix socket after three slashes: unix:///path/to/redis.sock")
         return {"socket": unquote(parts.path)}
     host = unquote(parts.hostname or "localhost")
+    try:
+        host.encode("idna")  # as the resolver does
+    except UnicodeError:
+        raise ValueError(f"{host!r} cannot be the name of a host") from None
     return {"host": host, "port": port or 6379, "tls": parts.scheme in _TLS}
 
 

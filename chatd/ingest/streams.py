@@ -18,6 +18,7 @@ from chatd.bus import kicks
 from chatd.bus.client import STREAM as CHANGES
 from chatd.bus.unheard import Unheard
 from chatd.core.names import Names
+from chatd.observe.logs import Recurring
 
 STREAM, DEAD = "chat.ingest", "chat.ingest.dead"
 PREFIXED = f"?*{STREAM}"
@@ -38,6 +39,7 @@ class Streams:
         self._unheard = Unheard("ingest_streams", self._names)
         self._cursors = dict.fromkeys({*self._names.patterns, PREFIXED}, 0)
         self._looked_at = -LOOK_EVERY
+        self._full = Recurring("ingest_streams_full")
         self._turn = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +94,10 @@ class Streams:
         if entry is None:
             self._unheard.note(name)
             return False
-        if entry == name or name in NEVER or name in self._found or len(self._found) == MOST_FOUND:
+        if entry == name or name in NEVER or name in self._found:
+            return False
+        if len(self._found) == MOST_FOUND:
+            self._full.warn(stream=name, most=MOST_FOUND, advice="name fewer by redis.ingest_streams")
             return False
         self._found.append(name)
         return True

@@ -3,7 +3,8 @@ one of them is closed for each new connection.
 
 The connection that has been silent for longest is closed first: at once if its address holds many of the
 places, otherwise after a grace period. So a client that connects and sends its token gets in, however many
-others hold connections open and send nothing. A connection does not count as silent while it waits for chatd.
+others hold connections open and send nothing. A connection does not count as silent while chatd works on what
+it has sent.
 
 While an address holds many silent connections, chatd accepts only some of its new ones, from among those that
 send data at once, and closes the others. Handshakes take time, and clients from other addresses would have to
@@ -96,10 +97,11 @@ class Lobby:
     """
 
     def __init__(self, port: str, most: int = 1) -> None:
-        self.most, self._port = most, port
+        self._most, self._port = most, port
         self._log = Recurring("unknown_connections_ended")
         self._all: OrderedDict[Stay, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Stay, None]] = {}
+        self._crowds: set[str] = set()  # addresses that hold too many, of perhaps 100,000
         self._next_newcomer = 0.0  # when the next connection of a crowd may be accepted
 
     def __len__(self) -> int:
@@ -107,6 +109,15 @@ class Lobby:
 
     def __contains__(self, stay: Stay) -> bool:
         return stay in self._all
+
+    @property
+    def most(self) -> int:
+        return self._most
+
+    @most.setter
+    def most(self, most: int) -> None:
+        self._most = most
+        self._crowds = {key for key, mine in self._by_address.items() if key and self._is_crowd(mine)}
 
     @property
     def full(self) -> bool:
@@ -121,7 +132,10 @@ class Lobby:
 
     def note(self, stay: Stay) -> None:
         self._all[stay] = None
-        self._by_address.setdefault(stay.key, OrderedDict())[stay] = None
+        mine = self._by_address.setdefault(stay.key, OrderedDict())
+        mine[stay] = None
+        if stay.key and self._is_crowd(mine):
+            self._crowds.add(stay.key)
 
     def forget(self, stay: Stay) -> None:
         if stay not in self._all:
@@ -131,6 +145,8 @@ class Lobby:
         del mine[stay]
         if not mine:
             del self._by_address[stay.key]
+        if not mine or not self._is_crowd(mine):
+            self._crowds.discard(stay.key)
 
     def turns_away(self, peer: trio.SocketStream) -> bool:
         """Whether to close a new connection because its address holds too many silent ones."""
@@ -167,9 +183,8 @@ class Lobby:
 
     def _of_a_crowd(self) -> Stay | None:
         """A connection to close of the address that holds too many; None if there is no such address."""
-        crowds = (mine for key, mine in self._by_address.items() if key)
-        mine = max(crowds, key=len, default=None)
-        if mine is None or not self._is_crowd(mine):
+        mine = max((self._by_address[key] for key in self._crowds), key=len, default=None)
+        if mine is None:
             return None
         looked_at = list(islice(mine, LOOKED_AT))
         idle = next((stay for stay in looked_at if stay.silent), None)

@@ -129,8 +129,10 @@ class PeerStream(SendQueue, trio.abc.Stream):
         before = -1
         while self._queue and not self.cut and (taken := self.taken()) > before:
             before = taken
+            self._flushing = True  # a late reply must not start a task: the connection's nursery is closed
             with trio.move_on_after(LINGER_PAUSE):
                 await self._flush()
+        self._flushing = True
 
     async def _discard(self) -> None:
         left = LINGER_BYTES

@@ -31,14 +31,16 @@ async def redis_empty(field: Field) -> None:
 
 async def redis_flush(field: Field) -> None:
     async for client in _redis_strikes(field):
-        await blocking(client.flushall)
+        with suppress(redis.RedisError):
+            await blocking(client.flushall)
 
 
 async def redis_cut(field: Field) -> None:
     """The connections of all subscribers and readers are ended, again and again."""
     async for client in _redis_strikes(field):
         for kind in ("pubsub", "normal"):
-            await blocking(client.execute_command, "CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+            with suppress(redis.RedisError):
+                await blocking(client.execute_command, "CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
 
 async def redis_pause(field: Field) -> None:
@@ -62,5 +64,4 @@ async def _redis_strikes(field: Field) -> Any:
     assert field.cluster.redis is not None
     with closing(redis.Redis.from_url(field.cluster.redis.url, protocol=2)) as client:
         async for _ in strikes(field, every=EVERY):
-            with suppress(redis.RedisError):
-                yield client
+            yield client
