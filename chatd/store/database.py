@@ -8,6 +8,7 @@ database at the start.
 from __future__ import annotations
 
 import secrets
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +190,7 @@ def _as_operator_errors(url: str) -> Iterator[None]:
     except (
         SQLAlchemyError,
         psycopg.Error,
+        sqlite3.Error,
         TypeError,
         ValueError,
     ) as error:  # TypeError and ValueError: the URL has an option that the driver does not know

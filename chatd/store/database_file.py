@@ -70,7 +70,8 @@ class DatabaseFile:
             lineage = lineage or secrets.randbelow(2**31 - 1) + 1
             connection.exec_driver_sql(f"PRAGMA user_version = {generation}")
             connection.exec_driver_sql(f"PRAGMA application_id = {lineage}")
-        with closing(engine.raw_connection()) as pooled:  # moves the stamp from the log to the file, if it can
+        # Move the stamp from the log to the file, if there is room on the disk.
+        with suppress(sqlite3.Error), closing(engine.raw_connection()) as pooled:
             pooled.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
         # Keep one descriptor as long as SQLite has the file open. If a process closes any descriptor of a file,
         # it loses all its POSIX locks on it (https://www.sqlite.org/howtocorrupt.html §2.2). Another process

@@ -6,6 +6,7 @@ open shell, for example) makes it grow with every message. chatd cannot end that
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,5 @@ class Wal:
                         driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 finally:
                     driver.execute(f"PRAGMA busy_timeout = {patience}")
-        except SQLAlchemyError as error:  # the writer reports the same problem as a warning
+        except (SQLAlchemyError, sqlite3.Error) as error:  # the writer reports the same problem as a warning
             log.debug("sqlite_log_not_cut", error=type(error).__name__)
