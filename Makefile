@@ -26,7 +26,7 @@ test: $(VENV)/dev  ## all tests; installs Redis, PostgreSQL, nginx and Chromium 
 	@sh tests/install.sh
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-quick: $(VENV)/dev  ## the tests that start no other process, in a minute: for while one works
+test-quick: $(VENV)/dev  ## the tests that start no other process, in a minute: for use during development
 	@$(BIN)/python -m pytest -n 2 -m "not service and not slow" $(ARGS)
 
 test-systemd: $(VENV)/dev  ## chatd as a service of the real systemd, booted for it: as root, a minute or two
@@ -56,7 +56,7 @@ install:  ## as a systemd service, or an upgrade of one: as root (PYTHON=/usr/bi
 uninstall:  ## the service and its files; configuration, secrets and data stay
 	@sh systemd/uninstall.sh
 
-format: $(VENV)/dev  ## put the code into its form
+format: $(VENV)/dev  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -64,11 +64,11 @@ faults: $(VENV)/dev  ## break what can break under load, for 40 minutes, and che
 	@sh tests/install.sh
 	@$(BIN)/python -m tests.faults $(or $(ARGS),--pairs 6)
 
-bench: $(VENV)/dev  ## all goals, beside the peers, which are installed into .bench: half an hour
+bench: $(VENV)/dev  ## measure all goals, and the peers (other servers, which it installs into .bench): half an hour
 	@sh tests/install.sh
 	@$(BIN)/python -m benchmarks $(or $(ARGS),goals)
 
-bench-quick: $(VENV)/dev  ## the same in three minutes: A to E, beside write() alone and websockets
+bench-quick: $(VENV)/dev  ## the goals A to E only, in three minutes, compared with bare write() and the websockets library
 	@sh tests/install.sh
 	@$(BIN)/python -m benchmarks goals --quick $(ARGS)
 
