@@ -201,6 +201,15 @@ def files(daemons: Daemons, tmp_path: Path) -> Files:
     return Files(daemons(database__url=f"sqlite:///{tmp_path}/chatd.db"), tmp_path)
 
 
+@pytest.fixture
+def linked(daemons: Daemons, tmp_path: Path) -> Files:
+    """`database.url` names a link to the file, which is in another directory."""
+    link, disk = tmp_path / "link.db", tmp_path / "disk"
+    disk.mkdir()
+    link.symlink_to(disk / "chatd.db")
+    return Files(daemons(database__url=f"sqlite:///{link}"), disk)
+
+
 async def lose_half(files: Files) -> tuple[list[Event], str]:
     """All that a client has heard, and the epoch. The database has the first half of it."""
     async with login(files.daemon, 1, {"1": None}) as ada:
@@ -360,7 +369,7 @@ async def post_many(daemon: Daemon, batches: int) -> None:
         assert answer.status == 200
 
 
-async def test_an_overwritten_file_is_not_mixed_with_the_old_one(files: Files) -> None:
+async def overwrite_and_go_on(files: Files) -> None:
     """The log of the old database has pages that are to come into the file: they come nowhere."""
     await post_many(files.daemon, 3)
     await files.set_aside()
@@ -375,6 +384,29 @@ async def test_an_overwritten_file_is_not_mixed_with_the_old_one(files: Files) -
     assert last_seq(files.file) == 3001
     await files.stop()
     assert whole(files.file)
+
+
+async def test_an_overwritten_file_is_not_mixed_with_the_old_one(files: Files) -> None:
+    await overwrite_and_go_on(files)
+
+
+async def test_nor_is_one_that_has_its_name_through_a_link(linked: Files) -> None:
+    await overwrite_and_go_on(linked)
+
+
+async def test_a_link_that_leads_elsewhere_is_noticed_and_both_files_stay_whole(linked: Files) -> None:
+    """What was acknowledged before is in the file to which the link led."""
+    await post(linked.daemon, KEPT, "kept")
+    await linked.set_aside()
+    await post(linked.daemon, SEEN - KEPT, "lost")
+    link = linked.file.parent.with_name("link.db")
+    link.unlink()
+    link.symlink_to(linked.copy)
+    with trio.fail_after(NOTICED):
+        assert await trio.to_thread.run_sync(linked.daemon.wait) == 1
+    assert GONE[replace] in linked.daemon.log
+    assert (last_seq(linked.file), last_seq(linked.copy)) == (SEEN, KEPT)
+    assert whole(linked.file) and whole(linked.copy)
 
 
 async def test_the_database_of_another_chatd_is_noticed_too(files: Files, tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ async def test_the_log_is_small_again_when_a_reader_has_gone(tmp_path: Path) -> 
         reader.close()
 
 
+async def test_the_log_is_seen_through_a_link(tmp_path: Path) -> None:
+    """SQLite keeps it next to the file to which the link leads."""
+    file, link = tmp_path / "disk" / "real.db", tmp_path / "chatd.db"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    async with bench(f"sqlite:///{link}") as b:
+        assert b.store.wal is not None
+        await b.do(post())
+        await b.store.wal.look()
+        assert metrics.SQLITE_LOG._value.get() == file.with_name("real.db-wal").stat().st_size > 0
+
+
 async def test_a_writer_that_never_rests_cuts_it_too(tmp_path: Path) -> None:
     """When the log begins anew, only so much of its file stays."""
     file, log = tmp_path / "chatd.db", tmp_path / "chatd.db-wal"

@@ -24,6 +24,7 @@ from chatd.core.limits import MAX_ID
 from chatd.hub.fanout.sweep import EVERY
 from chatd.observe import logs
 from chatd.store import maintenance
+from chatd.store.files import file_of
 from chatd.store.upkeep import copies
 from chatd.store.upkeep.retention import Rules
 
@@ -67,7 +68,7 @@ def backup(path: Path | None, target: Path) -> None:
     if target.is_dir():
         target /= f"chatd-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.db"
     began = monotonic()
-    with _growing(target, copies.file_of(settings.database.url)):
+    with _growing(target, file_of(settings.database.url)):
         maintenance.backup(settings.database, target)
     size = target.stat().st_size / 2**20
     click.echo(f"{target}: {size:,.1f} MiB in {monotonic() - began:.1f} s, checked.")

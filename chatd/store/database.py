@@ -26,6 +26,7 @@ from chatd.store import migrations, schema, urls
 from chatd.store.database_file import DatabaseFile
 from chatd.store.engine import is_sqlite, looking_engine, reading_engine, require_sessions, writing_engine
 from chatd.store.failures import is_unanswered, why_unanswered
+from chatd.store.files import beside, file_of
 from chatd.store.ownership import require_own_database, require_own_file
 from chatd.store.private import keep_private
 from chatd.store.queues.outbox import Outbox
@@ -59,7 +60,8 @@ class Store:
         self.webhooks = WebhookQueue(self._writing)
         self.presence = PresenceTable(self._writing)
         self.retention = Pruning(self._writing)
-        self.wal = Wal(self._writing) if is_sqlite(self._writing) else None
+        file = file_of(config.url)
+        self.wal = Wal(self._writing, file) if file is not None else None
         self.token_secret = _make_facts(self._writing)
         self._file.stamp(self._writing)
 
@@ -139,10 +141,10 @@ def looked_at(config: Database, *, newest: bool = False) -> Iterator[Engine]:
 
 def require(config: Database) -> None:
     """Raises OperatorError if the SQLite file does not exist: SQLite would create an empty one."""
-    name = urls.parse(config.url).database
-    if config.url.startswith("sqlite") and not Path(name or "").exists():
+    file = file_of(config.url)
+    if file is not None and not file.exists():
         raise OperatorError(
-            f"database.url: the file {name} does not exist, so no token would be valid."
+            f"database.url: the file {file} does not exist, so no token would be valid."
             " Run this command where `chatd serve` runs, with the same configuration."
         )
 
@@ -154,9 +156,9 @@ def opened(config: Database) -> Iterator[Engine]:
     Raises OperatorError for every error of the database or its URL, and changes nothing in the database of
     another application.
     """
-    file = copies.file_of(config.url)
+    file = file_of(config.url)
     with _as_operator_errors(config.url), _disposed(writing_engine(config.url)) as engine:
-        if file:
+        if file is not None:
             require_own_file(file)
             keep_private(file)
         else:
@@ -208,21 +210,21 @@ def _unreachable_text(url: str, error: Exception) -> str:
 
 
 def _upgrade(config: Database, engine: Engine) -> tuple[str | None, str]:
-    if is_sqlite(engine):
-        _check_directory(config.url)
+    file = file_of(config.url)
+    if file is not None:
+        _check_directory(file.parent)
     _refuse_newer(engine)
-    _copy_before(config, engine)
+    _copy_before(file, engine)
     return migrations.upgrade(engine)
 
 
-def _copy_before(config: Database, engine: Engine) -> None:
+def _copy_before(file: Path | None, engine: Engine) -> None:
     """Copy an SQLite database before a migration, so that an operator can go back to the old version."""
-    file = copies.file_of(config.url)
     with engine.connect() as connection:
         found = migrations.current(connection)
     if file is None or found in (None, migrations.head()):
         return
-    target = file.with_name(f"{file.name}.before-{found}-to-{migrations.head()}")
+    target = beside(file, f".before-{found}-to-{migrations.head()}")
     target.unlink(missing_ok=True)  # an earlier attempt may have left it before its migration failed
     copies.copy(file, target)
     log.info("schema_copied", file=str(target))
@@ -249,8 +251,7 @@ def _refuse_newer(engine: Engine) -> None:
         )
 
 
-def _check_directory(url: str) -> None:
-    directory = Path(urls.parse(url).database or "").absolute().parent
+def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise ConfigError(
             f"database.url: the directory {directory} does not exist. Create it, or change the path."

@@ -29,6 +29,7 @@ from chatd.observe.logs import Recurring
 from chatd.store import urls
 from chatd.store.engine import is_sqlite
 from chatd.store.failures import is_damage, primary
+from chatd.store.files import beside, file_of
 from chatd.store.private import PRIVATE
 
 Identity = tuple[int, int]
@@ -50,9 +51,8 @@ class DatabaseFile:
     """The file that had the database's name at the start. Does nothing for PostgreSQL."""
 
     def __init__(self, url: str) -> None:
-        parsed = urls.parse(url)
-        named = parsed.database if parsed.get_backend_name() == "sqlite" else None
-        self._path = Path(named).absolute() if named else None
+        self._name = Path(urls.parse(url).database or "").absolute()  # may be a link, which may change
+        self._path = file_of(url)  # where SQLite has the file and the log
         self._identity = _identity(self._path) if self._path is not None else None
         self._log: Identity | None = None
         self._stamps: tuple[Stamp | None, Stamp] | None = None  # (in the file at the start, of this start)
@@ -89,18 +89,18 @@ class DatabaseFile:
         """Raises DatabaseGone if the file was deleted, replaced or overwritten. Costs one `stat`."""
         if self._path is None or self._identity is None:
             return
-        found = _stat(self._path)
+        found = _stat(self._name)
         if found is None:
             raise self._gone("has been deleted or moved away")
         if (found.st_dev, found.st_ino) != self._identity:
             raise self._gone("was replaced by another file")
         if self._is_overwritten(found):
             raise self._gone("was overwritten with another database (by cp, for example)")
-        self._log = _identity(_beside(self._path, "-wal"))
+        self._log = _identity(beside(self._path, "-wal"))
 
     def _gone(self, what: str) -> DatabaseGone:
         return DatabaseGone(
-            f"The database {self._path} {what} while chatd was using it. chatd acknowledges no more writes;"
+            f"The database {self._name} {what} while chatd was using it. chatd acknowledges no more writes;"
             " the next start uses the file that has this name then."
         )
 
@@ -153,11 +153,14 @@ class DatabaseFile:
         """
         if self._path is None:
             return
-        wal, left = _beside(self._path, "-wal"), _beside(self._path, "-wal.left")
+        wal, left = beside(self._path, "-wal"), beside(self._path, "-wal.left")
         if self._log is None or _identity(wal) != self._log:
             return  # the log under this name belongs to another file already
+        in_place = _identity(self._path) == self._identity
+        if in_place and _identity(self._name) != self._identity:
+            return  # only a link to the file has changed: the file and its log belong together
         with suppress(OSError):
-            if _identity(self._path) == self._identity:
+            if in_place:
                 # The file was overwritten. The log must not be applied to its new content.
                 left.touch(PRIVATE)
                 shutil.copyfile(wal, left)
@@ -169,7 +172,7 @@ class DatabaseFile:
             else:
                 wal.replace(left)
                 log.error("log_left", file=str(left), reason="it could not be written into the database")
-            _beside(self._path, "-shm").unlink()
+            beside(self._path, "-shm").unlink()
 
 
 def _empty_log(engine: Engine) -> bool:
@@ -183,10 +186,6 @@ def _empty_log(engine: Engine) -> bool:
             return not driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
     except (SQLAlchemyError, sqlite3.Error):
         return False
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
 
 
 def _stamp_of(descriptor: int) -> Stamp | None:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
 
 from chatd.observe import metrics
 from chatd.store import sessions, urls
+from chatd.store.files import beside, file_of
 from chatd.store.sessions import Sessions
 
 # Seconds that chatd waits while another process holds SQLite's lock, before it answers `unavailable`.
@@ -66,11 +67,11 @@ def reading_engine(url: str, readers: int, shared: Sessions | None = None) -> En
 
 def looking_engine(url: str) -> Engine:
     """A read-only engine for commands. It creates no file and does not change SQLite's journal mode."""
-    parsed = urls.parse(url)
-    if parsed.get_backend_name() != "sqlite":
+    file = file_of(url)
+    if file is None:
         engine = _engine(url, None, name="read", pool_size=1, isolation="REPEATABLE READ")
         return engine.execution_options(postgresql_readonly=True)
-    return _file_engine(Path(parsed.database or ""), "mode=ro")
+    return _file_engine(file, "mode=ro")
 
 
 def untouched_engine(file: Path) -> Engine:
@@ -79,7 +80,7 @@ def untouched_engine(file: Path) -> Engine:
     An existing log belongs to the database and must be read with it. If there is none, no process has the file
     open in WAL mode, and `immutable=1` keeps SQLite from creating a log.
     """
-    logs = (file.with_name(file.name + suffix) for suffix in ("-wal", "-journal"))
+    logs = (beside(file, suffix) for suffix in ("-wal", "-journal"))
     return _file_engine(file, "mode=ro" if any(log.exists() for log in logs) else "immutable=1")
 
 

@@ -18,6 +18,7 @@ from chatd.config import Database
 from chatd.core.errors import OperatorError
 from chatd.store import schema, urls
 from chatd.store.database import changed, looked_at, require
+from chatd.store.files import file_of
 from chatd.store.imports.alone import keep_others_out
 from chatd.store.imports.importer import Importer
 from chatd.store.upkeep import copies
@@ -29,7 +30,7 @@ RELAYED_BY_ANYBODY = "maintenance"  # a node name that no node has: every node r
 
 def backup(config: Database, target: Path) -> None:
     """Copy an SQLite database to `target`. Raises OperatorError; for PostgreSQL it says what to run instead."""
-    file = copies.file_of(config.url)
+    file = file_of(config.url)
     if file is None:
         raise OperatorError(
             f"For PostgreSQL use its own tools: pg_dump --format=custom --file={target}"
@@ -44,7 +45,7 @@ def restore(config: Database, source: Path) -> Path | None:
 
     Returns where the old one is now. Raises OperatorError.
     """
-    file = copies.file_of(config.url)
+    file = file_of(config.url)
     if file is None:
         raise OperatorError(
             f"For PostgreSQL use its own tools: pg_restore --clean --if-exists {source}"
@@ -116,7 +117,7 @@ def import_messages(config: Database, importer: Callable[[], Importer], *, dry: 
 
     Raises OperatorError, also if another process uses the database and this is not `dry`.
     """
-    file = copies.file_of(config.url)
+    file = file_of(config.url)
     if file is not None and not file.exists():
         raise OperatorError(
             f"database.url: the file {file} does not exist. Run `chatd migrate`, which makes it."

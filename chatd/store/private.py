@@ -8,6 +8,8 @@ from pathlib import Path
 
 import structlog
 
+from chatd.store.files import beside
+
 PRIVATE = 0o600
 OTHERS = 0o007
 COMPANIONS = ("-wal", "-shm", "-journal")  # suffixes of the files that SQLite keeps next to a database
@@ -26,7 +28,7 @@ def keep_private(path: Path) -> None:
         _make(path)
     for suffix in ("", *COMPANIONS):
         with suppress(OSError):
-            _close(path.with_name(path.name + suffix))
+            _close(beside(path, suffix))
 
 
 def _make(path: Path) -> None:

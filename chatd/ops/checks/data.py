@@ -14,6 +14,7 @@ from chatd.config import Redis
 from chatd.core.errors import OperatorError
 from chatd.ops.finding import Case, Finding, ok, others_may, problem, warning
 from chatd.store.engine import WRITING_SESSIONS
+from chatd.store.files import beside, file_of
 from chatd.store.upkeep import probe as store_probe
 
 SLOW_COMMIT = 0.02  # seconds; a current disk takes less than 5 ms. A group of messages waits for one commit.
@@ -136,14 +137,14 @@ def _standbys(synchronous: str, count: int) -> Iterator[Finding]:
 
 def database_directory(case: Case) -> Iterator[Finding]:
     """Whether the directory of SQLite's file has free space and a small log, and who can read the file."""
-    file = store_probe.sqlite_file(case.config.database)
+    file = file_of(case.config.database.url)
     if file is None or not file.parent.is_dir():
         return
     yield from _space(file.parent)
     kind = _file_system(file.parent)
     if kind in NETWORK_FILE_SYSTEMS:
         yield problem(DIRECTORY, f"{file.parent} is on {kind}", "SQLite's locks need a local disk.")
-    log = file.with_name(file.name + "-wal")
+    log = beside(file, "-wal")
     if log.exists() and log.stat().st_size > WAL_BYTES:
         yield warning(
             DIRECTORY,

@@ -32,6 +32,7 @@ from chatd.core.errors import ConfigError, OperatorError
 from chatd.store import urls
 from chatd.store.engine import untouched_engine
 from chatd.store.failures import primary
+from chatd.store.files import file_of, resolved
 from chatd.store.imports.records import OPTIONAL, REQUIRED, Record
 
 MYSQL = ("mysql", "mariadb")
@@ -74,7 +75,7 @@ class DatabaseTable:
         """Whether this is the database at `url`."""
         other = urls.parse(url)
         if self._engine.dialect.name == other.get_backend_name() == "sqlite":
-            return Path(self._url.database or "").resolve() == Path(other.database or "").resolve()
+            return resolved(Path(self._url.database or "")) == file_of(url)
         places = {(one.get_backend_name(), one.host, one.port, one.database) for one in (self._url, other)}
         return len(places) == 1
 
@@ -102,7 +103,7 @@ class DatabaseTable:
     def _open(self) -> Engine:
         if self._url.get_backend_name() != "sqlite":
             return _server(self._url, self._table)
-        file = Path(self._url.database or "")
+        file = resolved(Path(self._url.database or ""))
         if not file.is_file():
             raise OperatorError(f"{self._name}: there is no such file.")
         engine = untouched_engine(file)

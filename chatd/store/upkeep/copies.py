@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chatd.core.errors import OperatorError
-from chatd.store import migrations, urls
+from chatd.store import migrations
+from chatd.store.files import beside
 from chatd.store.private import COMPANIONS, PRIVATE, keep_private
 
 BUSY_SECONDS = 5.0  # how long a read waits for SQLite's lock
@@ -19,12 +20,6 @@ STEPS = 100_000  # instructions of SQLite's virtual machine after which Python c
 # Removes the stamp of `DatabaseFile`: a copy is not the file that a daemon uses.
 _NO_STAMP = ("PRAGMA user_version = 0", "PRAGMA application_id = 0")
 _NEW_EPOCH = "UPDATE chat_meta SET value = ? WHERE key = 'epoch'"
-
-
-def file_of(url: str) -> Path | None:
-    """The file of an SQLite URL; None for PostgreSQL."""
-    parsed = urls.parse(url)
-    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 def copy(source: Path, target: Path) -> None:
@@ -57,12 +52,12 @@ def copy(source: Path, target: Path) -> None:
 
 def _remove(file: Path) -> None:
     for suffix in ("", *COMPANIONS):
-        file.with_name(file.name + suffix).unlink(missing_ok=True)
+        beside(file, suffix).unlink(missing_ok=True)
 
 
 def partial_of(target: Path) -> Path:
     """The name of a copy before it is complete."""
-    return target.with_name(f"{target.name}.partial")
+    return beside(target, ".partial")
 
 
 def _vacuum_into(source: Path, target: Path) -> None:
@@ -100,7 +95,7 @@ def replace(target: Path, source: Path) -> Path | None:
     if target.exists():
         with _claimed(target):  # fail now if it is in use, not after the copy
             pass
-    fresh = target.with_name(f"{target.name}.restoring")
+    fresh = beside(target, ".restoring")
     _remove(fresh)
     copy(source, fresh)  # not a copy of the file: its newest pages may be in the write-ahead log
     try:
@@ -121,11 +116,11 @@ def _exchange(target: Path, fresh: Path) -> Path | None:
     A database has the name at every moment, since a starting daemon would create a missing one.
     """
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    kept = target.with_name(f"{target.name}.before-restore-{moment}")
+    kept = beside(target, f".before-restore-{moment}")
     with _claimed(target) if target.exists() else nullcontext():
         for suffix in COMPANIONS:  # SQLite would apply an old log to the new database
             with suppress(FileNotFoundError):
-                target.with_name(target.name + suffix).replace(kept.with_name(kept.name + suffix))
+                beside(target, suffix).replace(beside(kept, suffix))
         if target.exists():
             keep_private(target)
             _keep(target, kept)

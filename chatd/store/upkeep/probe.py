@@ -21,9 +21,10 @@ from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from chatd.config import Database
 from chatd.core.errors import OperatorError
-from chatd.store import migrations, schema, urls
+from chatd.store import migrations, schema
 from chatd.store.engine import looking_engine, require_sessions, writing_engine
 from chatd.store.failures import is_damage
+from chatd.store.files import file_of
 
 SYNCHRONOUS = "synchronous_standby_names"
 COMMITS = 20  # commits to measure; their median counts
@@ -57,15 +58,9 @@ class Damaged(OperatorError):
     """SQLite cannot read its file at all."""
 
 
-def sqlite_file(config: Database) -> Path | None:
-    """The absolute path of SQLite's file, which need not exist; None for PostgreSQL."""
-    url = urls.parse(config.url)
-    return Path(url.database or "").absolute() if url.get_backend_name() == "sqlite" else None
-
-
 def look(config: Database) -> Found:
     """Examine the database. Raises OperatorError if it cannot be opened. Creates no database."""
-    file = sqlite_file(config)
+    file = file_of(config.url)
     if file is not None and not file.exists():
         raise OperatorError(f"the file {file} does not exist yet")
     try:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from chatd.observe import metrics
 from chatd.store.engine import SQLITE_LOG_KEPT
+from chatd.store.files import beside
 
 PERIOD = 5.0  # seconds between two checks
 LARGE = 64 * 1024 * 1024  # bytes; a log of this size means that a read transaction has been open for long
@@ -25,9 +26,9 @@ log = structlog.get_logger()
 
 
 class Wal:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, file: Path) -> None:
         self._engine = engine
-        self._file = Path(f"{engine.url.database}-wal")
+        self._file = beside(file, "-wal")
         self._thread = trio.CapacityLimiter(1)
         self._large = False
 
