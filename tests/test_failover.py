@@ -197,12 +197,12 @@ def test_doctor_says_what_a_failover_would_cost(replication: Replication, tmp_pa
         (one,) = [one for one in inspected(daemon) if text in one["found"]]
         return str(one["level"])
 
-    assert said("followed by 1 asynchronous") == "warning"
+    assert said("only asynchronous standbys (1)") == "warning"
     replication.make_synchronous()
     assert said("commits wait for a standby") == "ok"
     replication.standby.stop()
     replication.primary.wait_for("SELECT count(*) = 0 FROM pg_stat_replication")
-    assert said("each message waits for one") == "problem"
+    assert said("messages wait for a standby") == "problem"
 
 
 def test_doctor_finds_no_server_that_takes_writes(replication: Replication, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ async def test_a_foreign_payload_is_delivered_once_by_both(pair: Pair) -> None:
     async with login(pair.first, 1, {"1": None}) as here, login(pair.second, 2, {"1": None}) as there:
         client = client_of(pair.server)
         client.publish("chat.messages", b"no json")
-        client.publish("chat.messages", b'{"conversation_id":"1"}')
+        client.publish("chat.messages", b'{"conversation_id":"one"}')
         client.publish("chat.messages", b'{"conversation_id":1,"node":"somebody"}')
         client.publish("chat.messages", b'{"conversation_id":1,"content":"from outside","seq":99}')
         client.publish("chat.messages", b'{"event":"order.paid","conversation_id":1,"sum":5}')
