@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from functools import partial
 
 import redis
@@ -92,13 +93,11 @@ class RedisBus:
         backoff = Backoff(RETRY_FIRST, RETRY_MOST)
         while True:
             started = trio.current_time()
-            client = client_of(self._config)
             try:
-                await link(client, partial(self._set_link, name, True))
+                with closing(client_of(self._config)) as client:  # this, too, takes a file descriptor
+                    await link(client, partial(self._set_link, name, True))
             except LOST as error:
                 self._set_link(name, False, str(error))
-            finally:
-                client.close()
             if trio.current_time() - started > RETRY_MOST:
                 backoff.reset()
             await trio.sleep(backoff.next())

@@ -192,9 +192,9 @@ class IngestStream:
             self._client = None
 
     def _calling(self, work: Callable[..., T], *arguments: Any) -> T:
-        if self._client is None:
-            self._client = client_of(self._config)
         try:
+            if self._client is None:
+                self._client = client_of(self._config)  # this, too, takes a file descriptor
             return work(self._client, *arguments)
         except LOST as error:
             self.close()
