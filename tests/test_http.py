@@ -188,6 +188,20 @@ def test_a_body_that_is_too_large_costs_no_connection(daemon: Daemon) -> None:
             assert (status, connection) == (413 if number < 2 else 400, ""), body
 
 
+@pytest.mark.parametrize("path", [MESSAGES, f"{MESSAGES}/batch"])
+def test_a_body_in_an_encoding_is_refused_by_the_name_of_it(daemon: Daemon, path: str) -> None:
+    """RFC 9110 §8.4; to call it no JSON would send people looking in the wrong place."""
+    for encoding, expected in (("gzip", 415), ("identity", 200)):
+        request = post("x", conversation=79).replace(MESSAGES.encode(), path.encode(), 1)
+        with talk(daemon) as peer:
+            peer.sendall(request.replace(b"\r\n", f"\r\nContent-Encoding: {encoding}\r\n".encode(), 1))
+            status, _, body = answer(peer)
+            if expected == 415:
+                assert (status, body["code"], encoding in body["message"]) == (415, "bad_request", True)
+            else:
+                assert status in (200, 422)
+
+
 def test_a_refusal_is_read_although_the_body_still_comes(daemon: Daemon) -> None:
     """To close with bytes unread would reset the connection and take the answer with it."""
     with talk(daemon) as peer:

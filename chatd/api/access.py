@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Sequence
 
 from chatd.config import Api, is_loopback_name
-from chatd.core.errors import Forbidden, Unauthorized
+from chatd.core.errors import Encoded, Forbidden, Unauthorized
 
 
 def check_host(host: str) -> None:
@@ -25,6 +25,12 @@ def check_access(api: Api, tokens: Sequence[bytes], *, origin: bool) -> None:
         raise Forbidden("this API is for backends, not for browsers")
     if not is_token(api, tokens):
         raise Unauthorized()
+
+
+def check_encoding(encoding: str) -> None:
+    """Check the Content-Encoding of a body: chatd decodes none. Raises Encoded."""
+    if encoding.strip().lower() not in ("", "identity"):
+        raise Encoded(f"chatd does not decode Content-Encoding {encoding[:50]}: send the body as it is.")
 
 
 def is_token(api: Api, tokens: Sequence[bytes]) -> bool:

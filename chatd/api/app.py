@@ -15,7 +15,7 @@ from werkzeug.routing.converters import IntegerConverter
 
 from chatd import __version__
 from chatd.api import errors, health, reference
-from chatd.api.access import check_access, check_host
+from chatd.api.access import check_access, check_encoding, check_host
 from chatd.api.description import Description
 from chatd.api.health import Health
 from chatd.api.routes import conversations, demo, messages, status, tokens, users
@@ -158,3 +158,4 @@ def _guard(app: ChatApp, settings: Settings) -> None:
         given = request.headers.getlist("X-Internal-Token")
         tokens = [one.encode("utf-8", "surrogateescape") for one in given]
         check_access(settings.now.api, tokens, origin="Origin" in request.headers)
+        check_encoding(request.headers.get("Content-Encoding", ""))

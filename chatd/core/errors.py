@@ -131,6 +131,12 @@ class NotJSON(BadRequest):
     status = 400
 
 
+class Encoded(BadRequest):
+    """A body with a Content-Encoding. RFC 9110 §8.4 wants 415 from a server that does not decode it."""
+
+    status = 415
+
+
 class Unauthorized(ChatError):
     """chatd does not accept these credentials.
 

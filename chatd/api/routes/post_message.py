@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
-from chatd.api.access import check_access, check_host
+from chatd.api.access import check_access, check_encoding, check_host
 from chatd.api.errors import body_of, unforeseen
 from chatd.api.routes.messages import check_key, stored
 from chatd.api.schemas import BODY_BYTES, BODY_SECONDS, RESPONSE_SECONDS, BodyTooSlow, Incomplete
@@ -66,6 +66,7 @@ class Post:
             check_host(headers.get(b"host", b"").decode("latin-1"))
         tokens = _values(lines, b"x-internal-token")
         check_access(self._settings.now.api, tokens, origin=b"origin" in headers)
+        check_encoding(headers.get(b"content-encoding", b"").decode("latin-1"))
         created = await self._submit(lines, headers, await _body(headers, receive)).outcome()
         assert isinstance(created, Created)
         return msgspec.json.encode(stored(created))
