@@ -29,7 +29,7 @@ from chatd.core.limits import TokenBucket
 from chatd.core.protocol import PING_FRAME, text_frame
 from chatd.hub.admission.registry import Admission, Refused
 from chatd.hub.connection import upgrade
-from chatd.hub.connection.heartbeat import Ping
+from chatd.hub.connection.ping import Ping
 from chatd.hub.connection.stream import LINGER_PAUSE, LINGER_SECONDS, PeerStream
 from chatd.hub.services import Services
 from chatd.hub.session.session import Session
