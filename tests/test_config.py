@@ -323,7 +323,7 @@ def test_help_fits_on_a_screen(tmp_path: Path) -> None:
     shown = Daemon(tmp_path).command("--help")
     assert shown.returncode == 0
     assert all(f"  {name}" in shown.stdout for name in ("serve", "check-config", "migrate", "token"))
-    assert len(shown.stdout.splitlines()) < 24
+    assert len(shown.stdout.splitlines()) <= 24
 
 
 @pytest.mark.parametrize("text", ["whsec_" + "é" * 40, "whsec_" + "ab-_" * 10, "whsec_" + 31 * "a"])

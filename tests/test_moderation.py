@@ -247,7 +247,7 @@ async def test_an_event_of_the_application(deployment: Deployment, conversation:
         refused = await ask(deployment.here, "POST", path, body)
         assert (refused.status, list(refused.json["errors"])) == (422, [field])
     refused = await ask(deployment.here, "POST", path, {"event": "x", "data": "y" * 70_000})
-    assert (refused.status, refused.json["code"]) == (413, "too_large")
+    assert (refused.status, refused.json["code"]) == (422, "too_large")
 
 
 async def test_clients_send_messages_of_some_types_alone(daemons: Daemons) -> None:

@@ -294,6 +294,7 @@ class Connection:
             return
         if not 0 < self._announced <= UNWANTED_BYTES:
             return
+        self._read_all = True  # from here on the application's task must not read beside this
         with trio.move_on_after(UNWANTED_SECONDS), self._stay.their_turn():
             try:
                 while self._h11.their_state is h11.SEND_BODY:
