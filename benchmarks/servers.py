@@ -28,7 +28,7 @@ from chatd.core.model import Change, Group, Kind, Message
 from chatd.core.protocol import change_payload
 from chatd.daemon import assembly, garbage, lifecycle
 from chatd.daemon.listen import open_socket
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.net.descriptors import client_slots, raise_descriptor_limit
 from chatd.observe import logs
 from chatd.store.database import Store, open_store

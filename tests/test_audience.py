@@ -17,7 +17,7 @@ from chatd.config.settings import Settings
 from chatd.core.errors import ChatError, Close, Final
 from chatd.core.model import Identity, MemberChange, Position, State
 from chatd.daemon import assembly
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.session.subscriptions import Subscriptions
 from chatd.store.database import open_store
 from chatd.store.write.commands import Create, SetMember

@@ -26,7 +26,8 @@ from chatd.core.protocol import text_frame
 from chatd.hub.fanout import sweep
 from chatd.hub.fanout.fanout import Fanout
 from chatd.hub.fanout.queue import Announcement, FanoutQueue
-from chatd.hub.fanout.rooms import AHEAD_CHANGES, Membership, Room, Rooms, Subscription
+from chatd.hub.fanout.rooms import AHEAD_CHANGES, Membership, Room, Rooms
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.fanout.sweep import Sweep
 from chatd.hub.session.subscriptions import Subscriptions
 from chatd.observe import metrics

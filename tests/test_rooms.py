@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from chatd.core.model import Change, Kind
 from chatd.core.protocol import text_frame
 from chatd.hub.fanout.chunks import Chunk, chunks
-from chatd.hub.fanout.rooms import BUFFER_BYTES, REMEMBERED, Membership, Room, Rooms, Subscription
+from chatd.hub.fanout.rooms import REMEMBERED, Membership, Room, Rooms
+from chatd.hub.fanout.subscription import BUFFER_BYTES, Subscription
 
 
 class Ear:

@@ -60,7 +60,7 @@ class HTTPConnection(TrioASGIHTTPConnection):
             request.routing_exception = None
 
     def _create_request_from_scope(self, send: Any) -> Any:
-        # Quart fails, before any check, on a target that is not a path (`GET ?`, `GET http://[`).
+        # Quart raises, before any check, where the target of a request is not a path.
         if not self.scope["path"].startswith("/"):
             self.scope["path"] = "/" + self.scope["path"]
         return super()._create_request_from_scope(send)
@@ -105,9 +105,7 @@ class ChatApp(QuartTrio):
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].endswith("/"):
-            scope["path"] = (
-                scope["path"].rstrip("/") or "/"
-            )  # a slash behind a path changes nothing, as in Laravel
+            scope["path"] = scope["path"].rstrip("/") or "/"  # Laravel, too, ignores a slash after a path
         if Post.takes(scope):
             await self.hot(scope, receive, send)
             return

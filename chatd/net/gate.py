@@ -11,6 +11,7 @@ from collections.abc import Callable
 import trio
 
 from chatd.net.lobby import Lobby
+from chatd.net.polling import has
 from chatd.observe import metrics
 
 BACKLOG = 4096  # connections that the kernel queues during a burst
@@ -90,13 +91,9 @@ class Gate(trio.abc.Listener[trio.SocketStream]):
 
 def somebody_waits(listening: trio.socket.SocketType | socket.socket) -> bool:
     """Whether a connection is waiting to be accepted."""
-    look = select.poll()
-    look.register(listening.fileno(), select.POLLIN)
-    return bool(look.poll(0))
+    return has(listening, select.POLLIN)
 
 
 def hung_up(peer: trio.SocketStream) -> bool:
     """Whether the peer has closed its side of the connection already."""
-    look = select.poll()
-    look.register(peer.socket.fileno(), select.POLLRDHUP)
-    return bool(look.poll(0))
+    return has(peer.socket, select.POLLRDHUP)

@@ -23,6 +23,7 @@ import trio
 
 from chatd.config import is_loopback
 from chatd.core.addresses import counted_as
+from chatd.net.polling import has
 from chatd.observe import metrics
 from chatd.observe.logs import Recurring
 
@@ -204,9 +205,7 @@ class Lobby:
 
 def is_silent(peer: trio.SocketStream) -> bool:
     """Whether the peer has sent nothing that is still unread."""
-    look = select.poll()
-    look.register(peer.socket.fileno(), select.POLLIN)
-    return not look.poll(0)
+    return not has(peer.socket, select.POLLIN)
 
 
 def key_of(peer: trio.SocketStream) -> str:

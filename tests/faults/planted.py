@@ -23,7 +23,8 @@ from chatd.hub.fanout import fanout, sweep
 from chatd.hub.fanout.chunks import Chunk
 from chatd.hub.fanout.fanout import Fanout
 from chatd.hub.fanout.repair import Repairs
-from chatd.hub.fanout.rooms import Room, Subscription
+from chatd.hub.fanout.rooms import Room
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.presence.audience import Audiences
 from chatd.store.queues import presence
 from chatd.store.read import lookups, snapshots

@@ -25,7 +25,7 @@ from chatd.core.limits import TokenBucket
 from chatd.core.model import Identity
 from chatd.hub.admission.failed_logins import FailedLogins
 from chatd.hub.admission.handshake_rate import HandshakeRate
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.observe import metrics
 from chatd.store.read.lookups import Standing
 

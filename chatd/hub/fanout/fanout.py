@@ -21,7 +21,8 @@ from chatd.core.protocol import event, text_frame
 from chatd.hub.fanout.chunks import Chunk, chunks
 from chatd.hub.fanout.queue import Announcement, Checked, FanoutQueue, HeadKnown, Item
 from chatd.hub.fanout.repair import RETRY, Repaired, Repairs, StartOver
-from chatd.hub.fanout.rooms import Room, Rooms, Subscription
+from chatd.hub.fanout.rooms import Room, Rooms
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.fanout.sweep import check_rights
 from chatd.observe import metrics
 from chatd.store.read import lookups

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from chatd.hub.fanout.rooms import Subscription
+    from chatd.hub.fanout.subscription import Subscription
 
 
 class Listener(Protocol):

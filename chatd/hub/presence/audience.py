@@ -18,7 +18,8 @@ from chatd.core.model import MemberChange, State
 from chatd.core.protocol import event, text_frame
 from chatd.hub.fanout.fanout import restart
 from chatd.hub.fanout.queue import Announcement, FanoutQueue
-from chatd.hub.fanout.rooms import Room, Subscription
+from chatd.hub.fanout.rooms import Room
+from chatd.hub.fanout.subscription import Subscription
 from chatd.store.read.members import MEMBERS_MOST
 
 READ_TRIES = 3  # attempts to read the members of a room, if they change during the read

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from chatd.core.errors import ChatError, Close, Final, NotFound, Unavailable
 from chatd.core.model import Identity, Kind, Position
 from chatd.core.protocol import event, text_frame
-from chatd.hub.fanout.rooms import Membership, Subscription
+from chatd.hub.fanout.rooms import Membership
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.replay import parts
 from chatd.observe import metrics

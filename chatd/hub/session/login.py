@@ -27,7 +27,7 @@ from chatd.core.errors import (
 )
 from chatd.core.model import Identity
 from chatd.hub.admission.half_open import end_most_silent
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.refusals import close_for, refused
 from chatd.hub.session.replies import tell_error

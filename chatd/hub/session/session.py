@@ -16,7 +16,7 @@ from chatd.core.limits import HISTORY_PAGE
 from chatd.core.model import Identity, now
 from chatd.core.protocol import event, text_frame
 from chatd.hub.admission.registry import Handshake
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.login import Login, seconds_left
 from chatd.hub.session.receipts import Receipts

@@ -11,7 +11,8 @@ from typing import Any
 from chatd.core.errors import ChatError, LimitExceeded, NotFound
 from chatd.core.model import Identity, Position
 from chatd.core.protocol import Auth, event
-from chatd.hub.fanout.rooms import Membership, Subscription
+from chatd.hub.fanout.rooms import Membership
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.catch_up import CatchUp
 from chatd.store.read.snapshots import Snapshot

@@ -13,7 +13,7 @@ import trio
 from chatd.core.errors import BadRequest, ChatError, Close, Final, NotFound, Unavailable
 from chatd.core.limits import MAX_ID
 from chatd.hub.admission.registry import Handshake
-from chatd.hub.fanout.rooms import Subscription
+from chatd.hub.fanout.subscription import Subscription
 from chatd.hub.services import Line, Services
 from chatd.hub.session.refusals import LOGIN_ERRORS
 from chatd.hub.session.replies import tell_error
