@@ -38,7 +38,7 @@ HEAD_BYTES = 16 * 1024
 RECEIVE_BYTES = 64 * 1024
 JOIN_BYTES = 64 * 1024  # bytes of an answer that one write joins
 LINGER = 1.0  # seconds for the client to read the last answer
-UNWANTED_BYTES = 2 * 1024 * 1024  # longest body that is read although nobody wants it
+UNWANTED_BYTES = 2 * 1024 * 1024  # longest rest of a body that is read only so that the client sees the answer
 UNWANTED_SECONDS = 3.0  # most time for reading it
 
 LAST_REQUEST = 3.0  # during a stop: seconds for the rest of a request that has begun to arrive

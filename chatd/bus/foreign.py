@@ -1,8 +1,8 @@
-"""What other services publish: which channels chatd hears, and what it does with a payload.
+"""Delivers what other services publish, from the channels that the configuration lists.
 
 Laravel puts a prefix before the name of a channel, made of the application's name, which chatd cannot know. If
 chatd heard every prefix, it would deliver the messages of other applications on the same Redis. So it takes the
-names that the configuration lists, and logs a hint about others.
+listed names, and logs a hint about others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from chatd.config import Redis
 from chatd.core.names import Names
 from chatd.observe.logs import Recurring
 
-# With something before it: what nodes publish themselves is not heard twice.
+# The name with a prefix. Without `?`, a node would receive what nodes publish themselves twice.
 PREFIXED = f"?*{MESSAGES}"
 
 
@@ -30,7 +30,7 @@ class ForeignPayloads:
         self.patterns = self._names.patterns
 
     def take(self, item: dict[str, Any]) -> None:
-        """A message of pub/sub, as redis-py has it."""
+        """Take a message of pub/sub, in redis-py's form."""
         if item["type"] == "pmessage" and not self._is_first(item):
             return
         foreign = payloads.foreign_of(item["data"])
@@ -43,7 +43,7 @@ class ForeignPayloads:
             self._left_out.warn(channel=_text(item["channel"]), advice=advice)
 
     def _is_first(self, item: dict[str, Any]) -> bool:
-        """Whether it is listed, and comes by no other subscription as well."""
+        """Whether its channel is listed, and no other subscription of ours brings the same message."""
         channel, pattern = _text(item["channel"]), _text(item["pattern"])
         entry = self._names.entry_for(channel)
         if entry is None and pattern == PREFIXED:

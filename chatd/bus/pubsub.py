@@ -64,7 +64,7 @@ class PubSubReader:
                 trio.from_thread.run_sync(self._take, _batch(pubsub, got))
 
     def _try_to_hear(self, pubsub: Any, subscribe: Callable[[str], Any], name: str) -> None:
-        """Not to hear others is no reason to do without the signals of other nodes."""
+        """Subscribe to a channel of another service. If Redis refuses it, chatd goes on without it."""
         subscribe(name)
         try:
             self._await_confirmation(pubsub)

@@ -1,7 +1,7 @@
-"""What chatd may do in Redis, where an ACL limits its user.
+"""Finds out which rights an ACL of Redis does not give to chatd's user.
 
-Each right has a trial, which changes nothing: it works on a key that does not exist, or fails. Redis checks the
-rights before it looks at the arguments.
+chatd tries each right with a command that changes nothing, because its key does not exist or it fails. Redis
+checks the rights before it looks at the arguments.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _TRIALS: dict[str, tuple[str, ...]] = {
 _UNTRIED = ("+select", "+subscribe", "+psubscribe")
 
 
-# Names that are listed by default: a user without a right to them has no Laravel behind Redis, as a rule.
-_UNASKED = {*Redis().ingest_streams, *Redis().foreign_channels}
+# Laravel's default names: an operator who gives no right to them has no Laravel on this Redis, as a rule.
+_OPTIONAL = {*Redis().ingest_streams, *Redis().foreign_channels}
 
 
 def documented(config: Redis) -> str:
-    """The rights that chatd needs, as `ACL SETUSER` takes them."""
+    """Return the rights that chatd needs, in the form of `ACL SETUSER`."""
     streams = [f"~{name}" for name in config.ingest_streams if not name.startswith("chat.")]
     names = [*config.foreign_channels, PREFIXED]
     channels = [f"&{name}" for name in names if not name.startswith("chat.")]
@@ -69,7 +69,7 @@ def user(config: Redis) -> str:
 
 
 def missing(config: Redis) -> list[str]:
-    """The rights that Redis does not give, in the words of `ACL SETUSER`. Raises one of `LOST`."""
+    """Return the rights that Redis does not give, in the form of `ACL SETUSER`. Raises one of `LOST`."""
     client = client_of(config)
     try:
         connection = client.connection_pool.get_connection()
@@ -86,13 +86,13 @@ def _refused(connection: Any, config: Redis) -> Iterator[str | None]:
     if config.ingest:
         for name in Names(config.ingest_streams).exact:
             own = name.startswith("chat.")
-            if not own and name in _UNASKED:
+            if not own and name in _OPTIONAL:
                 continue
             yield _try(connection, "+xlen", OWN_KEYS if own else f"~{name}", ("XLEN", name))
     channels = Names(config.foreign_channels)
     for name in (SIGNALS, *channels.exact):
         own = name.startswith("chat.")
-        if not own and name in _UNASKED:
+        if not own and name in _OPTIONAL:
             continue
         yield _try(connection, "+subscribe", OWN_CHANNELS if own else f"&{name}", ("SUBSCRIBE", name))
     for name in channels.patterns:
@@ -100,7 +100,7 @@ def _refused(connection: Any, config: Redis) -> Iterator[str | None]:
 
 
 def _try(connection: Any, rule: str, place: str, command: tuple[str, ...]) -> str | None:
-    """The right that is missing: to run a command, or to use its key or its channel."""
+    """Try a command. Returns the right that is missing: to run it, or to use its key or channel; else None."""
     connection.send_command(*command)
     try:
         while _is_message(connection.read_response()):
@@ -109,7 +109,9 @@ def _try(connection: Any, rule: str, place: str, command: tuple[str, ...]) -> st
         text = str(error)
         if not isinstance(error, NoPermissionError) and "NOPERM" not in text:  # of EXEC it is an EXECABORT
             return None
-        if "to run the" in text:  # newer versions name the user, who may be called as one likes
+        if (
+            "to run the" in text
+        ):  # first: newer versions add the name of the user, which may hold the other words
             return rule
         if "channel" in text:
             return place if place.startswith("&") else OWN_CHANNELS
@@ -118,5 +120,5 @@ def _try(connection: Any, rule: str, place: str, command: tuple[str, ...]) -> st
 
 
 def _is_message(reply: Any) -> bool:
-    """Whether Redis has sent this for a subscription that was tried before, and not as an answer."""
+    """Whether this is a message of a subscription that an earlier trial made, and not an answer."""
     return isinstance(reply, list) and reply[:1] in ([b"message"], [b"pmessage"])

@@ -1,4 +1,4 @@
-"""Names under which others publish or add, and which chatd does not take: its operator is told of each once."""
+"""Logs channels and streams of other services that chatd does not read, each once, with the line to add."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import structlog
 from chatd.core.names import Names
 from chatd.observe import metrics
 
-MOST_NAMES, MOST_CHARS = 20, 200  # that are told: anybody who may write to Redis can invent names
+MOST_NAMES, MOST_CHARS = 20, 200  # that are logged: everybody who may write to Redis can invent names
 
 log = structlog.get_logger()
 
 
 class Unheard:
-    """`option` of [redis] lists what is taken."""
+    """`option` of [redis] lists the names that chatd reads."""
 
     def __init__(self, option: str, names: Names) -> None:
         self._option, self._names = option, names
@@ -32,5 +32,5 @@ class Unheard:
 
 
 def line_for(option: str, names: Names, name: str) -> str:
-    """The line of chatd.toml with which chatd takes this name, too."""
+    """Return the line of chatd.toml that adds a name."""
     return f"{option} = {json.dumps([*names.listed, name], ensure_ascii=False)}"

@@ -37,7 +37,7 @@ class NewMessage(Struct, frozen=True, kw_only=True):
 
 
 def create(message: NewMessage, key: str | None = None) -> Create:
-    """The command for a posted message. `key` is its idempotency key if it has no `client_id`.
+    """Return the command for a posted message. `key` is its idempotency key if it has no `client_id`.
 
     Raises BadRequest for content of spaces alone.
     """
@@ -65,7 +65,7 @@ def check_visible(content: str) -> None:
 def decode(kind: type[S], raw: bytes | msgspec.Raw, *, sent_as: str = "application/json") -> S:
     """Decode a body. `sent_as` is its Content-Type.
 
-    The strict decoder reads first. Only what it refuses is read as PHP may have meant it, or as a form.
+    The strict decoder comes first. Only a body that it refuses is read as PHP may have meant it, or as a form.
     Raises NotJSON (400), BadRequest (422) with every field that is wrong.
     """
     try:
@@ -82,7 +82,7 @@ def decode(kind: type[S], raw: bytes | msgspec.Raw, *, sent_as: str = "applicati
 
 
 def _again(kind: type[S], softened: Any) -> S:
-    """The strict decoder judges what was softened as well."""
+    """Let the strict decoder check the softened data."""
     return msgspec.json.decode(msgspec.json.encode(softened), type=kind)
 
 

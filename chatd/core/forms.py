@@ -21,7 +21,7 @@ def is_form(content_type: str) -> bool:
 
 
 def read_form(body: bytes) -> dict[str, Any]:
-    """Every value is text, or None where it is empty. Raises BadRequest."""
+    """Decode a form. Each value is text, or None if it is empty. Raises BadRequest."""
     try:
         pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=FIELDS)
     except UnicodeDecodeError:
@@ -49,7 +49,7 @@ def _put(form: dict[str, Any], name: str, value: str | None) -> None:
 
 
 def _next(place: dict[str, Any]) -> str:
-    """The number that `[]` stands for."""
+    """Return the key that `[]` stands for: the next number that is free."""
     number = len(place)
     while str(number) in place:
         number += 1

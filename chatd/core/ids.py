@@ -1,4 +1,4 @@
-"""An id as others write it: an integer, or its digits as text, as forms and databases give it."""
+"""Reads ids that other programs write: an integer, or its digits as text, as forms and databases give it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ _ULID = re.compile(r"\s*[0-7][0-9A-HJKMNP-TV-Z]{25}\s*", re.IGNORECASE)  # Crock
 
 
 def integer_of(text: str) -> int | None:
-    """The integer that a text is by Laravel's rule `integer`: without leading zeros. None for other text."""
+    """Read an integer by Laravel's rule `integer`, without leading zeros. Returns None for other text."""
     found = _INTEGER.fullmatch(text)
     return int(found[1]) if found else None
 
 
 def number_of(value: Any) -> Any:
-    """The integer that a text is, or the value itself if it is none."""
+    """Return the integer that a text stands for, and every other value unchanged."""
     number = integer_of(value) if isinstance(value, str) else None
     return value if number is None else number
 
 
 def id_of(value: Any) -> int | None:
-    """From 1 to MAX_ID; None for what is no id."""
+    """Return an id from 1 to MAX_ID, or None if the value is not an id."""
     number = number_of(value)
     return number if type(number) is int and 1 <= number <= MAX_ID else None
 
 
 def ids_of(listed: Any) -> list[int] | None:
-    """None is an empty list. PHP makes an object of a list with gaps. None for what is no list of ids."""
+    """Return a list of ids, or None if the value is not one. A missing list is empty, and PHP turns a list with
+    gaps into an object.
+    """
     if isinstance(listed, dict) and is_php_list(listed):
         listed = list(listed.values())
     if listed is None:
@@ -42,12 +44,12 @@ def ids_of(listed: Any) -> list[int] | None:
 
 
 def is_php_list(value: Mapping[Any, Any]) -> bool:
-    """Whether it has only numbers as keys: what array_filter leaves of a list becomes such an object."""
+    """Whether all keys are numbers: PHP's array_filter turns a list into such an object."""
     return all(isinstance(key, str) and key.isascii() and key.isdecimal() for key in value)
 
 
 def noun_of(text: str) -> str:
-    """What text is, that should have been an id."""
+    """Name what a text is that was sent as an id."""
     if _UUID.fullmatch(text):
         return "a UUID"
     return "a ULID" if _ULID.fullmatch(text) else "text"

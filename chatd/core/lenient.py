@@ -1,7 +1,7 @@
 """Reads what PHP and forms write as what is meant: "5" as 5, "" as null, [] as {}.
 
-The rules are Laravel's: those of `integer` and `boolean`, and of its middleware that makes null of empty text.
-This runs only after the strict decoder has refused: who writes JSON as JSON pays nothing for it.
+The rules are Laravel's: `integer`, `boolean`, and the middleware that turns empty text into null. This code
+runs only after the strict decoder has refused a body, so strict JSON costs nothing more.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from msgspec import Raw, Struct
 from chatd.core.ids import integer_of, is_php_list
 
 _TRUTH = {"1": True, "true": True, "0": False, "false": False, 1: True, 0: False}
-_NEVER_NULL = frozenset(["content"])  # to leave it out keeps what there is; to empty it is a mistake
-_ALSO_INTEGERS = frozenset(["client_id"])  # a name that may well be the number of a row
+_NEVER_NULL = frozenset(["content"])  # an edit without it keeps the old content; an empty one is a mistake
+_ALSO_INTEGERS = frozenset(["client_id"])  # backends often send the number of a row as this text
 _LEFT_OUT = object()
 
 
 class _Field(Struct, frozen=True):
     name: str
     kinds: frozenset[Any]  # str, int, list, NoneType …
-    items: frozenset[Any]  # those of a list's items
+    items: frozenset[Any]  # the types of a list's items
     required: bool
 
 
 def soften(kind: type[Struct], data: Any) -> Any:
-    """A copy of `data` in which what stands for something else is that. What cannot be read so stays as it is,
-    for the strict decoder to refuse. The values may be raw JSON.
+    """Return a copy of `data` with each value in the type that its field wants. A value that cannot be
+    converted stays as it is, and the strict decoder refuses it. The values may be raw JSON.
     """
     if data == []:
         return {}  # PHP has one kind of array, and an empty one becomes a list
@@ -97,7 +97,7 @@ def _fields(kind: type[Struct]) -> dict[str, _Field]:
 
 
 def _kinds(annotation: Any) -> frozenset[Any]:
-    """The types that it allows, without bounds: `Annotated[int, …] | None` → int and NoneType."""
+    """Return the types that an annotation allows, without bounds: `Annotated[int, …] | None` → int and None."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])

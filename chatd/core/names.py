@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 _MAGIC = "*?["
-_Step = re.Pattern[str] | None  # what takes one character; None takes any number of them
+_Step = re.Pattern[str] | None  # matches one character; None matches any number of them
 
 
 def is_pattern(name: str) -> bool:
@@ -23,21 +23,23 @@ class Names:
         self._steps = [(pattern, _steps(pattern)) for pattern in self.patterns]
 
     def entry_for(self, name: str) -> str | None:
-        """The entry that takes this name: itself before a pattern, and the first pattern of several."""
+        """Return the entry that matches a name: the name itself if it is listed, else the first pattern."""
         if name in self.exact:
             return name
         return next((pattern for pattern, steps in self._steps if _match(steps, name)), None)
 
 
 def _steps(pattern: str) -> list[_Step]:
-    """Of `*`, `?`, `[a-z]`, `[^a]`, and `\\` before any of them. A `[` without end takes all that follows."""
+    """Split a pattern at `*`, `?`, `[a-z]`, `[^a]`, and `\\` before any of them. A `[` without end includes the
+    rest of the pattern.
+    """
     # Each step takes at least one character of the pattern, and the last alternative any.
     found = re.findall(r"\*+|\?|\[\^?(?:\\.|[^\]])*\]?|\\.|.", pattern, re.DOTALL)
     return [None if step[0] == "*" else re.compile(_one(step), re.DOTALL) for step in found]
 
 
 def _match(steps: list[_Step], name: str) -> bool:
-    """Whether they take all of it. To go back to the last `*` is enough, so this is never exponential."""
+    """Whether the steps match the whole name. It goes back only to the last `*`, so it is never exponential."""
     step = at = 0
     back: tuple[int, int] | None = None
     while at < len(name):

@@ -1,7 +1,7 @@
-"""Which streams chatd takes messages from: those that are listed, and those that a listed pattern finds.
+"""Finds the streams from which chatd takes messages: listed names, and names that match a listed pattern.
 
-Laravel puts a prefix before the name of a stream, made of the application's name. Nobody reads a stream whose
-name is not listed, so chatd logs a hint about it.
+Laravel puts a prefix before the name of a stream, made of the application's name. chatd logs a hint about
+streams whose names end in the right way and that are not listed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NEVER = {DEAD, CHANGES, kicks.STREAM}  # these are chatd's own
 
 LOOK_EVERY = 20.0  # seconds between two looks for streams
 SCANS, SCANNED = 50, 1000  # of one look: a Redis with more keys takes several
-MOST_FOUND = 100  # streams that patterns may find
+MOST_FOUND = 100  # streams found by patterns, at most
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ class Streams:
     def __init__(self, listed: Sequence[str]) -> None:
         self._names = Names(name for name in listed if name not in NEVER)
         self._found: list[str] = []
-        self._out: set[str] = set()  # of those that are listed, or were found
+        self._out: set[str] = set()  # listed or found, but not readable
         self._unheard = Unheard("ingest_streams", self._names)
         self._cursors = dict.fromkeys({*self._names.patterns, PREFIXED}, 0)
         self._looked_at = -LOOK_EVERY
@@ -49,14 +49,14 @@ class Streams:
         return name in list(self)
 
     def by_turns(self) -> list[str]:
-        """All of them, each time beginning with another: one that is always full starves no other."""
+        """Return all streams, each time beginning with the next one, so that a busy stream starves no other."""
         names = list(self)
         self._turn += 1
         first = self._turn % max(len(names), 1)
         return names[first:] + names[:first]
 
     def look(self, client: redis.Redis) -> list[str]:
-        """Look for streams, once in a while; those that are new."""
+        """Search for streams at most every LOOK_EVERY seconds. Returns the new ones."""
         if time.monotonic() - self._looked_at < LOOK_EVERY:
             return []
         self._looked_at = time.monotonic()
@@ -71,7 +71,9 @@ class Streams:
         return new
 
     def leave_out(self, stream: str, error: redis.ResponseError) -> bool:
-        """Do without a stream that this user may not read, or that is none. False if that is no reason."""
+        """Skip a stream from now on that this user may not read, or that is another type of key. Returns False
+        for any other error.
+        """
         harmless = isinstance(error, NoPermissionError) or str(error).startswith("WRONGTYPE")
         if stream == STREAM or not harmless:
             return False
@@ -89,7 +91,7 @@ class Streams:
                 return
 
     def _takes(self, name: str) -> bool:
-        """Whether it is one more to be read."""
+        """Add a stream if its name matches a pattern. Returns whether it is new."""
         entry = self._names.entry_for(name)
         if entry is None:
             self._unheard.note(name)
@@ -97,7 +99,9 @@ class Streams:
         if entry == name or name in NEVER or name in self._found:
             return False
         if len(self._found) == MOST_FOUND:
-            self._full.warn(stream=name, most=MOST_FOUND, advice="name fewer by redis.ingest_streams")
+            self._full.warn(
+                stream=name, most=MOST_FOUND, advice="make the patterns of redis.ingest_streams narrower"
+            )
             return False
         self._found.append(name)
         return True

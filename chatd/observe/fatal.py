@@ -1,4 +1,4 @@
-"""An error that nobody has foreseen ends the process, whatever its threads are doing."""
+"""Ends the process on an unexpected error, even if a thread hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 @contextmanager
 def fatal() -> Iterator[None]:
-    """Around each task that lives as long as the process: its error ends the process in any case."""
+    """For each task that runs as long as the process: an error that leaves the block ends the process."""
     try:
         yield
     except BaseException as error:
